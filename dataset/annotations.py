@@ -1,0 +1,444 @@
+"""Tolerant SUN RGB-D annotations -> instances per frame.
+
+A frame carries up to five annotation layers that were drawn by hand at different times. Two are used: the polygons
+(`annotation2Dfinal`, else `annotation`) say which pixels belong to an object, and the boxes (`annotation2D3D`, else
+`annotation3Dfinal`, `annotation3D`) say where it stands in the room. Layers do not share object numbers and the files are
+full of slips, so polygon and box are joined by noun and place, and whatever cannot be read is counted and left out.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy.ndimage import binary_erosion
+from scipy.optimize import linear_sum_assignment
+
+from dataset.depth import read_depth
+from dataset.sunrgbd import Frame
+from utils import UserError
+
+POLYGON_LAYERS = ("annotation2Dfinal", "annotation")
+BOX_LAYERS = ("annotation2D3D", "annotation3Dfinal", "annotation3D")
+BOX_EXTENT_M = (0.05, 5.0)  # the longest extent of a credible box
+MIN_BOX_IOU = 0.3  # between a mask's bounding box and the rectangle of the 3D box it is joined with
+SAME_RECTANGLE_SHARE = 0.7  # a polygon lies in a rectangle when this share of its pixels does
+DUPLICATE_IOU = 0.7  # two polygons of one noun that overlap more outline the same object twice
+ERODE_PX_AT_560 = 3  # polygon borders mix fore- and background; scaled with the image width, at least 1
+MIN_DEPTH_SHARE = 0.0008  # of the image, measured inside the eroded mask: 200 pixels of 561x427
+MIN_DEPTH_VALID = 0.3  # of the eroded mask
+MAX_CUTS = 16  # characters taken out of one broken JSON file
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """One object that is visible in a frame.
+
+    Positions are in the gravity frame of `dataset.sunrgbd`: metres from the camera, x right, y down, z forward.
+    """
+
+    noun: str  # canonical, singular, lower case: "night stand"
+    mask: np.ndarray  # (H, W) bool, visible pixels
+    depth_m: float  # median z-depth inside the eroded mask; nan when too few pixels were measured
+    center_m: np.ndarray  # (3,) centre of the 3D box, else of the unprojected mask; nan when unknown
+    size_m: np.ndarray | None  # (3,) extents of the 3D box along x, y, z of the gravity frame; None without a box
+
+
+class _Box(NamedTuple):
+    noun: str
+    rectangle: np.ndarray  # (4,) x0, y0, x1, y1 in pixels, clipped to the image
+    center_m: np.ndarray  # (3,)
+    size_m: np.ndarray  # (3,)
+
+
+class _Outline(NamedTuple):
+    entry: int  # index into the layer's `objects`
+    noun: str
+    mask: np.ndarray  # (H, W) bool
+
+
+@cache
+def nouns() -> dict[str, dict[str, Any]]:
+    """The table `nouns.json`: canonical noun -> its `plural`, `aliases`, `similar` nouns, and `asked` (default true)."""
+    return json.loads(Path(__file__).with_name("nouns.json").read_text(encoding="utf-8"))
+
+
+@cache
+def asked_nouns() -> tuple[str, ...]:
+    """The nouns that questions may be about: all but walls, floors and ceilings."""
+    return tuple(noun for noun, entry in nouns().items() if entry.get("asked", True))
+
+
+def canonical_noun(raw: str) -> str | None:
+    """The noun of the table that an annotator's name stands for, None when it stands for none.
+
+    Case, spaces, underscores, digits, stray punctuation and suffixes such as ':occluded' do not matter: 'Night_Stand2',
+    'nightstand' and 'bedside table:truncated' are all 'night stand'. A plural ('chairs') gives the noun too.
+    """
+    found = _spellings().get(_key(raw))
+    return found[0] if found else None
+
+
+def names_group(raw: str) -> bool:
+    """Whether the name is a plural, so that one outline covers an unknown number of objects."""
+    found = _spellings().get(_key(raw))
+    return bool(found and found[1])
+
+
+def _key(raw: str) -> str:
+    # Layers disagree on spaces ('cardboardbox', 'night_stand'), so spellings are compared by their letters alone.
+    return re.sub("[^a-z]", "", str(raw).lower().split(":")[0])
+
+
+@cache
+def _spellings() -> dict[str, tuple[str, bool]]:
+    """Letters of a spelling -> (noun, is a plural). A plural that the table lists as an alias is one object."""
+    singular, plural = {}, {}
+    for noun, entry in nouns().items():
+        for name in (noun, *entry["aliases"]):
+            singular[_key(name)] = (noun, False)
+            for form in (f"{name}s", f"{name}es", f"{name[:-1]}ies"):
+                plural[_key(form)] = (noun, True)
+        plural[_key(entry["plural"])] = (noun, True)
+    return plural | singular
+
+
+def read_annotation(path: Path) -> dict:
+    """Read one index.json, repairing the slips that occur in the data set: stray backslashes, line breaks inside values, junk.
+
+    Raises:
+        UserError: the file is missing or beyond repair.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: annotation cannot be read ({error})") from error
+    plain = re.sub(r"[\\\x00-\x1f]", "", text)
+    for version, cuts in ((text, 0), (plain, MAX_CUTS)):
+        value, reason = _parse_json(version, cuts)
+        if isinstance(value, dict) and value:
+            return value
+    raise UserError(f"{path}: annotation is beyond repair ({reason or 'not a JSON object'})")
+
+
+def _parse_json(text: str, cuts: int) -> tuple[Any, str]:
+    """(value, "") or (None, what is wrong), after cutting out up to `cuts` characters where parsing stopped."""
+    reason = ""
+    for _ in range(cuts + 1):
+        try:
+            return json.loads(text), ""
+        except json.JSONDecodeError as error:
+            reason = str(error)
+            text = text[: error.pos] + text[error.pos + 1 :]
+        except (ValueError, RecursionError) as error:
+            return None, str(error)
+    return None, reason
+
+
+def frame_instances(frame: Frame, drops: Counter | None = None) -> list[Instance]:
+    """The annotated objects of a frame that the noun table knows, however small; see `frame_objects`."""
+    return frame_objects(frame, drops)[0]
+
+
+def frame_objects(frame: Frame, drops: Counter | None = None) -> tuple[list[Instance], frozenset[str]]:
+    """The instances of a frame, and the nouns of which there may be more than the instances show.
+
+    Each polygon is an instance. Polygons of one `objects` entry are usually several objects ('books' on two shelves); only
+    when they lie in the rectangle of one 3D box are they one object, cut in two by something in front of it. A noun is unsure
+    when an outline is a group ('chairs'), is missing or cannot be drawn, or when a 3D box has no outline of that noun.
+
+    Args:
+        frame: its depth file is read, the hole-filled one only where the measured one is too sparse.
+        drops: counts what was left out, by reason.
+
+    Returns:
+        instances in the order of the polygons, and the unsure nouns.
+
+    Raises:
+        UserError: the depth image cannot be used, or no polygon layer can be read though there is one.
+    """
+    drops = Counter() if drops is None else drops
+    depth_m = read_depth(frame.root / frame.depth_path)
+    outlines, unsure = _outlines(frame, depth_m.shape, drops)
+    boxes = _boxes(frame, depth_m.shape, drops)
+    outlines = _without_duplicates(_merge_split_objects(outlines, boxes), drops)
+    partners = _match(outlines, boxes)
+    depths = _Depths(frame, depth_m)
+    instances = [_instance(frame, outline, partners.get(i), depths) for i, outline in enumerate(outlines)]
+    matched = {id(box) for box in partners.values()}
+    for box in boxes:
+        if id(box) not in matched:
+            drops["3D box without an outline"] += 1
+            unsure.add(box.noun)
+    return instances, frozenset(unsure)
+
+
+def frame_nouns(frame: Frame) -> set[str]:
+    """The nouns that a frame's polygon layer names; empty without a readable one. Cheap: no picture is opened."""
+    try:
+        layer = _first_layer(frame, POLYGON_LAYERS, Counter())
+    except UserError:
+        return set()
+    names = _names(layer[1]).values() if layer else ()
+    return {noun for name in names if (noun := canonical_noun(name)) in asked_nouns()}
+
+
+def _first_layer(frame: Frame, layers: tuple[str, ...], drops: Counter) -> tuple[str, dict] | None:
+    """The first layer that names an object, as (layer, annotation); None when none does.
+
+    Raises:
+        UserError: none does, and one of them cannot be read.
+    """
+    failure = None
+    for layer in layers:
+        path = frame.root / frame.path / layer / "index.json"
+        if not path.is_file():
+            continue
+        try:
+            annotation = read_annotation(path)
+        except UserError as error:
+            drops[f"unreadable {layer}"] += 1
+            failure = error
+            continue
+        if _names(annotation):
+            return layer, annotation
+    if failure:
+        raise failure
+    return None
+
+
+def _polygons(annotation: dict) -> Iterator[tuple[int, dict]]:
+    """(index into `objects`, polygon) of the only frame; whatever is not a polygon is passed over."""
+    frames = annotation.get("frames")
+    first = frames[0] if isinstance(frames, list) and frames else None
+    polygons = first.get("polygon") if isinstance(first, dict) else None
+    for polygon in _items(polygons).values():
+        if isinstance(polygon, dict) and isinstance(polygon.get("object"), int):
+            yield polygon["object"], polygon
+
+
+def _items(value: Any) -> dict[int, Any]:
+    """Elements of a JSON array by index. Arrays were also written as objects with numbered keys, and one element as itself."""
+    if isinstance(value, dict):
+        numbered = all(str(key).isdecimal() for key in value)
+        return {int(key): item for key, item in value.items()} if numbered else {0: value}
+    return dict(enumerate(value)) if isinstance(value, list) else {}
+
+
+def _names(annotation: dict) -> dict[int, str]:
+    """Index -> name of the entries in `objects` that have one; nulls and other slips are passed over."""
+    entries = _items(annotation.get("objects"))
+    named = {index: entry["name"] for index, entry in entries.items() if isinstance(entry, dict) and "name" in entry}
+    return {index: name for index, name in named.items() if isinstance(name, str)}
+
+
+def _outlines(frame: Frame, shape: tuple[int, int], drops: Counter) -> tuple[list[_Outline], set[str]]:
+    layer = _first_layer(frame, POLYGON_LAYERS, drops)
+    if layer is None:
+        drops["frame without polygons"] += 1
+        return [], set()
+    names = _names(layer[1])
+    outlines, unsure = [], set()
+    for index, polygon in _polygons(layer[1]):
+        name = names.get(index, "")
+        noun = canonical_noun(name)
+        if noun is None:
+            drops["name not in the noun table"] += 1
+        elif noun not in asked_nouns():
+            drops["wall, floor or ceiling"] += 1
+        elif names_group(name):
+            drops["group of objects"] += 1
+            unsure.add(noun)
+        elif (mask := _rasterise(polygon, shape)) is None:
+            drops["outline without area in the image"] += 1
+            unsure.add(noun)
+        else:
+            outlines.append(_Outline(index, noun, mask))
+    named = {noun for name in names.values() if (noun := canonical_noun(name)) in asked_nouns()}
+    return outlines, unsure | (named - {outline.noun for outline in outlines})
+
+
+def _rasterise(polygon: dict, shape: tuple[int, int]) -> np.ndarray | None:
+    """(H, W) bool of the polygon's part inside the image; None when there is none, or fewer than 3 points."""
+    height, width = shape
+    x, y = (_numbers(polygon.get(axis)) for axis in "xy")
+    length = min(len(x), len(y))
+    points = np.stack([x[:length], y[:length]], axis=1)
+    # Points run outside the picture by design; far outside they are slips that would overflow the rasteriser.
+    points = points[np.isfinite(points).all(axis=1) & (np.abs(points) < 10 * max(shape)).all(axis=1)]
+    if len(np.unique(points, axis=0)) < 3:
+        return None
+    canvas = Image.new("1", (width, height))
+    ImageDraw.Draw(canvas).polygon([tuple(point) for point in points.tolist()], fill=1)
+    mask = np.asarray(canvas, dtype=bool)
+    return mask if mask.any() else None
+
+
+def _numbers(value: Any) -> np.ndarray:
+    """A JSON number or array of numbers as float64 (n,); what is not a number becomes nan."""
+    items = value if isinstance(value, list) else [value]
+    return np.array([v if isinstance(v, int | float) and abs(v) < 1e9 else np.nan for v in items], dtype=np.float64)
+
+
+def _boxes(frame: Frame, shape: tuple[int, int], drops: Counter) -> list[_Box]:
+    try:
+        layer = _first_layer(frame, BOX_LAYERS, drops)
+    except UserError:
+        return []  # counted; without boxes the positions come from the depth image
+    if layer is None:
+        return []
+    name, annotation = layer
+    linked = dict(_polygons(annotation)) if name == "annotation2D3D" else {}
+    entries = _items(annotation["objects"])
+    boxes = []
+    for index, entry_name in _names(annotation).items():
+        noun = canonical_noun(entry_name)
+        if noun not in asked_nouns():
+            continue
+        extent = _extent(_items(entries[index].get("polygon")).get(0))
+        if extent is None:
+            drops["3D box without credible size"] += 1
+            continue
+        center_m, size_m, corners_m = extent
+        if name == "annotation2D3D":
+            rectangle = _bounds(*(_numbers(linked.get(index, {}).get(axis)) for axis in "xy"), shape)
+        else:
+            rectangle = _project(corners_m, frame, shape)
+        if rectangle is None:
+            drops["3D box outside the image"] += 1
+        else:
+            boxes.append(_Box(noun, rectangle, center_m, size_m))
+    return boxes
+
+
+def _extent(polygon: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Centre (3,), extents (3,) and corners (8, 3) of a 3D box in metres. The layers store it with y pointing down."""
+    if not isinstance(polygon, dict):
+        return None
+    x, z, top, bottom = (_numbers(polygon.get(key)) for key in ("X", "Z", "Ymin", "Ymax"))
+    if len(x) < 3 or len(x) != len(z) or len(top) != 1 or len(bottom) != 1:
+        return None
+    corners = np.array([(x_i, y, z_i) for x_i, z_i in zip(x, z, strict=True) for y in (top[0], bottom[0])])
+    low, high = corners.min(axis=0), corners.max(axis=0)  # annotators also swapped Ymin and Ymax
+    size = high - low
+    if not (np.isfinite(size).all() and BOX_EXTENT_M[0] <= size.max() <= BOX_EXTENT_M[1]):
+        return None
+    return (low + high) / 2, size, corners
+
+
+def _project(corners_m: np.ndarray, frame: Frame, shape: tuple[int, int]) -> np.ndarray | None:
+    camera = corners_m @ frame.tilt  # rows of tilt.T @ p
+    if (camera[:, 2] < 0.1).any():
+        return None  # reaches behind the camera: its rectangle would say nothing
+    u, v, _ = frame.intrinsics @ (camera / camera[:, 2:]).T
+    return _bounds(u, v, shape)
+
+
+def _bounds(x: np.ndarray, y: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:
+    """(4,) x0, y0, x1, y1 of the points, clipped to the image; None when nothing is left."""
+    height, width = shape
+    if not (len(x) and len(y) and np.isfinite(x).all() and np.isfinite(y).all()):
+        return None
+    box = np.array([max(x.min(), 0), max(y.min(), 0), min(x.max(), width), min(y.max(), height)])
+    return box if box[0] < box[2] and box[1] < box[3] else None
+
+
+def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Bounding box x0, y0, x1, y1 of a mask with at least one pixel; x1 and y1 are exclusive."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _merge_split_objects(outlines: list[_Outline], boxes: list[_Box]) -> list[_Outline]:
+    """Join the polygons of one `objects` entry that lie in the rectangle of one 3D box of their noun."""
+    merged: dict[Any, _Outline] = {}
+    for order, outline in enumerate(outlines):
+        siblings = sum(other.entry == outline.entry for other in outlines)
+        home = _home(outline, boxes) if siblings > 1 else None
+        key = (outline.entry, home) if home is not None else (outline.entry, "alone", order)
+        before = merged.get(key)
+        merged[key] = outline._replace(mask=before.mask | outline.mask) if before else outline
+    return list(merged.values())
+
+
+def _home(outline: _Outline, boxes: list[_Box]) -> int | None:
+    """Index of the smallest rectangle of the outline's noun that contains it."""
+    inside = []
+    for index, box in enumerate(boxes):
+        x0, y0, x1, y1 = box.rectangle
+        window = outline.mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))]
+        if box.noun == outline.noun and window.sum() >= SAME_RECTANGLE_SHARE * outline.mask.sum():
+            inside.append(((x1 - x0) * (y1 - y0), index))
+    return min(inside)[1] if inside else None
+
+
+def _without_duplicates(outlines: list[_Outline], drops: Counter) -> list[_Outline]:
+    kept: list[_Outline] = []
+    for outline in outlines:
+        rivals = [other.mask for other in kept if other.noun == outline.noun]
+        if any((mask & outline.mask).sum() > DUPLICATE_IOU * (mask | outline.mask).sum() for mask in rivals):
+            drops["object outlined twice"] += 1
+        else:
+            kept.append(outline)
+    return kept
+
+
+def _match(outlines: list[_Outline], boxes: list[_Box]) -> dict[int, _Box]:
+    """Outline index -> its 3D box: the one-to-one assignment of equal nouns with the greatest total overlap."""
+    overlap = np.zeros((len(outlines), len(boxes)))
+    for i, outline in enumerate(outlines):
+        bounds = np.array(mask_box(outline.mask), dtype=np.float64)
+        for j, box in enumerate(boxes):
+            if box.noun == outline.noun:
+                overlap[i, j] = _iou(bounds, box.rectangle)
+    pairs = zip(*linear_sum_assignment(overlap, maximize=True), strict=True)
+    return {int(i): boxes[j] for i, j in pairs if overlap[i, j] > MIN_BOX_IOU}
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> float:
+    width, height = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    shared = max(width, 0) * max(height, 0)
+    return shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared)
+
+
+class _Depths:
+    """The measured depth of a frame and, read only when it is needed, the hole-filled one."""
+
+    def __init__(self, frame: Frame, measured_m: np.ndarray):
+        self.frame = frame
+        self.measured_m = measured_m
+
+    def median(self, mask: np.ndarray) -> float:
+        """Median metres inside the eroded mask; nan when neither image has enough measurements there."""
+        x0, y0, x1, y1 = mask_box(mask)
+        window = np.s_[y0:y1, x0:x1]
+        radius = max(1, round(ERODE_PX_AT_560 * mask.shape[1] / 560))
+        core = binary_erosion(mask[window], iterations=radius)
+        for depth_m in self._sources():
+            values = depth_m[window][core]
+            values = values[values > 0]
+            if len(values) >= max(MIN_DEPTH_VALID * core.sum(), MIN_DEPTH_SHARE * mask.size):
+                return float(np.median(values))
+        return float("nan")
+
+    def _sources(self) -> Iterator[np.ndarray]:
+        yield self.measured_m
+        if self.frame.depth_bfx_path:
+            filled_m = read_depth(self.frame.root / self.frame.depth_bfx_path)
+            if filled_m.shape == self.measured_m.shape:
+                yield filled_m
+
+
+def _instance(frame: Frame, outline: _Outline, box: _Box | None, depths: _Depths) -> Instance:
+    depth_m = depths.median(outline.mask)
+    if box:
+        return Instance(outline.noun, outline.mask, depth_m, box.center_m, box.size_m)
+    rows, columns = np.nonzero(outline.mask)
+    ray = np.linalg.solve(frame.intrinsics, [np.median(columns), np.median(rows), 1.0])
+    return Instance(outline.noun, outline.mask, depth_m, frame.tilt @ ray * depth_m, None)

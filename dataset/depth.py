@@ -1,0 +1,186 @@
+"""SUN RGB-D depth: 16-bit decoding to metres, holes, and the three-channel encodings that a vision tower reads."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from PIL import Image
+from scipy import ndimage
+
+from utils import UserError
+
+MIN_DEPTH_M, MAX_DEPTH_M = 0.3, 8.0  # fixed range of every encoding; the toolbox clips at 8 m as well
+HEIGHT_RANGE_M = 2.0  # heights are encoded from this far below the camera to this far above it
+GRADIENT_SCALE = 0.05  # relative depth change per pixel at which the `seed` encoding's tanh starts to saturate
+
+
+def decode_depth(raw: np.ndarray) -> np.ndarray:
+    """SUN RGB-D depth words -> metres. The millimetres are rotated left by 3 bits within 16; 0 means "not measured".
+
+    Args:
+        raw: (H, W) uint16, as stored in the PNG.
+
+    Returns:
+        (H, W) float32 metres, at most `MAX_DEPTH_M`; 0 = no measurement.
+
+    Source: SUNRGBDtoolbox read3dPoints.m. A plain `>> 3` is wrong beyond 8.191 m, where the top bits wrap around.
+    """
+    if raw.dtype != np.uint16:
+        raise ValueError(f"depth words must be uint16, got {raw.dtype}")
+    millimetres = (raw >> 3) | (raw << 13)
+    return np.minimum(millimetres.astype(np.float32) / 1000, np.float32(MAX_DEPTH_M))
+
+
+def encode_sunrgbd(depth_m: np.ndarray) -> np.ndarray:
+    """Metres -> SUN RGB-D depth words, the inverse of `decode_depth` below 65.535 m. (H, W) -> (H, W) uint16."""
+    millimetres = np.clip(np.rint(depth_m * 1000), 0, 65535).astype(np.uint16)
+    return (millimetres << 3) | (millimetres >> 13)
+
+
+def read_depth(path: Path) -> np.ndarray:
+    """Read and decode a SUN RGB-D depth PNG. Returns (H, W) float32 metres, 0 = no measurement.
+
+    Raises:
+        UserError: missing, damaged, not 16-bit, or without a single measurement.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            mode, raw = image.mode, np.asarray(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: depth image cannot be read ({error})") from error
+    # Pillow opens 16-bit grey PNGs as I;16 (older ones as I); anything else lost the depth on its way here.
+    if mode not in ("I;16", "I;16B", "I"):
+        raise UserError(f"{path}: expected a 16-bit depth PNG, found mode {mode} ({8 * raw.dtype.itemsize}-bit)")
+    depth_m = decode_depth(raw.astype(np.uint16))
+    if not depth_m.any():
+        raise UserError(f"{path}: all depth pixels are zero (no measurement)")
+    return depth_m
+
+
+def encode_depth(depth_m: np.ndarray, *, encoding: str, intrinsics: np.ndarray, tilt: np.ndarray) -> np.ndarray:
+    """Three channels for a vision tower that was pretrained on RGB.
+
+    Every encoding has a fixed metric range: no per-image minimum and maximum, so that a wall three metres away looks the
+    same in every frame.
+
+    Args:
+        depth_m: (H, W) float32 metres, 0 = no measurement.
+        encoding: a key of `ENCODINGS`.
+        intrinsics: (3, 3) of the same image, pixels.
+        tilt: (3, 3) rotation from the camera to the gravity frame.
+
+    Returns:
+        (H, W, 3) float32 in [0, 1]; nan = no measurement. The holes stay nan until the image has been resized (see
+        `dataset.processor`), so that no interpolation mixes them with depth.
+
+    Raises:
+        UserError: unknown encoding.
+    """
+    if encoding not in ENCODINGS:
+        raise UserError(f"--depth_encoding {encoding}: choose one of {', '.join(ENCODINGS)}")
+    holes = depth_m == 0
+    clipped = np.clip(np.where(holes, np.nan, depth_m), MIN_DEPTH_M, MAX_DEPTH_M)
+    channels = ENCODINGS[encoding](clipped, intrinsics, tilt).astype(np.float32)
+    channels[holes] = np.nan
+    return channels
+
+
+def unproject(depth_m: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
+    """(H, W) depth -> (H, W, 3) points in the camera frame, metres; nan stays nan."""
+    rows, columns = np.indices(depth_m.shape, dtype=np.float32)
+    x = (columns - intrinsics[0, 2]) / intrinsics[0, 0]
+    y = (rows - intrinsics[1, 2]) / intrinsics[1, 1]
+    return np.stack([x * depth_m, y * depth_m, depth_m], axis=-1)
+
+
+def surface_normals(points: np.ndarray) -> np.ndarray:
+    """(H, W, 3) unit normals of a point image, turned towards the camera; straight at it where a neighbour is missing."""
+    across = _central_difference(points, axis=1)
+    down = _central_difference(points, axis=0)
+    normals = np.cross(across, down)
+    length = np.linalg.norm(normals, axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        normals = normals / length
+    normals = np.where(np.isfinite(normals), normals, np.array([0.0, 0.0, -1.0]))
+    return np.where(normals[..., 2:] > 0, -normals, normals)
+
+
+def _central_difference(values: np.ndarray, *, axis: int) -> np.ndarray:
+    pad = [(0, 0)] * values.ndim
+    pad[axis] = (1, 1)
+    padded = np.pad(values, pad, mode="edge")
+    ahead, behind = [slice(None)] * values.ndim, [slice(None)] * values.ndim
+    ahead[axis], behind[axis] = slice(2, None), slice(None, -2)
+    return padded[tuple(ahead)] - padded[tuple(behind)]
+
+
+def _log(depth_m: np.ndarray) -> np.ndarray:
+    return np.log(depth_m / MIN_DEPTH_M) / np.log(MAX_DEPTH_M / MIN_DEPTH_M)
+
+
+def _inverse(depth_m: np.ndarray) -> np.ndarray:
+    return (1 / depth_m - 1 / MAX_DEPTH_M) / (1 / MIN_DEPTH_M - 1 / MAX_DEPTH_M)
+
+
+def _repeated(channel: np.ndarray) -> np.ndarray:
+    return np.repeat(channel[..., None], 3, axis=-1)
+
+
+def _metric_log3(depth_m: np.ndarray, intrinsics: np.ndarray, tilt: np.ndarray) -> np.ndarray:
+    """Log depth (constant relative resolution), inverse depth (near field), height against the camera (what is floor)."""
+    y_down = unproject(depth_m, intrinsics) @ tilt[1].astype(np.float32)
+    height = 0.5 - np.clip(y_down / HEIGHT_RANGE_M, -1, 1) / 2
+    return np.stack([_log(depth_m), _inverse(depth_m), height], axis=-1)
+
+
+def _grey(depth_m: np.ndarray, intrinsics: np.ndarray, tilt: np.ndarray) -> np.ndarray:
+    return _repeated(depth_m / MAX_DEPTH_M)
+
+
+def _inverse3(depth_m: np.ndarray, intrinsics: np.ndarray, tilt: np.ndarray) -> np.ndarray:
+    return _repeated(_inverse(depth_m))
+
+
+def _turbo(depth_m: np.ndarray, intrinsics: np.ndarray, tilt: np.ndarray) -> np.ndarray:
+    return colormaps["turbo"](_log(depth_m))[..., :3]
+
+
+def _normals(depth_m: np.ndarray, intrinsics: np.ndarray, tilt: np.ndarray) -> np.ndarray:
+    return surface_normals(unproject(depth_m, intrinsics)) / 2 + 0.5
+
+
+def _hha(depth_m: np.ndarray, intrinsics: np.ndarray, tilt: np.ndarray) -> np.ndarray:
+    """Horizontal disparity, height above the lowest visible surface, angle between normal and gravity (Gupta et al. 2014)."""
+    points = unproject(depth_m, intrinsics)
+    y_down = points @ tilt[1].astype(np.float32)
+    floor = np.nanpercentile(y_down, 99)  # the maximum would be one noisy pixel
+    height = np.clip((floor - y_down) / (2 * HEIGHT_RANGE_M), 0, 1)
+    upwards = -(surface_normals(points) @ tilt[1])
+    return np.stack([_inverse(depth_m), height, np.arccos(np.clip(upwards, -1, 1)) / np.pi], axis=-1)
+
+
+def _seed(depth_m: np.ndarray, intrinsics: np.ndarray, tilt: np.ndarray) -> np.ndarray:
+    """Log depth with its Prewitt gradient: magnitude and direction as the two components of one vector.
+
+    An angle would wrap at +-pi and mean nothing where the gradient is zero; as a vector of length tanh(magnitude) it does
+    neither. Pixels beside a hole have no gradient.
+    """
+    log_depth = np.log(depth_m)
+    gradient = np.stack([ndimage.prewitt(log_depth, axis=a) for a in (1, 0)], axis=-1) / 6  # per pixel
+    gradient = np.where(np.isfinite(gradient), gradient, 0)
+    length = np.linalg.norm(gradient, axis=-1, keepdims=True)
+    vector = gradient / np.maximum(length, 1e-12) * np.tanh(length / GRADIENT_SCALE)
+    return np.concatenate([_log(depth_m)[..., None], vector / 2 + 0.5], axis=-1)
+
+
+ENCODINGS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    "metric_log3": _metric_log3,
+    "grey": _grey,
+    "inverse": _inverse3,
+    "turbo": _turbo,
+    "normals": _normals,
+    "hha": _hha,
+    "seed": _seed,
+}

@@ -1,0 +1,374 @@
+"""The miniature world: rendered rooms, written as a SUN RGB-D tree that the rest of the code reads like the real one.
+
+    python dataset/miniature/world.py [--root DIR] [--train N] [--val N] [--test N] [--seed N]
+
+Folders, file formats, encodings and annotation layers follow the real data set, and so, in moderation, do its quirks:
+different stems for image and depth, collections two levels deeper, names with suffixes and synonyms, null objects, objects
+that fall apart into several polygons. Each sensor has its own noise and holes. Every room is seen once; the one to three
+frames of a recording stay in one split.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, data_root, progress, run_script, write_json  # first: loads .env
+
+# isort: split
+import argparse
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from contourpy import contour_generator
+from PIL import Image
+from scipy import ndimage
+from scipy.io import savemat
+
+from dataset.corruptions import hole_filled, sensor_noise
+from dataset.depth import encode_sunrgbd, unproject
+from dataset.miniature.renderer import RoomObject, View, render_room
+
+TRAIN, VAL, TEST = 5000, 400, 600
+MARKER, UNFINISHED = "world.json", "unfinished.json"
+# Other code makes other rooms or other questions, so its digest is part of a world's settings.
+ROOM_CODE = ("corruptions.py", "miniature/renderer.py", "miniature/world.py")
+QUESTION_CODE = ("annotations.py", "nouns.json", "prepare_sunrgbd.py", "questions.py")
+# Shares as in the real data set, where every collection but realsense/lg and realsense/sa occurs in every split.
+COLLECTIONS = {
+    "kv1/NYUdata": 0.14,
+    "kv1/b3dodata": 0.06,
+    "kv2/kinect2data": 0.36,
+    "realsense/lg": 0.06,
+    "realsense/sa": 0.05,
+    "xtion/sun3ddata": 0.33,
+}
+SYNONYMS = {
+    "bed": ("Bed", "bed1"),
+    "sofa": ("couch", "Sofa"),
+    "chair": ("chair2", "Chair", "woodenchair"),
+    "table": ("Table", "table1"),
+    "cabinet": ("cupboard", "wardrobe", "cabinet_"),
+    "lamp": ("lamp#2", "Lamp"),
+    "bin": ("garbage_bin", "trashcan", "dustbin"),
+    "ball": ("Ball", "ball2"),
+}
+SYNONYM_SHARE = 0.12
+NULL_SHARE = 0.1  # frames with a null among the 3D objects
+MIN_POLYGON_PX = 12  # a smaller sliver of an object is left out, as an annotator would
+JPEG_QUALITY = 92
+PNG_LEVEL = 1  # noise hardly compresses: the default level takes three times as long for 5 % less
+
+
+class _Room(NamedTuple):
+    path: str  # SUNRGBD/kv1/NYUdata/NYU0001
+    split: str
+    seed: int  # of the renderer
+    number: int  # of the frame within its collection
+
+    @property
+    def sensor(self) -> str:
+        return self.path.split("/")[1]
+
+
+def ensure_world(
+    root: Path, *, train: int = TRAIN, val: int = VAL, test: int = TEST, seed: int = 0, workers: int | None = None
+) -> Path:
+    """Build the world with its questions below `root` unless the same one is there already; returns `root`.
+
+    An interrupted build is continued. A world of other sizes, another seed or older code is replaced; when only the code of
+    the questions changed, they are asked again about the same rooms. Processes that call this together wait for each other.
+
+    Raises:
+        UserError: `root` holds something that is not a miniature world, or a size is not positive.
+    """
+    from dataset.prepare_sunrgbd import build_csv_data  # here: that script imports this one for its --miniature flag
+
+    root = root.resolve()
+    rooms = {"train": train, "val": val, "test": test, "seed": seed, "code": _digest(ROOM_CODE)}
+    settings = {"rooms": rooms, "questions": _digest(QUESTION_CODE)}
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(root.parent):
+        found = _settings(root / MARKER)
+        if found != settings and found.get("rooms") == rooms:
+            build_csv_data(root, seed=seed, workers=workers)
+            write_json(root / MARKER, settings)
+        elif found != settings:
+            if root.exists() and any(root.iterdir()) and not (root / MARKER).is_file():
+                raise UserError(f"{root}: not empty and not a miniature world; choose another folder or remove it")
+            part = _unfinished(root, settings)
+            write_world(part, train=train, val=val, test=test, seed=seed, workers=workers)
+            build_csv_data(part, seed=seed, workers=workers)
+            (part / UNFINISHED).rename(part / MARKER)
+            shutil.rmtree(root, ignore_errors=True)
+            part.rename(root)
+    return root
+
+
+def _unfinished(root: Path, settings: dict) -> Path:
+    """The folder beside `root` in which the world grows, emptied unless it was begun with the same settings."""
+    part = root.with_name(f"{root.name}.part")
+    if _settings(part / UNFINISHED) != settings:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        write_json(part / UNFINISHED, settings)
+    return part
+
+
+def write_world(root: Path, *, train: int, val: int, test: int, seed: int, workers: int | None = None) -> None:
+    """Render and write the frames that are missing below `root`, and the official split file.
+
+    The bytes depend on sizes and seed, not on the number of `workers` (processes; default: one per core). Room i of a
+    split is the same whatever the sizes.
+
+    Raises:
+        UserError: a size is not positive.
+    """
+    rooms = _plan({"train": train, "val": val, "test": test}, seed)
+    written = _parallel(partial(_write_room, root), rooms, workers or os.cpu_count() or 1)
+    for _ in progress(written, total=len(rooms), label="miniature world: rooms"):
+        pass
+    _write_split(root, rooms)
+
+
+def _digest(names: tuple[str, ...]) -> str:
+    return hashlib.sha256(b"".join((ROOT / "dataset" / name).read_bytes() for name in names)).hexdigest()[:16]
+
+
+def _settings(path: Path) -> dict:
+    """What a world was built with; empty when there is none, or none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _parallel(function: Callable, items: list, workers: int) -> Iterable:
+    if workers == 1:
+        yield from map(function, items)
+        return
+    # Fork where it exists: a spawned worker would import the calling script, and with it torch, just to render rooms.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method)) as pool:
+        yield from pool.map(function, items, chunksize=8)
+
+
+def _plan(sizes: dict[str, int], seed: int) -> list[_Room]:
+    """Every frame's place in the tree and the seed of its room."""
+    rooms, numbers, recordings = [], Counter(), Counter()
+    for rank, (split, count) in enumerate(sizes.items()):
+        if count < 1:
+            raise UserError(f"--{split} {count}: at least one room is needed")
+        in_split = Counter()
+        for i in range(count):
+            collection = _collection(i)
+            # Recordings of one, two and three frames; the first frame of a split always starts a new one.
+            recordings[collection] += in_split[collection] % 6 in (0, 1, 3)
+            in_split[collection] += 1
+            numbers[collection] += 1
+            path = _frame_path(collection, numbers[collection], recordings[collection])
+            rooms.append(_Room(path, split, (seed * 10 + rank) * 10_000_000 + i, numbers[collection]))
+    return rooms
+
+
+def _collection(i: int) -> str:
+    """Spread the collections evenly over a split: golden-ratio steps through their cumulative shares."""
+    edges = np.cumsum(list(COLLECTIONS.values()))
+    return list(COLLECTIONS)[np.searchsorted(edges, (i + 1) * 0.6180339887 % 1 * edges[-1], side="right")]
+
+
+def _frame_path(collection: str, number: int, recording: int) -> str:
+    # The day is what tells recordings of kv2 and realsense apart, in the real tree as here.
+    taken = datetime(2014, 1, 1, 9) + timedelta(days=recording, seconds=37 * (number % 600))
+    names = {
+        "kv1/NYUdata": f"NYU{number:04d}",
+        "kv1/b3dodata": f"img_{number:04d}",
+        "kv2/kinect2data": f"{number:06d}_{taken:%Y-%m-%d_%H-%M-%S}_260595134347_rgbf{number % 200:06d}-resize",
+        "realsense/lg": f"{taken:%Y_%m_%d-%H_%M_%S}-1311000073",
+        "realsense/sa": f"{taken:%Y_%m_%d-%H_%M_%S}-1311000041",
+        "xtion/sun3ddata": f"home_{recording // 4:03d}/scan{recording % 4 + 1}/{number:07d}-{33369 * number:012d}",
+    }
+    return f"SUNRGBD/{collection}/{names[collection]}"
+
+
+def _stems(room: _Room) -> tuple[str, str]:
+    """File names of image and depth without ending; they differ in the same two collections as in the real tree."""
+    name = room.path.split("/")[-1]
+    if "b3dodata" in room.path:
+        return name, f"{name}_abs"
+    if "sun3ddata" in room.path:
+        return name, f"{room.number + 1:07d}-{33369 * room.number + 12938:012d}"
+    return name, name
+
+
+def _write_room(root: Path, room: _Room) -> None:
+    """Write one frame folder, whole or not at all; a folder that is there already stays."""
+    folder = root / room.path
+    if folder.is_dir():
+        return
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    view = render_room(room.seed)
+    rng = np.random.default_rng([room.seed, 2])
+    depth_m = sensor_noise(view.depth_m, room.sensor, rng)
+    rgb_stem, depth_stem = _stems(room)
+    _save(part / "image" / f"{rgb_stem}.jpg", view.rgb, quality=JPEG_QUALITY)
+    _save(part / "depth" / f"{depth_stem}.png", encode_sunrgbd(depth_m), compress_level=PNG_LEVEL)
+    _save(part / "depth_bfx" / f"{depth_stem}.png", encode_sunrgbd(hole_filled(depth_m)), compress_level=PNG_LEVEL)
+    extrinsics = f"2014{room.number % 12 + 1:02d}15210114.txt"
+    _write(part / "intrinsics.txt", _matrix(view.intrinsics))
+    _write(part / "extrinsics" / extrinsics, _matrix(np.hstack([view.tilt, np.zeros((3, 1))])))
+    _write(part / "scene.txt", view.scene)
+    for layer, content in _annotations(view, rng).items():
+        header = {"date": "Fri, 10 Jul 2015 13:01:37 GMT", "name": f"{room.path}/{layer}/index.json"}
+        footer = {"extrinsics": extrinsics, "conflictList": [None], "fileList": [f"{rgb_stem}.jpg"]}
+        _write(part / layer / "index.json", json.dumps(header | content | footer))
+    part.rename(folder)
+
+
+def _save(path: Path, pixels: np.ndarray, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _matrix(values: np.ndarray) -> str:
+    return "".join(" ".join(f"{value:.6f}" for value in row) + "\n" for row in values)
+
+
+def _annotations(view: View, rng: np.random.Generator) -> dict[str, dict]:
+    """`frames` and `objects` of the three annotation layers."""
+    masks = [view.object_ids == index for index in range(len(view.objects))]
+    outlines = [_outlines(mask) for mask in masks]
+    polygons = [{**points, "object": i} for i, parts in enumerate(outlines) for points in parts]
+    names = [{"name": _name_2d(thing.noun, rng)} for thing in view.objects]
+    for name, mask in _structure(view).items():
+        polygons += [{**points, "object": len(names)} for points in _outlines(mask)[:1]]
+        names.append({"name": name})
+    boxes = [
+        {"name": _name_3d(thing.noun, mask, len(parts)), "polygon": [_box(thing)]}
+        for thing, mask, parts in zip(view.objects, masks, outlines, strict=True)
+    ]
+    rectangles = [{**_rectangle(mask), "object": i, "rect": 1} for i, mask in enumerate(masks)]
+    with_null = list(boxes)
+    if rng.random() < NULL_SHARE:
+        with_null.insert(int(rng.integers(len(boxes) + 1)), None)
+    return {
+        "annotation2Dfinal": {"frames": [{"polygon": polygons}], "objects": names},
+        "annotation2D3D": {"frames": [{"polygon": rectangles}], "objects": boxes},
+        "annotation3Dfinal": {"frames": [{}], "objects": with_null},
+    }
+
+
+def _outlines(mask: np.ndarray) -> list[dict[str, list[int]]]:
+    """Outer contours of the connected parts through their border pixels, largest first: [{"x": [...], "y": [...]}]."""
+    labels, _ = ndimage.label(mask)
+    parts = [(labels[window] == label, window) for label, window in enumerate(ndimage.find_objects(labels), 1)]
+    parts.sort(key=lambda part: -np.count_nonzero(part[0]))
+    outlines = []
+    for part, (rows, columns) in parts:
+        if outlines and np.count_nonzero(part) < MIN_POLYGON_PX:
+            break
+        lines = contour_generator(z=np.pad(part, 1).astype(float)).lines(0.75)
+        outer = max(lines, key=lambda line: np.ptp(line, axis=0).sum())
+        # A level above 0.5 rounds to the pixels inside; the padding shifted them by one.
+        x, y = (np.rint(outer[:-1]).astype(int) - 1 + [columns.start, rows.start]).T.tolist()
+        outlines.append({"x": x, "y": y})
+    return outlines
+
+
+def _structure(view: View) -> dict[str, np.ndarray]:
+    """Floor and wall, which the annotators outlined as well."""
+    y_down = unproject(view.depth_m, view.intrinsics) @ view.tilt[1]
+    room = view.object_ids < 0
+    floor = room & (y_down > max(thing.y_max for thing in view.objects) - 0.02)
+    found = {"floor": floor, "wall": room & ~floor}
+    return {name: mask for name, mask in found.items() if mask.sum() >= MIN_POLYGON_PX}
+
+
+def _name_2d(noun: str, rng: np.random.Generator) -> str:
+    return str(rng.choice(SYNONYMS[noun])) if rng.random() < SYNONYM_SHARE else noun
+
+
+def _name_3d(noun: str, mask: np.ndarray, parts: int) -> str:
+    """The 3D annotators marked what they could not see whole, and wrote `garbage_bin`."""
+    name = "garbage_bin" if noun == "bin" else noun
+    if mask[[0, -1]].any() or mask[:, [0, -1]].any():
+        return f"{name}:truncated"
+    return f"{name}:occluded" if parts > 1 else name
+
+
+def _rectangle(mask: np.ndarray) -> dict[str, list[int]]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    left, right, top, bottom = (int(v) for v in (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1))
+    return {"x": [left, left, right, right], "y": [top, bottom, bottom, top]}
+
+
+def _box(thing: RoomObject) -> dict:
+    x, z = np.round(thing.corners_xz, 4).T.tolist()
+    return {"Ymin": round(thing.y_min, 4), "Ymax": round(thing.y_max, 4), "rectangle": 1, "X": x, "Z": z}
+
+
+def _write_split(root: Path, rooms: list[_Room]) -> None:
+    """allsplit.mat: the cell arrays and the struct of the official toolbox, with its absolute paths."""
+
+    def cells(*splits: str) -> np.ndarray:
+        found = [f"/data1/{room.path}" for room in rooms if room.split in splits]
+        return np.array(found, dtype=object)[None]
+
+    path = root / "SUNRGBDtoolbox" / "traintestSUNRGBD" / "allsplit.mat"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trainval = {"train": cells("train"), "val": cells("val")}
+    savemat(path, {"alltrain": cells("train", "val"), "alltest": cells("test"), "trainvalsplit": trainval})
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--root", type=Path, help="folder that will contain SUNRGBD/ (default: where --miniature looks)"
+    )
+    parser.add_argument("--train", type=int, default=TRAIN, help="rooms (default: %(default)s)")
+    parser.add_argument("--val", type=int, default=VAL, help="rooms (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=TEST, help="rooms (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another world (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build the world and say where it is."""
+    root = args.root or data_root(miniature=True)
+    root = ensure_world(root, train=args.train, val=args.val, test=args.test, seed=args.seed, workers=args.workers)
+    print(f"miniature world: {root} (train {args.train}, val {args.val}, test {args.test}, seed {args.seed})")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,223 @@
+"""Build the question files of a SUN RGB-D tree.
+
+Reads   ROOT_DATA_DIR/SUNRGBD (pictures and annotations) and the official split in ROOT_DATA_DIR/SUNRGBDtoolbox
+Writes  ROOT_DATA_DIR/SUNRGBD/csv_data/{train,val,test}_dataset.csv, and questions.json, which says how they were made
+
+    python dataset/prepare_sunrgbd.py            # build
+    python dataset/prepare_sunrgbd.py --check    # write nothing, list every frame that cannot be used
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, data_root, progress, run_script, write_json
+
+# isort: split
+import argparse
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dataset.annotations import frame_nouns, frame_objects
+from dataset.miniature.world import ensure_world
+from dataset.questions import (
+    ANSWER_SHARE,
+    GENERATOR_VERSION,
+    MARGINS,
+    Question,
+    QuestionRow,
+    frame_candidates,
+    select_questions,
+    write_questions,
+)
+from dataset.sunrgbd import Frame, find_frames, official_split
+
+SPLITS = ("train", "val", "test")
+VOCABULARY_FRAMES = 1000  # frames whose nouns may be asked about when they are absent
+
+
+class FrameReport(NamedTuple):
+    """What one frame gave: its candidate questions, or why it cannot be used."""
+
+    questions: list[Question]
+    drops: Counter  # annotations that were left out, by reason
+    failure: str  # empty when the frame can be used
+
+
+def build_csv_data(
+    root: Path, *, seed: int = 0, workers: int | None = None, train_per_frame: int = 2, eval_per_frame: int = 8
+) -> dict[str, Any]:
+    """Write the question files of all splits, and `questions.json` beside them.
+
+    Args:
+        root: ROOT_DATA_DIR.
+        seed: decides which questions are kept; the number of workers does not.
+        workers: processes; default: one per core.
+        train_per_frame: questions per training frame at most; the published data set has one to two.
+        eval_per_frame: the same for val and test.
+
+    Returns:
+        What `questions.json` holds: version, seed, margins; questions per split, type and sensor; what was left out and why.
+
+    Raises:
+        UserError: no frame, no official split, or not a single question.
+    """
+    frames, unusable = find_frames(root)
+    split = official_split(root, frames)
+    listed = [frame for frame in frames if frame.path in split]
+    reports = list(read_frames(listed, seed=seed, workers=workers))
+    usable = [(frame, report.questions) for frame, report in zip(listed, reports, strict=True) if not report.failure]
+    unusable += [(frame.path, report.failure) for frame, report in zip(listed, reports, strict=True) if report.failure]
+    rows = {}
+    for number, name in enumerate(SPLITS):
+        candidates = [(frame, questions) for frame, questions in usable if split[frame.path] == name]
+        per_frame = train_per_frame if name == "train" else eval_per_frame
+        rows[name] = select_questions(candidates, seed=seed + number, per_frame=per_frame)
+    if not any(rows.values()):
+        raise UserError(f"{root / 'SUNRGBD'}: no question can be asked about its {len(usable)} usable frames")
+    summary = {
+        "generator_version": GENERATOR_VERSION,
+        "seed": seed,
+        "per_frame": {"train": train_per_frame, "val": eval_per_frame, "test": eval_per_frame},
+        "margins": MARGINS,
+        "largest_answer_share": ANSWER_SHARE,
+        "frames": dict(Counter(split[frame.path] for frame, _ in usable)),
+        "frames_outside_the_official_split": len(frames) - len(listed),
+        "questions": {name: _counts(rows[name]) for name in SPLITS},
+        "dropped_annotations": dict(sum((report.drops for report in reports), Counter()).most_common()),
+        "unusable_frames": dict(sorted(unusable)),
+    }
+    folder = root / "SUNRGBD" / "csv_data"
+    for name in SPLITS:
+        write_questions(folder / f"{name}_dataset.csv", rows[name])
+    write_json(folder / "questions.json", summary)
+    return summary
+
+
+def read_frames(frames: Sequence[Frame], *, seed: int, workers: int | None = None) -> Iterator[FrameReport]:
+    """One report per frame, in their order; pictures are read in `workers` processes and dropped there."""
+    read = partial(read_frame_questions, seed=seed, vocabulary=_vocabulary(frames))
+    label = "reading annotations"
+    workers = workers or os.cpu_count() or 1
+    if workers == 1:
+        yield from progress(map(read, frames), total=len(frames), label=label)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from progress(pool.map(read, frames, chunksize=16), total=len(frames), label=label)
+
+
+def _vocabulary(frames: Sequence[Frame]) -> list[str]:
+    """The nouns of evenly spaced frames: to ask for what no room of the data set has would give the answer away."""
+    sample = frames[:: max(1, len(frames) // VOCABULARY_FRAMES)]
+    return sorted(set().union(*map(frame_nouns, sample)))
+
+
+def read_frame_questions(frame: Frame, *, seed: int, vocabulary: Collection[str]) -> FrameReport:
+    """Read a frame's annotations and pictures and ask what can be asked."""
+    drops: Counter = Counter()
+    digest = hashlib.sha256(frame.path.encode()).digest()
+    rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])  # independent of the other frames
+    try:
+        instances, unsure = frame_objects(frame, drops)
+        rgb = _read_rgb(frame.root / frame.image_path)
+        if instances and instances[0].mask.shape != rgb.shape[:2]:
+            raise UserError(f"{frame.path}: RGB is {rgb.shape[:2]} and depth {instances[0].mask.shape} pixels")
+    except UserError as error:
+        return FrameReport([], drops, str(error))
+    return FrameReport(frame_candidates(instances, rgb=rgb, rng=rng, unsure=unsure, vocabulary=vocabulary), drops, "")
+
+
+def _read_rgb(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: image cannot be read ({error})") from error
+
+
+def _counts(rows: Sequence[QuestionRow]) -> dict[str, Any]:
+    """Number of questions, and how they spread over types, sensors and both."""
+    return {
+        "all": len(rows),
+        "images": len({row.image_path for row in rows}),
+        "types": dict(Counter(row.type for row in rows).most_common()),
+        "sensors": dict(Counter(row.sensor for row in rows).most_common()),
+        "types_by_sensor": dict(sorted(Counter(f"{row.sensor} {row.type}" for row in rows).items())),
+    }
+
+
+def check_tree(root: Path, *, workers: int | None = None) -> None:
+    """Print every frame that cannot be used, with its reason.
+
+    Raises:
+        UserError: there is one, or the official split is missing.
+    """
+    frames, unusable = find_frames(root)
+    split = official_split(root, frames)
+    reports = zip(frames, read_frames(frames, seed=0, workers=workers), strict=True)
+    unusable += [(frame.path, report.failure) for frame, report in reports if report.failure]
+    for path, reason in sorted(unusable):
+        print(f"{path}: {reason}")
+    sensors = Counter(frame.sensor for frame in frames)
+    print(f"{len(frames)} frames ({', '.join(f'{name} {n}' for name, n in sorted(sensors.items()))}); split: ", end="")
+    print(", ".join(f"{name} {n}" for name, n in sorted(Counter(split.values()).items())) or "none listed")
+    if unusable:
+        raise UserError(f"{root / 'SUNRGBD'}: {len(unusable)} frames cannot be used, listed above with the reason")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--root", type=Path, default=None, help="folder that contains SUNRGBD (default: ROOT_DATA_DIR of .env)")
+    add("--miniature", action="store_true", help="use the built-in world; builds it where it is missing")
+    add("--check", action="store_true", help="list the frames that cannot be used and write nothing")
+    add("--workers", type=int, default=None, help="processes (default: one per core)")
+    add("--seed", type=int, default=0, help="decides which questions are kept")
+    add("--train_per_frame", type=int, default=2, help="questions per training frame at most")
+    add("--eval_per_frame", type=int, default=8, help="questions per val or test frame at most")
+    args = parser.parse_args(argv)
+    if args.root and args.miniature:
+        parser.error("--root and --miniature name two data sets; give one")
+    for flag in ("workers", "train_per_frame", "eval_per_frame"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: give at least 1")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: give 0 or more")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Check the tree, or build the question files and say what came out."""
+    root = args.root.expanduser().resolve() if args.root else data_root(args.miniature)
+    if args.miniature:
+        ensure_world(root, workers=args.workers)
+    if args.check:
+        check_tree(root, workers=args.workers)
+        return
+    summary = build_csv_data(
+        root,
+        seed=args.seed,
+        workers=args.workers,
+        train_per_frame=args.train_per_frame,
+        eval_per_frame=args.eval_per_frame,
+    )
+    for name, counts in summary["questions"].items():
+        types = ", ".join(f"{kind} {n}" for kind, n in counts["types"].items())
+        print(f"{name}: {counts['all']} questions about {counts['images']} images ({types})")
+    if summary["unusable_frames"]:
+        print(f"{len(summary['unusable_frames'])} frames cannot be used; --check lists them")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

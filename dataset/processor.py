@@ -1,0 +1,116 @@
+"""One image + text processor for RGB and depth: the stock LLaVA-OneVision one, without video, able to take float images."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_utils import PILImageResampling
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+
+from utils import UserError, hf_token, write_json
+
+IMAGE_TOKENS = ("anyres", "one_tile")
+
+
+class FloatImageProcessor(LlavaOnevisionImageProcessorPil):
+    """The stock image processor (PIL backend on every machine) that also resizes float images with holes.
+
+    An 8-bit image takes the stock path. A float image holds values of 0..255 with nan for holes: it is resized channel by
+    channel, a hole never bleeds into its neighbours, and a target pixel that is mostly hole becomes 0.
+    """
+
+    def resize(self, image: np.ndarray, size, resample=None, **kwargs) -> np.ndarray:
+        """(C, H, W) -> (C, h, w); see the class."""
+        if image.dtype == np.uint8:
+            return super().resize(image, size, resample, **kwargs)
+        return np.stack([_resize_with_holes(channel, size.height, size.width) for channel in image])
+
+
+def _resize_with_holes(channel: np.ndarray, height: int, width: int) -> np.ndarray:
+    valid = np.isfinite(channel)
+    if (height, width) == channel.shape:
+        return np.where(valid, channel, np.float32(0))
+    # Bilinear (an area average when shrinking) of values and of their validity, then their ratio. Not bicubic: its
+    # negative lobes invent depth beside an edge.
+    weight, values = (
+        np.asarray(Image.fromarray(plane.astype(np.float32)).resize((width, height), PILImageResampling.BILINEAR))
+        for plane in (valid, np.where(valid, channel, 0))
+    )
+    return np.where(weight > 0.5, values / np.maximum(weight, 1e-6), np.float32(0))
+
+
+class ImageTextProcessor(LlavaOnevisionProcessor):
+    """LlavaOnevisionProcessor without its video part, whose import check needs torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Names of the parts that are loaded and saved."""
+        return ["image_processor", "tokenizer"]
+
+    def pixels(self, images: list[np.ndarray], *, image_tokens: str) -> dict[str, torch.Tensor]:
+        """The image arguments of the model for a batch with one image per sequence.
+
+        Args:
+            images: each (H, W, 3), uint8 RGB or float32 in [0, 1] with nan for holes.
+            image_tokens: "anyres" = tiles of the best-fitting grid and an overview; "one_tile" = the padded image only.
+
+        Returns:
+            pixel_values (B, tiles, 3, S, S) float32, image_sizes (B, 2) and batch_num_images, which tells the model how
+            many tiles to expect.
+        """
+        arrays = [image if image.dtype == np.uint8 else image * np.float32(255) for image in images]
+        one_tile = image_tokens == "one_tile"
+        # The stock processor gives one tile per image when several images share a sequence; a lone one is given twice.
+        nested = [arrays if len(arrays) > 1 else arrays * 2] if one_tile else [[a] for a in arrays]
+        out = self.image_processor(nested, return_tensors="pt", do_convert_rgb=False, input_data_format="channels_last")
+        return {
+            "pixel_values": out["pixel_values"][: len(images)],
+            "image_sizes": out["image_sizes"][: len(images)],
+            "batch_num_images": torch.tensor([max(len(images), 2)]) if one_tile else out["batch_num_images"],
+        }
+
+    def count_image_tokens(self, height: int, width: int, *, image_tokens: str) -> int:
+        """Placeholders that an image of this size takes in the sequence."""
+        if image_tokens == "one_tile":
+            return self.num_image_tokens + 1  # the newline
+        size = self.image_processor.size
+        return self._get_number_of_features(height, width, size["height"], size["width"])
+
+
+def load_processor(name: str, *, revision: str | None = None) -> ImageTextProcessor:
+    """The processor of a hub model or a folder.
+
+    Raises:
+        UserError: nothing loadable there, or the stored settings do not fit LLaVA-OneVision.
+    """
+    try:
+        processor = ImageTextProcessor.from_pretrained(
+            name, revision=revision, token=hf_token(), trust_remote_code=False, use_fast=False
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no LLaVA-OneVision processor can be loaded from there ({error})") from error
+    settings = processor.image_processor.to_dict()
+    settings = {key: value for key, value in settings.items() if not key.endswith("_type")}
+    processor.image_processor = FloatImageProcessor(**settings)
+    if not processor.num_image_tokens or not processor.chat_template:
+        raise UserError(f"{name}: processor_config lacks num_image_tokens or the chat template is missing")
+    return processor
+
+
+def save_processor(processor: ImageTextProcessor, folder: Path) -> None:
+    """Write tokenizer, chat template and settings so that stock transformers (and `load_processor`) read them.
+
+    The stored class names are the stock ones: with the names of this module, AutoProcessor would silently return a bare
+    tokenizer.
+    """
+    processor.save_pretrained(folder)
+    for path in folder.glob("*processor_config.json"):
+        text = path.read_text(encoding="utf-8")
+        text = text.replace("FloatImageProcessor", "LlavaOnevisionImageProcessor")
+        text = text.replace("ImageTextProcessor", "LlavaOnevisionProcessor")
+        write_json(path, json.loads(text))
+    path = folder / "tokenizer_config.json"
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"processor_class": "LlavaOnevisionProcessor"})

@@ -1,0 +1,129 @@
+"""Chat prompts, the answer mask, and several questions of one image in one sequence.
+
+A packed sequence is one image prefix followed by K question/answer blocks. A block sees the prefix and itself, never
+another block, and its position ids continue from the prefix, so that every block computes exactly what it would compute
+as a sequence of its own (tests/test_prompts.py compares loss and gradients).
+
+    segment   -1 -1 | 0 0 0 0 0 0 | 1 1 1 1 | 2 2 2 2 2        -1 = padding, 0 = image prefix, k = block k
+    position   0  0 | 0 1 2 3 4 5 | 6 7 8 9 | 6 7 8 9 10
+
+Padding is on the left, so that the last position of every row is a real one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dataset.processor import ImageTextProcessor
+
+IGNORE = -100  # label of a position that is no training target
+PADDING_SEGMENT, PREFIX_SEGMENT = -1, 0
+
+
+@dataclass(frozen=True)
+class PackedPrompt:
+    """Token ids, labels and segments of one image with its questions, each a list of the same length T."""
+
+    input_ids: list[int]
+    labels: list[int]  # the token itself at answer and end-of-turn tokens, IGNORE elsewhere; not shifted
+    segments: list[int]
+    positions: list[int]
+
+
+def render_question(processor: ImageTextProcessor, question: str, *, with_image: bool) -> tuple[str, str]:
+    """The chat template's text before and after the image placeholder, up to where the answer starts.
+
+    Without an image (the blind condition) the first part is what comes before the question.
+    """
+    content = [{"type": "image"}] * with_image + [{"type": "text", "text": question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    marker = processor.image_token if with_image else question
+    head, _, tail = text.partition(marker)
+    return (head, tail) if with_image else (head, question + tail)
+
+
+def pack_questions(
+    processor: ImageTextProcessor,
+    questions: Sequence[str],
+    answers: Sequence[str] | None,
+    *,
+    n_image_tokens: int,
+) -> PackedPrompt:
+    """Token ids and labels of one image prefix with K question/answer blocks behind it.
+
+    Args:
+        processor: renders the chat template and tokenizes.
+        questions: K >= 1 questions about the image.
+        answers: K answers, or None for generation prompts that end where the answer starts.
+        n_image_tokens: image placeholders in the prefix; 0 = the model sees no image.
+    """
+    tokenize = processor.tokenizer
+    parts = [render_question(processor, question, with_image=n_image_tokens > 0) for question in questions]
+    prefix = tokenize(parts[0][0], add_special_tokens=False).input_ids + [processor.image_token_id] * n_image_tokens
+    end_of_turn = tokenize.convert_tokens_to_ids("<|im_end|>")
+    ids, labels = list(prefix), [IGNORE] * len(prefix)
+    segments, positions = [PREFIX_SEGMENT] * len(prefix), list(range(len(prefix)))
+    for k, (_, block_text) in enumerate(parts):
+        # The answer is tokenized apart from its prompt, as it is when the model generates it.
+        prompt = tokenize(block_text, add_special_tokens=False).input_ids
+        answer = [] if answers is None else tokenize(answers[k], add_special_tokens=False).input_ids + [end_of_turn]
+        ids += prompt + answer
+        labels += [IGNORE] * len(prompt) + answer
+        segments += [k + 1] * (len(prompt) + len(answer))
+        positions += range(len(prefix), len(prefix) + len(prompt) + len(answer))
+    return PackedPrompt(ids, labels, segments, positions)
+
+
+def collate_prompts(prompts: Sequence[PackedPrompt], *, pad_token_id: int) -> dict[str, Tensor]:
+    """Left-pad packed prompts to one length.
+
+    Returns:
+        input_ids, position_ids, labels: (B, T) int64; attention_mask: (B, 1, T, T) bool, True where row i may see column j.
+    """
+    length = max(len(prompt.input_ids) for prompt in prompts)
+
+    def padded(name: str, fill: int) -> Tensor:
+        rows = [[fill] * (length - len(row)) + list(row) for row in (getattr(prompt, name) for prompt in prompts)]
+        return torch.tensor(rows, dtype=torch.long)
+
+    return {
+        "input_ids": padded("input_ids", pad_token_id),
+        "position_ids": padded("positions", 0),
+        "labels": padded("labels", IGNORE),
+        "attention_mask": packed_attention_mask(padded("segments", PADDING_SEGMENT)),
+    }
+
+
+def packed_attention_mask(segments: Tensor) -> Tensor:
+    """Causal within the prefix and within each block; a block sees the prefix; padding sees padding only.
+
+    Padding rows keep themselves visible: a row without any visible column makes softmax return nan in some kernels.
+
+    Args:
+        segments: (B, T) int64, see the module's drawing.
+
+    Returns:
+        (B, 1, T, T) bool, True = may attend. Meant for sdpa; eager attention needs an additive float mask.
+    """
+    T = segments.shape[1]
+    own, other = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
+    visible = (own == other) | ((other == PREFIX_SEGMENT) & (own != PADDING_SEGMENT))
+    return (visible & causal)[:, None]
+
+
+def answer_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The one place of the causal shift: where the logits that predict answer tokens are, and what they should predict.
+
+    Args:
+        labels: (B, T), IGNORE outside of answers.
+
+    Returns:
+        keep (B, T) bool, True at positions whose next token is an answer token; targets (n,) int64, those tokens in
+        row-major order. The first token of a block is never an answer token, so no target crosses blocks.
+    """
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    keep = shifted != IGNORE
+    return keep, shifted[keep]

@@ -1,0 +1,201 @@
+"""Load student and teacher, LoRA, logits at answer positions. The only file that knows where things are in the model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from dataset.processor import ImageTextProcessor, save_processor
+from dataset.prompts import answer_targets
+from utils import ROOT, UserError, hf_token
+
+STUDENT_NAME = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
+TEACHER_NAME = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+MINIATURE_STUDENT = str(ROOT / "dataset" / "miniature" / "student")
+MINIATURE_TEACHER = str(ROOT / "dataset" / "miniature" / "teacher")
+
+
+def load_model(name: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None):
+    """The stock LlavaOnevisionForConditionalGeneration in train() mode, all parameters trainable.
+
+    Args:
+        name: hub id or folder.
+        dtype: of the weights; the checkpoints store float16, in which AdamW would round most updates away.
+        revision: commit or tag of a hub model.
+
+    Raises:
+        UserError: nothing loadable there, or weights are missing.
+    """
+    try:
+        model, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
+            name,
+            dtype=dtype,
+            revision=revision,
+            attn_implementation="sdpa",  # the packed mask is boolean, which eager attention would misread
+            token=hf_token(),
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no LLaVA-OneVision model can be loaded from there ({error})") from error
+    if report["missing_keys"]:
+        raise UserError(
+            f"{name}: {len(report['missing_keys'])} weights are missing, {sorted(report['missing_keys'])[0]}"
+        )
+    return model.train()
+
+
+def vision_tower(model: nn.Module) -> nn.Module:
+    """The SigLIP tower, with or without LoRA around the model."""
+    return _base(model).model.vision_tower
+
+
+def _base(model: nn.Module) -> LlavaOnevisionForConditionalGeneration:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def add_lora(model: nn.Module, *, rank: int, alpha: int) -> PeftModel:
+    """Freeze the model and put trainable low-rank adapters on every linear layer of its language model.
+
+    The projector is trained in full: it is small, and it is where the pictures enter the language model.
+
+    Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; adapters on all linear layers follow Dettmers et al. 2023,
+    https://arxiv.org/abs/2305.14314, section 4.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        modules_to_save=["multi_modal_projector"],
+    )
+    return get_peft_model(model, config)
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters of the vision tower, and all other trainable ones; every parameter in exactly one list."""
+    vision = {id(p) for p in vision_tower(model).parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [p for p in trainable if id(p) in vision], [p for p in trainable if id(p) not in vision]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; tied ones count once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def answer_logits(
+    model: nn.Module, text: Mapping[str, Tensor], images: Mapping[str, Tensor], *, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Next-token logits at the positions that predict answer tokens, and those tokens.
+
+    Only these n of B*T rows go through the output layer. Vocabularies are cropped to the tokenizer's length: the padding
+    rows behind it differ between the 0.5B (152,000) and the 7B (152,128) and mean nothing.
+
+    Args:
+        model: student or teacher.
+        text: input_ids, position_ids, labels (B, T) and attention_mask (B, 1, T, T) of a batch.
+        images: pixel_values, image_sizes, batch_num_images; empty for a blind model.
+        vocab_size: the tokenizer's length.
+
+    Returns:
+        logits (n, vocab_size) in the model's dtype and targets (n,) int64.
+    """
+    keep, targets = answer_targets(text["labels"])
+    logits = model(
+        input_ids=text["input_ids"],
+        position_ids=text["position_ids"],
+        attention_mask=text["attention_mask"],
+        logits_to_keep=keep,
+        use_cache=False,
+        **images,
+    ).logits
+    return logits[:, :vocab_size], targets
+
+
+def image_features(model: nn.Module, images: Mapping[str, Tensor]):
+    """The vision tower's output for a batch; `pooler_output` is a list with the (N, D) image tokens of each picture."""
+    return _base(model).get_image_features(**images, return_dict=True)
+
+
+def answers_right(logits: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+    """Per question: are all of its answer tokens the most likely ones, the end of the turn included?
+
+    Since the model is fed the gold answer, this is exactly when greedy decoding would produce that answer.
+
+    Args:
+        logits: (n, V) of `answer_logits`.
+        text: the batch's text.
+
+    Returns:
+        (number of questions,) bool.
+    """
+    keep, targets = answer_targets(text["labels"])
+    first = keep & ~torch.nn.functional.pad(keep[:, :-1], (1, 0), value=False)  # answers never touch each other
+    question = first.flatten().cumsum(0)[keep.flatten()] - 1
+    right = torch.ones(int(first.sum()), dtype=torch.int8, device=logits.device)
+    hits = (logits.argmax(-1) == targets).to(torch.int8)
+    return right.scatter_reduce(0, question, hits, reduce="amin").bool()
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint has to hold: everything, or with LoRA the adapters and the other trained weights only."""
+    state = model.state_dict()
+    if not isinstance(model, PeftModel):
+        return state
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: value for name, value in state.items() if name in trained}
+
+
+def load_trained_state(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) -> None:
+    """Put the weights of `trained_state` into a model built with the same settings.
+
+    Raises:
+        UserError: the checkpoint has too few, too many or differently shaped weights.
+    """
+    try:
+        report = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{origin}: the weights do not fit the model ({error})") from error
+    missing = set(report.missing_keys) & set(trained_state(model))
+    # A tied output layer is one tensor under two names and may be stored under either.
+    missing -= {"lm_head.weight"} if _base(model).config.tie_word_embeddings else set()
+    if missing or report.unexpected_keys:
+        raise UserError(
+            f"{origin}: the weights are of another model ({len(missing)} missing, {len(report.unexpected_keys)} unknown)"
+        )
+
+
+def restore_student(checkpoint: Mapping[str, Any], *, origin: str):
+    """The model of a checkpoint of ours: its pretrained weights, LoRA where it was used, and what was trained.
+
+    Raises:
+        UserError: the pretrained model cannot be loaded or the weights do not fit it.
+    """
+    recorded = checkpoint["hyper_parameters"]
+    model = load_model(recorded["student_name"])
+    if recorded.get("lora_rank"):
+        model = add_lora(model, rank=recorded["lora_rank"], alpha=recorded["lora_alpha"])
+    load_trained_state(model, student_state(checkpoint), origin=origin)
+    return model
+
+
+def student_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The student's weights out of a training checkpoint."""
+    state = checkpoint["state_dict"]
+    return {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
+
+
+def export_model(model: nn.Module, processor: ImageTextProcessor, folder: Path, *, dtype: torch.dtype = torch.float16):
+    """Write a Hugging Face folder that stock transformers loads; LoRA adapters are merged into the weights.
+
+    The model's weights are converted in place; call it when training is over.
+    """
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    model.to(dtype).save_pretrained(folder)
+    save_processor(processor, folder)

@@ -1,0 +1,559 @@
+"""Run plumbing that the experiments share: flags, run folders, checkpoints, callbacks, the Trainer.
+
+Models, losses, optimizer and schedule are not here: they are the experiment, and stand in its script.
+"""
+
+import argparse
+import dataclasses
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.io import CheckpointIO
+
+from dataset.datamodule import DEPTH_SOURCES, ImageSettings, SUNRGBDDataModule
+from dataset.depth import ENCODINGS
+from dataset.miniature.world import ensure_world
+from dataset.processor import IMAGE_TOKENS, ImageTextProcessor
+from distillation.models import count_parameters, export_model, load_trained_state, student_state, trained_state
+from utils import (
+    ROOT,
+    ProgressLine,
+    UserError,
+    atomic_path,
+    data_root,
+    duration,
+    git_commit,
+    outputs_root,
+    sha256,
+    write_json,
+)
+
+EXPERIMENTS = {  # --kd_model_type -> folder below distillation/
+    "baseline_depth": "baseline_depth",
+    "baseline_rgb05b": "baseline_rgb05b",
+    "baseline_rgb7b": "baseline_rgb7b",
+    "double_trouble": "knowledge_distillation7b_double_trouble/phase{phase}",
+    "feature_based": "knowledge_distillation7b_feature_based",
+    "logit_based": "knowledge_distillation7b_logit_based",
+}
+MINIATURE_DEFAULTS = dict(
+    batch_size=32,
+    accumulate_grad_batches=1,
+    max_epochs=2,
+    image_tokens="one_tile",
+    lr=1e-3,
+    vision_lr=1e-3,
+    num_workers=1,
+)
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def add_common_args(parser: argparse.ArgumentParser) -> None:
+    """The flags that every training script has, with the defaults for real SUN RGB-D."""
+    add = parser.add_argument
+    # data
+    add("--miniature", action="store_true", help="the built-in world and tiny models, with sizes that suit them")
+    add("--subset_percentage", type=float, default=1.0, help="share of the training images, in (0, 1]")
+    add("--questions_per_image", type=int, default=None, help="at most so many questions of an image per step (all)")
+    add(
+        "--augmentation",
+        action="store_true",
+        help="colour jitter on RGB, noise and holes on depth, shared crop and roll",
+    )
+    add("--image_tokens", choices=IMAGE_TOKENS, default="anyres", help="tiles of a grid, or one tile per picture")
+    add("--num_workers", type=int, default=4, help="data loading processes")
+    # optimisation
+    add("--batch_size", type=int, default=2, help="images per step and device")
+    add("--accumulate_grad_batches", type=int, default=16, help="steps per optimizer update")
+    add("--max_epochs", type=int, default=5)
+    add("--max_steps", type=int, default=-1, help="stop after so many optimizer updates (-1: --max_epochs decides)")
+    add("--lr", type=float, default=1e-5, help="peak learning rate")
+    add("--vision_lr", type=float, default=2e-6, help="peak learning rate of the vision tower")
+    add("--weight_decay", type=float, default=0.0)
+    add("--warmup_share", type=float, default=0.03, help="share of the updates in which the rate rises")
+    add("--gradient_clip", type=float, default=1.0, help="largest gradient norm; 0 = no clipping")
+    add("--seed", type=int, default=0)
+    # machine
+    add("--precision", default="auto", help="a Lightning precision; auto = bf16-mixed where the GPU can, else 32-true")
+    add("--accelerator", default="auto", help="a Lightning accelerator: auto, cpu, gpu, ...")
+    add("--devices", default="auto", help="a Lightning device list or count")
+    add("--strategy", default="auto", help="a Lightning strategy: auto, ddp, fsdp, ...")
+    # where from, where to
+    add(
+        "--load_checkpoint",
+        nargs="?",
+        const="best",
+        help="start from these weights; without a path: own best checkpoint",
+    )
+    add("--resume", help="continue an interrupted run exactly: auto (the newest, a new run if there is none) or a path")
+    add("--run_name", help="name of the run's folders (the time it started)")
+    add("--export", type=Path, help="write the best student as a Hugging Face folder")
+    add("--save_final_pt", type=Path, help="write the best student's weights as a plain state dict")
+    add("--dry_run", action="store_true", help="say what would happen and what it costs; write nothing")
+
+
+def add_depth_args(parser: argparse.ArgumentParser) -> None:
+    """The flags of every script whose student sees depth."""
+    parser.add_argument("--depth_encoding", choices=tuple(ENCODINGS), default="metric_log3")
+    parser.add_argument("--depth_source", choices=DEPTH_SOURCES, default="raw", help="raw, or bfx = hole-filled")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniature_defaults: Any) -> argparse.Namespace:
+    """Parse and check; --miniature changes the defaults, and what is given explicitly still wins."""
+    args = parser.parse_args(argv)
+    if args.miniature:
+        parser.set_defaults(**MINIATURE_DEFAULTS | miniature_defaults)
+        args = parser.parse_args(argv)
+    for name in ("batch_size", "accumulate_grad_batches", "max_epochs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: give at least 1")
+    if not 0 < args.subset_percentage <= 1:
+        parser.error(f"--subset_percentage {args.subset_percentage}: give a share above 0 and at most 1")
+    if args.questions_per_image is not None and args.questions_per_image < 1:
+        parser.error(f"--questions_per_image {args.questions_per_image}: give at least 1")
+    if args.resume and args.load_checkpoint:
+        parser.error("--resume continues a run with its own weights; leave out --load_checkpoint")
+    if args.resume and args.dry_run:
+        parser.error("--dry_run says what a new run costs; leave out --resume")
+    for name in ("export", "save_final_pt"):
+        path = getattr(args, name)
+        if path is not None and path.exists():
+            parser.error(f"--{name} {path}: is there already; give a new path")
+    return args
+
+
+# --- run folders and checkpoints -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where one run of an experiment writes."""
+
+    experiment: Path  # <MAIN_ROOT_DATA_DIR>/<experiment>
+    name: str
+    record: dict[str, Any]  # plain scalars: what was run, with which settings; goes into every checkpoint
+    resume_from: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """`<experiment>/checkpoints/<run>`."""
+        return self.experiment / "checkpoints" / self.name
+
+    @property
+    def logs(self) -> Path:
+        """`<experiment>/tensorboard_logs/<run>`."""
+        return self.experiment / "tensorboard_logs" / self.name
+
+
+def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> Run:
+    """Choose the folders of a new run, or find the one to continue. Nothing is written yet.
+
+    Raises:
+        UserError: the run folder is in use, or there is nothing to resume.
+    """
+    path = Path(script).resolve()
+    experiment = outputs_root(path.parent)
+    record = plain(vars(args)) | dataclasses.asdict(student)
+    record |= {"script": path.relative_to(ROOT).as_posix(), "git_commit": git_commit()}
+    if args.resume and (last := _resume_checkpoint(args, experiment)):
+        return Run(experiment, last.parent.name, record, resume_from=last)
+    name = args.run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    run = Run(experiment, f"miniature_{name}" if args.miniature else name, record)
+    if run.checkpoints.exists() and not args.dry_run:
+        raise UserError(f"--run_name {name}: {run.checkpoints} is there already; give another name, or --resume auto")
+    return run
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as str, int, float, bool or None: anything else would make a checkpoint unloadable with weights_only."""
+    return {k: v if isinstance(v, (str, int, float, bool, type(None))) else str(v) for k, v in values.items()}
+
+
+def _resume_checkpoint(args: argparse.Namespace, experiment: Path) -> Path | None:
+    if args.resume != "auto":
+        if not Path(args.resume).is_file():
+            raise UserError(f"--resume {args.resume}: no such file")
+        return Path(args.resume).resolve()
+    runs = _runs(experiment, miniature=args.miniature)
+    if args.run_name:
+        runs = [run for run in runs if run.name.removeprefix("miniature_") == args.run_name]
+    found = [run / "last.ckpt" for run in runs if (run / "last.ckpt").is_file()]
+    print("--resume auto: " + (f"continuing {found[-1]}" if found else "no checkpoint to continue, starting a new run"))
+    return found[-1] if found else None
+
+
+def _runs(experiment: Path, *, miniature: bool) -> list[Path]:
+    """Checkpoint folders of an experiment, oldest first; miniature and real runs are never mixed."""
+    folders = [p for p in (experiment / "checkpoints").glob("*") if p.name.startswith("miniature_") == miniature]
+    return sorted((p for p in folders if p.is_dir()), key=lambda p: p.stat().st_mtime)
+
+
+def experiment_folder(name: str, phase: int | None = None) -> Path:
+    """Where the experiment `--kd_model_type name` (and `--phase_no phase`) writes."""
+    return outputs_root(ROOT / "distillation" / EXPERIMENTS[name].format(phase=phase or 3))
+
+
+def best_checkpoint(experiment: Path, *, miniature: bool) -> Path:
+    """The checkpoint with the highest validation accuracy among all runs of an experiment.
+
+    Raises:
+        UserError: there is none; names the command that makes one.
+    """
+    found = [p for run in _runs(experiment, miniature=miniature) for p in run.glob("best-*.ckpt")]
+    if not found:
+        scripts = sorted(
+            (ROOT / "distillation" / experiment.relative_to(outputs_root(ROOT / "distillation"))).glob("*.py")
+        )
+        command = f"python {scripts[0].relative_to(ROOT)}" if scripts else "a training script"
+        raise UserError(
+            f"no checkpoint below {experiment / 'checkpoints'}; make one with: {command}{' --miniature' * miniature}"
+        )
+    return max(found, key=lambda p: (float(p.stem.rsplit("acc", 1)[1]), p.stat().st_mtime))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, verified against its checksum, without running any code that it might contain.
+
+    Raises:
+        UserError: missing, damaged, or not a checkpoint that our scripts wrote.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    digest = path.with_name(path.name + ".sha256")
+    if digest.is_file() and digest.read_text(encoding="utf-8").strip() != sha256(path):
+        raise UserError(f"{path}: damaged, its contents do not match {digest.name}; use another checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types for damaged and foreign files
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(checkpoint, dict) or "script" not in checkpoint.get("hyper_parameters", {}):
+        raise UserError(
+            f"{path}: not a checkpoint of this project's training scripts (no hyper_parameters.script in it)"
+        )
+    return checkpoint
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Writes beside the target and renames, with a checksum; a full disk or a kill never costs the previous file."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Raises UserError when weights are not finite, OSError when the disk is full or not writable."""
+        path = Path(path)
+        for name, value in checkpoint["state_dict"].items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise UserError(f"{path}: not written, {name} is not finite; lower --lr or use another --precision")
+        with atomic_path(path) as part:
+            torch.save(checkpoint, part)
+            digest = sha256(part)
+        with atomic_path(path.with_name(path.name + ".sha256")) as part:
+            part.write_text(digest + "\n", encoding="utf-8")
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See `read_checkpoint`."""
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove the checkpoint and its checksum."""
+        Path(path).unlink(missing_ok=True)
+        Path(f"{path}.sha256").unlink(missing_ok=True)
+
+
+# --- callbacks -------------------------------------------------------------------------------------------------------
+
+
+class CheckpointContents(Callback):
+    """Student only, the run's record as hyper-parameters, and the position for an exact resume."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.record = record
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Replace what Lightning would store."""
+        kept = {f"student.{name}" for name in trained_state(module.student)}
+        others = {k for k in checkpoint["state_dict"] if not k.startswith(("student.", "teacher."))}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept | others}
+        checkpoint["hyper_parameters"] = dict(checkpoint.get("hyper_parameters", {})) | self.record
+        checkpoint["position"] = {
+            "epoch": trainer.current_epoch,
+            "batch": trainer.fit_loop.epoch_loop.batch_progress.current.ready,
+        }
+
+
+class KeyedRandomness(Callback):
+    """Seeds every step by (seed, epoch, batch), so that a resumed run draws the same dropout masks without stored state."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seed the global generators of all devices."""
+        torch.manual_seed((self.seed * 1_000_003 + trainer.current_epoch) * 1_000_003 + batch_idx)
+
+
+class FiniteGuard(Callback):
+    """Stops before an update with a loss or gradient that is not finite; what was saved before stays good."""
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+        """Raises UserError that names the step and the flags to change."""
+        if trainer.precision == "16-mixed":
+            return  # the gradient scaler skips such steps on purpose
+        norms = [p.grad.norm() for p in module.parameters() if p.grad is not None]
+        if norms and not bool(torch.isfinite(torch.stack(norms)).all()):
+            raise UserError(
+                f"the gradient is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}); nothing was "
+                "updated. Lower --lr, or use another --precision; go on from the last checkpoint with --resume auto."
+            )
+
+
+class StopOnSignal(Callback):
+    """On SIGTERM or Ctrl-C: finish the step, save last.ckpt, exit with 128 + signal, so that a scheduler requeues."""
+
+    def __init__(self, last: Path) -> None:
+        self.last, self.received = last, 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Only a flag is set in the handler: saving inside it could interrupt a save."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, stack: Any) -> None:
+        self.received = number
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        """Save and leave when a signal has come."""
+        if self.received:
+            trainer.save_checkpoint(self.last)
+            print(f"stopped by signal {self.received}; saved {self.last}; continue with --resume auto", file=sys.stderr)
+            raise SystemExit(128 + self.received)
+
+
+class Progress(Callback):
+    """One line with step, loss, images per second and time left; plain lines when the output is not a terminal."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start counting; a resumed run starts where it is."""
+        per_epoch = trainer.num_training_batches
+        total = per_epoch * trainer.max_epochs if trainer.max_epochs > 0 else 10**9
+        if trainer.max_steps > 0:
+            total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)
+        self.done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        self.line = ProgressLine("training step", total=total, done=self.done)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        """Report."""
+        self.done += 1
+        loss = trainer.callback_metrics.get("train/loss", math.nan)
+        self.line.update(self.done, f", epoch {trainer.current_epoch + 1}, loss {float(loss):.3f}")
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """One line per validation."""
+        if not trainer.sanity_checking:
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+            values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
+            print(f"epoch {trainer.current_epoch + 1}: {values}", flush=True)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def build_data(
+    args: argparse.Namespace,
+    processor: ImageTextProcessor,
+    student: ImageSettings,
+    teacher: ImageSettings | None = None,
+) -> SUNRGBDDataModule:
+    """The data module of a script's flags, read and checked. The miniature world is rendered on first use."""
+    root = data_root(args.miniature)
+    if args.miniature:
+        ensure_world(root)
+    data = SUNRGBDDataModule(
+        root=root,
+        processor=processor,
+        student=student,
+        teacher=teacher,
+        batch_size=args.batch_size,
+        questions_per_image=args.questions_per_image,
+        subset_percentage=args.subset_percentage,
+        augmentation=args.augmentation,
+        num_workers=args.num_workers,
+        seed=args.seed,
+    )
+    data.setup()
+    return data
+
+
+def train(module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, args: argparse.Namespace) -> None:
+    """Fit, keep the best and the last checkpoint, write what --export and --save_final_pt ask for.
+
+    Raises:
+        UserError: bad input; the run's earlier checkpoints stay.
+    """
+    trainable, total = count_parameters(module.student)
+    print(f"{run.record['script']}: {trainable:,} of {total:,} parameters train; {len(data.train)} training images")
+    if args.load_checkpoint:
+        path = Path(args.load_checkpoint)
+        path = best_checkpoint(run.experiment, miniature=args.miniature) if args.load_checkpoint == "best" else path
+        load_student(module.student, path, run.record)
+    if args.dry_run:
+        dry_run(module, data, args)
+        return
+    start = time.monotonic()
+    trainer = build_trainer(args, run)
+    if run.resume_from:
+        position = read_checkpoint(run.resume_from)["position"]
+        data.resume_batch = position["batch"]
+    trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
+    best = Path(trainer.checkpoint_callback.best_model_path)
+    summary = {
+        "best": str(best),
+        "val_exact_match": float(trainer.checkpoint_callback.best_model_score),
+        "optimizer_steps": trainer.global_step,
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_memory_gib": round(peak_memory_gib(), 2),
+    }
+    if trainer.is_global_zero:
+        write_json(run.logs / "run.json", run.record | summary)
+        print(
+            f"{trainer.global_step} updates in {duration(summary['seconds'])}, peak memory {summary['peak_memory_gib']} GiB; "
+            f"best: {best} (val exact match {summary['val_exact_match']:.4f})"
+        )
+        write_outputs(module, data.processor, best, args)
+
+
+def load_student(student: torch.nn.Module, path: Path, record: Mapping[str, Any]) -> None:
+    """Put a checkpoint's weights into the student, refusing one of another student or other image settings."""
+    checkpoint = read_checkpoint(path)
+    theirs = checkpoint["hyper_parameters"]
+    for name in ("student_name", "lora_rank", "modality", "depth_encoding", "image_tokens"):
+        if theirs.get(name) != record.get(name):
+            raise UserError(
+                f"--load_checkpoint {path}: trained with {name} {theirs.get(name)}, this run has {record.get(name)}"
+            )
+    load_trained_state(student, student_state(checkpoint), origin=str(path))
+    print(f"starting from {path}")
+
+
+def build_trainer(args: argparse.Namespace, run: Run) -> pl.Trainer:
+    """Loggers, checkpoints and callbacks, the same for every experiment."""
+    pl.seed_everything(args.seed, verbose=False)
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    best = ModelCheckpoint(
+        dirpath=run.checkpoints,
+        filename="best-epoch{epoch:02d}-acc{val/exact_match:.4f}",
+        auto_insert_metric_name=False,
+        monitor="val/exact_match",
+        mode="max",
+        save_last=True,
+    )
+    where = dict(save_dir=run.logs.parent, name="", version=run.name)
+    return pl.Trainer(
+        max_epochs=args.max_epochs,
+        max_steps=args.max_steps,
+        accumulate_grad_batches=args.accumulate_grad_batches,
+        gradient_clip_val=args.gradient_clip or None,
+        precision=resolve_precision(args.precision),
+        accelerator=args.accelerator,
+        devices=args.devices,
+        strategy=args.strategy,
+        logger=[TensorBoardLogger(**where), CSVLogger(**where)],
+        callbacks=[
+            best,
+            CheckpointContents(run.record),
+            KeyedRandomness(args.seed),
+            FiniteGuard(),
+            StopOnSignal(run.checkpoints / "last.ckpt"),
+            Progress(),
+        ],
+        plugins=[SafeCheckpointIO()],
+        use_distributed_sampler=False,  # ResumableBatchSampler shares the batches out
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=10,
+    )
+
+
+def resolve_precision(name: str) -> str:
+    """`auto` -> bf16-mixed on a GPU that has bfloat16, else 32-true: never pure bf16, which rounds small updates away."""
+    if name != "auto":
+        return name
+    return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def write_outputs(
+    module: pl.LightningModule, processor: ImageTextProcessor, best: Path, args: argparse.Namespace
+) -> None:
+    """--save_final_pt and --export, both of the best checkpoint."""
+    if not (args.save_final_pt or args.export):
+        return
+    state = student_state(read_checkpoint(best))
+    load_trained_state(module.student, state, origin=str(best))
+    if args.save_final_pt:
+        with atomic_path(args.save_final_pt) as part:
+            torch.save(state, part)
+        print(f"wrote {args.save_final_pt}")
+    if args.export:
+        export_model(module.student, processor, args.export)
+        print(f"wrote {args.export}")
+
+
+def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.Namespace) -> None:
+    """Two real steps on the real device without writing anything; prints sizes, memory, times and disk needs."""
+    trainer = pl.Trainer(
+        max_steps=2,
+        precision=resolve_precision(args.precision),
+        accelerator=args.accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[timer := _StepTimer()],
+    )
+    trainer.fit(module, train_dataloaders=data.train_dataloader())
+    state = trained_state(module.student)
+    checkpoint_gib = (
+        sum(v.numel() * v.element_size() for v in state.values()) / 2**30 * 3
+    )  # weights and two Adam moments
+    batches = math.ceil(len(data.train) / args.batch_size) * args.max_epochs
+    if args.max_steps > 0:
+        batches = min(batches, args.max_steps * args.accumulate_grad_batches)
+    print(
+        f"tokens in the longest sequence of a batch: {timer.tokens}; image tokens: {timer.image_tokens}\n"
+        f"peak memory: {peak_memory_gib():.2f} GiB\n"
+        f"one step of {args.batch_size} images: {timer.seconds:.2f} s; {batches} steps: {duration(batches * timer.seconds)}\n"
+        f"disk: 2 checkpoints of at most {checkpoint_gib:.2f} GiB"
+    )
+
+
+class _StepTimer(Callback):
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        ids = batch["text"]["input_ids"]
+        self.tokens = ids.shape[1]
+        self.image_tokens = int((ids[0] == module.student.config.image_token_id).sum())
+        self.start = time.monotonic()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seconds = time.monotonic() - self.start  # the second step's: the first one warms up
+
+
+def peak_memory_gib() -> float:
+    """The GPU's peak when there is one, else this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,209 @@
+"""Accuracy of answers: normalised exact match, the original code's lemma-set match, and the content of metrics.json."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from evaluation.intervals import cluster_bootstrap_ci, wilson_interval
+from utils import UserError
+
+Row = Mapping[str, Any]
+
+# The order in which tables and plots show the types; captions are scored by `evaluation.captions`, not by equality.
+QUESTION_TYPES = ("Object Identification", "Color Identification", "Count", "Direction", "Proximity", "Yes/No")
+CAPTION_TYPE = "Caption"
+
+_NUMBER_WORDS = {
+    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+} | {"none": "0"}
+_ARTICLES = {"a", "an", "the"}
+# Contractions are recognised without their apostrophe, unless that spells another word (its, were, well, id).
+_CONTRACTIONS = {
+    word.replace("'", ""): word
+    for word in (
+        "ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't "
+        "shouldn't wasn't weren't won't wouldn't could've might've should've would've i'm i've you're you've they're "
+        "they've we've he's she's that's there's here's what's where's who's how's let's they'll you'll that'll "
+        "it'll o'clock ma'am y'all"
+    ).split()
+}
+
+
+def normalise_answer(text: str) -> str:
+    """An answer without what does not change its meaning: case, articles, punctuation, apostrophes, number words.
+
+    Points between digits stay, commas between digits go, every other mark separates words.
+
+    Source: the answer processing described at https://visualqa.org/evaluation.html. Differs: a mark always becomes a
+    space, where the published code joins or separates depending on the spaces around the other marks of the text.
+    """
+    text = " ".join(text.lower().replace("\u2019", "'").split())
+    text = re.sub(r"(?<=\d),(?=\d)", "", text)
+    text = re.sub(r"\.(?!\d)", "", text)
+    text = re.sub(r"[^\w\s'.]|_", " ", text)
+    words = (word.strip("'") for word in text.split())
+    words = (_NUMBER_WORDS.get(word, _CONTRACTIONS.get(word, word)) for word in words if word not in _ARTICLES)
+    return " ".join(word for word in words if word)
+
+
+def exact_match(prediction: str, answer: str) -> bool:
+    """Whether the normalised texts are equal. An empty prediction is never right."""
+    normalised = normalise_answer(prediction)
+    return bool(normalised) and normalised == normalise_answer(answer)
+
+
+_LEMMAS = {
+    "people": "person", "men": "man", "women": "woman", "children": "child", "feet": "foot", "teeth": "tooth",
+    "mice": "mouse", "shelves": "shelf", "bookshelves": "bookshelf", "knives": "knife", "leaves": "leaf",
+    "scarves": "scarf", "loaves": "loaf", "halves": "half", "wolves": "wolf", "buses": "bus", "lenses": "lens",
+    "gases": "gas", "canvases": "canvas", "tomatoes": "tomato", "potatoes": "potato",
+    "am": "be", "is": "be", "are": "be", "was": "be", "were": "be", "been": "be", "being": "be",
+    "has": "have", "had": "have", "does": "do", "did": "do",
+}  # fmt: skip
+_NO_PLURAL = frozenset(
+    "as this his its us yes gas lens canvas clothes scissors series always perhaps besides pants".split()
+)
+
+
+def _lemma(word: str) -> str:
+    if word in _LEMMAS:
+        return _LEMMAS[word]
+    if len(word) <= 3 or word in _NO_PLURAL or not word.endswith("s") or word.endswith(("ss", "us", "is")):
+        return word
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    if word.endswith(("ches", "shes", "xes", "sses", "zzes")):
+        return word[:-2]
+    return word[:-1]
+
+
+def lemma_set_match(prediction: str, answer: str) -> bool:
+    """Whether both texts have the same *set* of lemmas; word order and repetitions are lost.
+
+    This is the accuracy that the original code reports, there with spaCy's en_core_web_md. Here plural nouns, `be`,
+    `have` and `do` are reduced by rule; other verb forms stay as they are. On the four published prediction files that
+    the tests read, the accuracies are the published ones, overall and per type.
+    """
+    return _lemma_set(prediction) == _lemma_set(answer)
+
+
+def _lemma_set(text: str) -> frozenset[str]:
+    return frozenset(_lemma(token) for token in re.findall(r"\w+|[^\w\s]", text.lower()))
+
+
+MATCHES: dict[str, Callable[[str, str], bool]] = {"exact_match": exact_match, "lemma_set_match": lemma_set_match}
+
+
+def evaluate_rows(rows: Sequence[Row], *, blind: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
+    """Score prediction rows: what metrics.json holds about accuracy.
+
+    A cell is `{"n_questions", "n_images", "exact_match": {"value", "low", "high"}, "lemma_set_match": {...}}`; its 95 %
+    interval resamples images (None with fewer than two of them). Rows of type Caption are left out.
+
+    Args:
+        rows: prediction rows with Question_Type, Answers, Model_Answer and Image_Path; `sensor`, `depth_answerable` and
+            `pair_id` are used where the rows have them.
+        blind: name of a baseline that sees no image -> its answer to each of `rows`, in their order.
+
+    Returns:
+        `overall`, a cell; `per_type`, cells that also say under `answers` how varied the answers are (a most
+        common answer with a share near 1 is a collapse to a constant); `per_sensor`, cells; `depth_answerable`, a cell
+        over the questions that depth can answer; `pairs`, the share of pairs of questions answered right throughout;
+        `blind`, for each baseline what this function returns. Parts without data are absent.
+
+    Raises:
+        UserError: no question to score, or a needed column is missing.
+        ValueError: a baseline's answers are not as many as the rows.
+    """
+    for baseline, answers in (blind or {}).items():
+        if len(answers) != len(rows):
+            raise ValueError(f"baseline {baseline} has {len(answers)} answers for {len(rows)} rows")
+    scored = [row for row in rows if row.get("Question_Type") != CAPTION_TYPE]
+    if not scored:
+        raise UserError("predictions: no question to score; the file has no rows, or captions only")
+    missing = {"Question_Type", "Answers", "Model_Answer", "Image_Path"} - scored[0].keys()
+    if missing:
+        raise UserError(f"predictions: column {', '.join(sorted(missing))} is missing; evaluate the system again")
+
+    by_type = group_by(scored, "Question_Type")
+    result: dict[str, Any] = {
+        "overall": _cell(scored),
+        "per_type": {
+            kind: _cell(by_type[kind]) | {"answers": _variety(by_type[kind])} for kind in order_types(by_type)
+        },
+    }
+    by_sensor = group_by(scored, "sensor")
+    if by_sensor:
+        result["per_sensor"] = {sensor: _cell(by_sensor[sensor]) for sensor in sorted(by_sensor)}
+    answerable = group_by(scored, "depth_answerable").get("1")
+    if answerable:
+        result["depth_answerable"] = _cell(answerable)
+    pairs = [pair for pair in group_by(scored, "pair_id").values() if len(pair) > 1]
+    if pairs:
+        result["pairs"] = _pair_consistency(pairs)
+    if blind:
+        result["blind"] = {
+            name: evaluate_rows([{**row, "Model_Answer": answer} for row, answer in zip(rows, answers, strict=True)])
+            for name, answers in blind.items()
+        }
+    return result
+
+
+def group_by(rows: Iterable[Row], column: str) -> dict[str, list[Row]]:
+    """Rows by the text in `column`; rows where it is absent or blank are left out."""
+    groups = defaultdict(list)
+    for row in rows:
+        key = str(row.get(column, "")).strip()
+        if key:
+            groups[key].append(row)
+    return dict(groups)
+
+
+def order_types(types: Iterable[str]) -> list[str]:
+    """Question types in their usual order, unknown ones behind in alphabetical order."""
+    rank = {kind: position for position, kind in enumerate(QUESTION_TYPES)}
+    return sorted(types, key=lambda kind: (rank.get(kind, len(rank)), kind))
+
+
+def _cell(rows: Sequence[Row]) -> dict[str, Any]:
+    images = [row["Image_Path"] for row in rows]
+    cell: dict[str, Any] = {"n_questions": len(rows), "n_images": len(set(images))}
+    for name, match in MATCHES.items():
+        cell[name] = accuracy([match(row["Model_Answer"], row["Answers"]) for row in rows], images)
+    return cell
+
+
+def accuracy(correct: Sequence[bool], images: Sequence[str]) -> dict[str, float | None]:
+    """Share of right answers with its 95 % interval clustered by image: `{"value", "low", "high"}`.
+
+    When all are right, or all wrong, resampling cannot show any spread; Wilson's interval over the images stands in.
+    """
+    n_right, n_images = sum(correct), len(set(images))
+    if n_right in (0, len(correct)):
+        low, high = wilson_interval(n_images if n_right else 0, n_images)
+    else:
+        low, high = cluster_bootstrap_ci(correct, images)
+    return {
+        "value": n_right / len(correct),
+        "low": None if math.isnan(low) else low,
+        "high": None if math.isnan(high) else high,
+    }
+
+
+def _variety(rows: Sequence[Row]) -> dict[str, Any]:
+    counts = Counter(normalise_answer(row["Model_Answer"]) for row in rows)
+    answer, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "distinct": len(counts),
+        "distinct_share": len(counts) / len(rows),
+        "most_common": answer,
+        "most_common_share": count / len(rows),
+    }
+
+
+def _pair_consistency(pairs: Sequence[Sequence[Row]]) -> dict[str, float]:
+    n_right = sum(all(exact_match(row["Model_Answer"], row["Answers"]) for row in pair) for pair in pairs)
+    low, high = wilson_interval(n_right, len(pairs))
+    return {"n_pairs": len(pairs), "all_right": n_right / len(pairs), "low": low, "high": high}

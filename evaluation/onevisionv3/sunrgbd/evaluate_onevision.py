@@ -1,0 +1,363 @@
+"""Score any system on SUN RGB-D questions: a checkpoint by path, a stock model, on RGB, on depth or without any image.
+
+Reads   SUNRGBD/csv_data/{train,val,test}_dataset.csv; a checkpoint of our training scripts, or a model id or folder
+Writes  <output>/predictions.csv, a row per question, and <output>/metrics.json: accuracy per type and overall with 95 %
+        intervals that resample images, the baselines that see no image beside it, caption scores
+
+What a checkpoint records (model, modality, depth encoding, image tokens) is used; a flag that contradicts it is an error.
+`--pixel_data_type blind` withholds the picture from any system. Answers are decoded greedily, without repetition rules.
+
+    python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --ckpt_path path/to/checkpoint.ckpt
+    python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --kd_model_type baseline_depth --load_checkpoint --miniature
+    python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --model_id llava-hf/llava-onevision-qwen2-0.5b-ov-hf
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT))
+
+from utils import (  # first: loads .env before transformers reads it
+    UserError,
+    atomic_path,
+    data_root,
+    duration,
+    git_commit,
+    outputs_root,
+    progress,
+    run_script,
+    sha256,
+    write_json,
+)
+
+# isort: split
+import argparse
+import csv
+import dataclasses
+import re
+import time
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import GenerationConfig
+
+from dataset.datamodule import (
+    DEPTH_SOURCES,
+    MODALITIES,
+    ImageSettings,
+    frame_path,
+    group_by_image,
+    image_placeholders,
+    load_images,
+    questions_file,
+)
+from dataset.depth import ENCODINGS
+from dataset.miniature.world import ensure_world
+from dataset.processor import IMAGE_TOKENS, ImageTextProcessor, load_processor
+from dataset.prompts import collate_prompts, pack_questions
+from dataset.questions import QuestionRow, csv_cells, read_questions
+from dataset.sunrgbd import read_frame
+from distillation.models import MINIATURE_STUDENT, STUDENT_NAME, image_features, load_model, restore_student
+from distillation.training import (
+    EXPERIMENTS,
+    best_checkpoint,
+    experiment_folder,
+    peak_memory_gib,
+    read_checkpoint,
+    resolve_precision,
+)
+from evaluation.blind import blind_predictions
+from evaluation.captions import caption_scores
+from evaluation.metrics import CAPTION_TYPE, evaluate_rows, exact_match
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """The command line; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # the system
+    add(
+        "--ckpt_path",
+        "--student_ckpt_path",
+        dest="ckpt_path",
+        help="a checkpoint, or its bare name in a checkpoints folder",
+    )
+    add("--load_checkpoint", action="store_true", help="the best checkpoint of --kd_model_type (and --phase_no)")
+    add("--kd_model_type", choices=tuple(EXPERIMENTS), help="which experiment's checkpoints are meant")
+    add("--phase_no", type=int, choices=(1, 2, 3), help="phase of double_trouble")
+    add("--model_id", help="hub id or folder of a stock model")
+    add("--name", help="how the system is called in tables (experiment, or model, and modality)")
+    # what it sees
+    add("--gts_type", choices=("val", "test"), default="test", help="split to score")
+    add("--pixel_data_type", choices=MODALITIES, help="what it sees; blind = no image")
+    add("--depth_encoding", choices=tuple(ENCODINGS))
+    add("--depth_source", choices=DEPTH_SOURCES)
+    add("--image_tokens", choices=IMAGE_TOKENS)
+    add("--miniature", action="store_true", help="the built-in world and tiny student")
+    # running
+    add("--batch_size", type=int, help="questions per generate call (8; miniature 64)")
+    add("--max_new_tokens", type=int, default=32)
+    add("--num_workers", type=int, default=0, help="data loading processes")
+    add("--precision", default="auto", help="auto = bf16 on a GPU that has it, else float32; or 32-true, bf16-mixed")
+    add("--meteor", action="store_true", help="also METEOR, which needs Java")
+    add("--output", type=Path, help="results folder (evaluation/results/<name>_<split>)")
+    args = parser.parse_args(argv)
+    if args.phase_no and args.kd_model_type != "double_trouble":
+        parser.error("--phase_no goes with --kd_model_type double_trouble")
+    if args.load_checkpoint and not (args.ckpt_path or args.kd_model_type):
+        parser.error("--load_checkpoint needs --kd_model_type (and --phase_no), or --ckpt_path")
+    if args.kd_model_type and not (args.ckpt_path or args.load_checkpoint):
+        parser.error("--kd_model_type says whose checkpoint is meant; add --load_checkpoint or --ckpt_path")
+    if args.batch_size is None:
+        args.batch_size = 64 if args.miniature else 8
+    if args.batch_size < 1:
+        parser.error(f"--batch_size {args.batch_size}: give at least 1")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Answer all questions of the split, score, write."""
+    start = time.monotonic()
+    root = data_root(args.miniature)
+    if args.miniature:
+        ensure_world(root)
+    rows = read_questions(questions_file(root, args.gts_type), root=root)
+    train_rows = read_questions(questions_file(root, "train"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    system, images, model, processor = load_system(args)
+    output = args.output or outputs_root(ROOT / "evaluation") / "results" / _file_name(
+        f"{system['name']}_{args.gts_type}"
+    )
+    answers = answer_questions(model.to(device).eval(), processor, root, rows, images, args)
+    predictions = [
+        csv_cells(row) | {"Model_Answer": answers[row.id], "Correct": int(exact_match(answers[row.id], row.answer))}
+        for row in rows
+    ]
+    scored = [cells for cells in predictions if cells["Question_Type"] != CAPTION_TYPE]
+    blind = blind_predictions([csv_cells(row) for row in train_rows], predictions)
+    seconds = time.monotonic() - start
+    metrics: dict[str, Any] = {
+        "system": system | {"split": args.gts_type, "git_commit": git_commit()},
+        "seconds": round(seconds, 1),
+        "peak_memory_gib": round(peak_memory_gib(), 2),
+        **evaluate_rows(predictions, blind=blind),
+        "captions": {
+            "answers": _captions(scored, meteor=args.meteor),
+            "captions": _captions([c for c in predictions if c["Question_Type"] == CAPTION_TYPE], meteor=args.meteor),
+        },
+    }
+    _write_predictions(output / "predictions.csv", predictions)
+    write_json(output / "metrics.json", metrics)
+    print(summary(metrics))
+    print(f"{len(rows)} questions in {duration(seconds)}, peak memory {metrics['peak_memory_gib']} GiB; wrote {output}")
+
+
+# --- the system ------------------------------------------------------------------------------------------------------
+
+
+def load_system(args: argparse.Namespace) -> tuple[dict[str, Any], ImageSettings, torch.nn.Module, ImageTextProcessor]:
+    """What metrics.json says about the system, its image settings, the model and its processor.
+
+    Raises:
+        UserError: nothing to load, or a flag contradicts the checkpoint.
+    """
+    path = find_checkpoint(args)
+    if path is None:
+        model_id = args.model_id or (MINIATURE_STUDENT if args.miniature else STUDENT_NAME)
+        images = ImageSettings(
+            modality=args.pixel_data_type or "rgb",
+            depth_encoding=args.depth_encoding or "metric_log3",
+            depth_source=args.depth_source or "raw",
+            image_tokens=args.image_tokens or ("one_tile" if args.miniature else "anyres"),
+        )
+        system = {"model_id": model_id, "checkpoint": None, "name": f"{Path(model_id).name} {images.modality}"}
+        model = load_model(model_id)
+    else:
+        checkpoint = read_checkpoint(path)
+        recorded = checkpoint["hyper_parameters"]
+        model_id = recorded["student_name"]
+        images = recorded_images(args, recorded, path)
+        experiment = Path(recorded["script"]).parent.relative_to("distillation").as_posix()
+        blinded = " blind" if images.modality != recorded["modality"] else ""
+        system = {
+            "model_id": model_id,
+            "checkpoint": str(path),
+            "sha256": sha256(path),
+            "name": f"{experiment}{blinded}",
+        }
+        model = restore_student(checkpoint, origin=str(path))
+    system |= {"name": args.name or system["name"], **dataclasses.asdict(images)}
+    return system, images, model, load_processor(model_id)
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that the flags mean; None = the stock model.
+
+    Raises:
+        UserError: there is none, or a bare name fits several.
+    """
+    folder = experiment_folder(args.kd_model_type, args.phase_no) if args.kd_model_type else None
+    if args.ckpt_path is None:
+        return best_checkpoint(folder, miniature=args.miniature) if args.load_checkpoint else None
+    path = Path(args.ckpt_path)
+    if path.is_file() or path.name != args.ckpt_path:
+        return path  # read_checkpoint says what is wrong with it
+    top = folder or outputs_root(ROOT / "distillation")
+    found = sorted(top.rglob(f"checkpoints/*/{path.name}"))
+    if len(found) != 1:
+        places = "".join(f"\n  {p}" for p in found) if found else f" below {top}"
+        many = "several checkpoints have this name; give the path:" if found else "no such file, and no such checkpoint"
+        raise UserError(f"--ckpt_path {args.ckpt_path}: {many}{places}".replace("\n  ", "  "))
+    return found[0]
+
+
+def recorded_images(args: argparse.Namespace, recorded: dict[str, Any], path: Path) -> ImageSettings:
+    """The image settings of a checkpoint. Raises UserError when a flag contradicts them (blind never does)."""
+    flags = {
+        "pixel_data_type": "modality",
+        "depth_encoding": "depth_encoding",
+        "depth_source": "depth_source",
+        "image_tokens": "image_tokens",
+        "model_id": "student_name",
+        "miniature": "miniature",
+    }
+    for flag, name in flags.items():
+        given, known = getattr(args, flag), recorded[name]
+        if given is not None and given != known and given != "blind":
+            raise UserError(f"--{flag} {given} contradicts {path}, which was trained with {name} {known}; leave it out")
+    images = ImageSettings(**{field.name: recorded[field.name] for field in dataclasses.fields(ImageSettings)})
+    return dataclasses.replace(images, modality="blind") if args.pixel_data_type == "blind" else images
+
+
+# --- answering -------------------------------------------------------------------------------------------------------
+
+
+class QuestionBatches(Dataset):
+    """Batches of questions, those of one image side by side, each image read once per batch."""
+
+    def __init__(
+        self, root: Path, rows: list[QuestionRow], images: ImageSettings, processor: ImageTextProcessor, batch_size: int
+    ) -> None:
+        self.root, self.images, self.processor = root, images, processor
+        ordered = [row for group in group_by_image(rows) for row in group]
+        self.batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        groups = group_by_image(self.batches[index])
+        pictures = [load_images(read_frame(self.root, frame_path(g[0])), [self.images])[0] for g in groups]
+        blind = self.images.modality == "blind"
+        prompts = [
+            pack_questions(
+                self.processor,
+                [row.question],
+                None,
+                n_image_tokens=image_placeholders(self.processor, picture, self.images),
+            )
+            for group, picture in zip(groups, pictures, strict=True)
+            for row in group
+        ]
+        return {
+            "rows": [row for group in groups for row in group],
+            "owner": [i for i, group in enumerate(groups) for _ in group],  # the picture of each question
+            "text": collate_prompts(prompts, pad_token_id=self.processor.tokenizer.pad_token_id),
+            "images": {} if blind else self.processor.pixels(pictures, image_tokens=self.images.image_tokens),
+        }
+
+
+@torch.no_grad()
+def answer_questions(
+    model: torch.nn.Module,
+    processor: ImageTextProcessor,
+    root: Path,
+    rows: list[QuestionRow],
+    images: ImageSettings,
+    args: argparse.Namespace,
+) -> dict[str, str]:
+    """Greedy answers by question id. The vision tower sees an image once per batch, however many questions it has."""
+    tokenizer = processor.tokenizer
+    decoding = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.pad_token_id,
+        # Placeholders, and the padding rows of the output layer behind the tokenizer's vocabulary, are no words.
+        suppress_tokens=[
+            processor.image_token_id,
+            processor.video_token_id,
+            *range(len(tokenizer), model.config.text_config.vocab_size),
+        ],
+    )
+    batches = QuestionBatches(root, rows, images, processor, args.batch_size)
+    loader = DataLoader(batches, batch_size=None, num_workers=args.num_workers)
+    mixed = resolve_precision(args.precision) == "bf16-mixed"
+    answers = {}
+    for batch in progress(loader, total=len(batches), label="answering, batch"):
+        text = {name: value.to(model.device) for name, value in batch["text"].items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+            pictures = {}
+            if batch["images"]:
+                features = image_features(model, {k: v.to(model.device) for k, v in batch["images"].items()})
+                features.pooler_output = tuple(features.pooler_output[i] for i in batch["owner"])
+                pictures["mm_encoder_outputs"] = {"image": features}
+            ids = model.generate(
+                input_ids=text["input_ids"],
+                attention_mask=text["attention_mask"][:, 0, -1].long(),  # the last token of a row sees all but padding
+                generation_config=decoding,
+                **pictures,
+            )
+        words = tokenizer.batch_decode(ids[:, text["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers |= {row.id: " ".join(word.split()) for row, word in zip(batch["rows"], words, strict=True)}
+    return answers
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """A few lines for the terminal: accuracy per type with its interval, and the best blind baseline."""
+    blind = {name: result["per_type"] | {"Overall": result["overall"]} for name, result in metrics["blind"].items()}
+    lines = [f"{metrics['system']['name']} on {metrics['system']['split']}: exact match with 95 % interval"]
+    for kind, cell in (metrics["per_type"] | {"Overall": metrics["overall"]}).items():
+        match = cell["exact_match"]
+        best = max(result[kind]["exact_match"]["value"] for result in blind.values())
+        interval = "" if match["low"] is None else f" [{match['low']:.3f}, {match['high']:.3f}]"
+        lines.append(f"  {kind:<24}{match['value']:.3f}{interval}  blind {best:.3f}  n {cell['n_questions']}")
+    return "\n".join(lines)
+
+
+def _captions(predictions: list[dict[str, Any]], *, meteor: bool) -> dict[str, Any] | None:
+    if not predictions:
+        return None
+    columns = ([cells[name] for cells in predictions] for name in ("Model_Answer", "Answers", "Image_Path"))
+    return caption_scores(*columns, meteor=meteor)
+
+
+def _write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
+    first = [
+        "Question_Id",
+        "Questions",
+        "Question_Type",
+        "Answers",
+        "Model_Answer",
+        "Correct",
+        "Image_Path",
+        "Depth_Path",
+    ]
+    columns = first + [name for name in predictions[0] if name not in first]
+    with atomic_path(path) as part, open(part, "w", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(predictions)
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "_", text)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,53 @@
+"""Fixtures shared by the tests."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import utils  # noqa: F401  first of ours: loads .env before transformers reads it
+
+# isort: split
+from pathlib import Path
+
+import pytest
+
+SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """Folder with real SUN RGB-D frames; they may not be redistributed, so tests that need them skip without it."""
+    if not SAMPLES.is_dir():
+        pytest.skip("real SUN RGB-D samples are not on this machine")
+    return SAMPLES
+
+
+@pytest.fixture(scope="session")
+def processor():
+    """Processor of the miniature kind: byte-level tokenizer, real special tokens and chat template, 128 px."""
+    from dataset.miniature.pretrain import build_processor
+
+    return build_processor(["What color is the chair?", "red", "Where is the bed?", "in front", "one", "two"] * 3)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(processor, tmp_path_factory) -> Path:
+    """A random tiny LLaVA-OneVision, saved as a Hugging Face folder."""
+    import torch
+
+    from dataset.miniature.pretrain import Size, build_model
+    from dataset.processor import save_processor
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build_model(Size(16, 1, 16, 2, 2), processor).save_pretrained(folder)
+    save_processor(processor, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A small miniature world with its question files: a data root like any other."""
+    from dataset.miniature.world import ensure_world
+
+    return ensure_world(tmp_path_factory.mktemp("data") / "world", train=24, val=8, test=8, workers=1)

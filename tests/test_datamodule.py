@@ -1,0 +1,186 @@
+"""Data module: the documented batch, splits, subsets, resumable order, augmentation, errors that name the file."""
+
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.augmentation import augment
+from dataset.datamodule import (
+    ImageSettings,
+    ResumableBatchSampler,
+    SUNRGBDDataModule,
+    frame_path,
+    group_by_image,
+    load_images,
+    questions_file,
+    subset_of_images,
+)
+from dataset.depth import unproject
+from dataset.questions import read_questions
+from dataset.sunrgbd import read_frame
+from utils import UserError
+
+RGB, DEPTH, BLIND = (ImageSettings(m, image_tokens="one_tile") for m in ("rgb", "depth", "blind"))
+
+
+def module(world, processor, **options) -> SUNRGBDDataModule:
+    options = {"student": DEPTH, "batch_size": 3, **options}
+    data = SUNRGBDDataModule(root=world, processor=processor, **options)
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("student", [RGB, DEPTH, BLIND])
+def test_batch_is_as_documented(world, processor, student):
+    batch = next(iter(module(world, processor, student=student, teacher=RGB).train_dataloader()))
+    B, T = batch["text"]["input_ids"].shape
+    assert B == 3 == len(batch["rows"])
+    for name in ("input_ids", "position_ids", "labels"):
+        assert batch["text"][name].shape == (B, T) and batch["text"][name].dtype == torch.int64
+    assert batch["text"]["attention_mask"].shape == (B, 1, T, T) and batch["text"]["attention_mask"].dtype == torch.bool
+    for name in ("student_images", "teacher_images"):
+        if name == "student_images" and student is BLIND:
+            assert batch[name] == {}
+            continue
+        assert batch[name]["pixel_values"].shape == (B, 1, 3, 128, 128)
+        assert batch[name]["pixel_values"].dtype == torch.float32 and torch.isfinite(batch[name]["pixel_values"]).all()
+        assert batch[name]["image_sizes"].tolist() == [[128, 128]] * B
+    placeholders = (batch["text"]["input_ids"] == processor.image_token_id).sum(1).tolist()
+    assert placeholders == [0 if student is BLIND else 65] * B
+    assert "teacher_images" not in next(iter(module(world, processor).train_dataloader()))
+
+
+def test_every_image_once_per_epoch_and_no_image_in_two_splits(world, processor):
+    data = module(world, processor)
+    seen = Counter(frame_path(rows[0]) for batch in data.train_dataloader() for rows in batch["rows"])
+    assert set(seen.values()) == {1} and len(seen) == len(data.train)
+    splits = [{row.image_path for row in data.rows(split)} for split in ("train", "val", "test")]
+    assert all(splits) and not (splits[0] & splits[1] | splits[0] & splits[2] | splits[1] & splits[2])
+
+
+def test_subset_is_nested_and_checked(world):
+    rows = read_questions(questions_file(world, "train"), root=world)
+    small, large = (subset_of_images(rows, share, seed=3) for share in (0.25, 0.5))
+    assert len(group_by_image(large)) == round(0.5 * len(group_by_image(rows)))
+    assert {r.id for r in small} < {r.id for r in large} < {r.id for r in rows}
+    for share in (0, -0.1, 1.01, float("nan")):
+        with pytest.raises(UserError, match="--subset_percentage"):
+            subset_of_images(rows, share, seed=0)
+
+
+def test_questions_per_image_caps_and_rotates(world, processor):
+    data = module(world, processor, questions_per_image=1)
+    many = next(i for i, rows in enumerate(data.train.images) if len(rows) > 1)
+    drawn = {data.train[epoch, many]["rows"][0].id for epoch in range(20)}
+    assert len(drawn) == len(data.train.images[many])
+    assert all(len(data.train[0, i]["rows"]) == 1 for i in range(len(data.train)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_order_is_a_function_of_position(world_size):
+    """Resuming at any batch yields exactly the rest; ranks share every image out and take equally many steps."""
+    ranks = [
+        ResumableBatchSampler(23, 4, seed=1, shuffle=True, rank=r, world_size=world_size) for r in range(world_size)
+    ]
+    full = []
+    for sampler in ranks:
+        sampler.set_epoch(2)
+        full.append(list(sampler))
+        assert len(full[-1]) == len(sampler)
+        for start in range(len(sampler)):
+            sampler.start = start
+            assert list(sampler) == full[-1][start:]
+        assert list(sampler) == full[-1]  # `start` is for the resumed epoch only
+    images = {index for batches in full for batch in batches for _, index in batch}
+    assert images == set(range(23))
+    ranks[0].set_epoch(3)
+    assert list(ranks[0]) != full[0]
+
+
+def test_augmentation_is_keyed_by_epoch_and_image(world, processor):
+    data = module(world, processor, augmentation=True)
+    first, again, other = (data.train[key]["images"][0] for key in ((0, 1), (0, 1), (1, 1)))
+    np.testing.assert_array_equal(first, again)
+    assert first.shape != other.shape or not np.array_equal(first, other, equal_nan=True)
+    plain = module(world, processor)
+    np.testing.assert_array_equal(plain.train[0, 1]["images"][0], plain.train[7, 1]["images"][0])
+
+
+def test_augmentation_keeps_rgb_and_depth_registered():
+    """A block that is red and near stays red and near in the same pixels; colour never reaches the depth."""
+    rgb = np.full((96, 96, 3), 90, np.uint8)
+    depth_m = np.full((96, 96), 3.0, np.float32)
+    rgb[30:60, 50:80] = (220, 20, 20)
+    depth_m[30:60, 50:80] = 1.0
+    intrinsics = np.array([[100.0, 0, 47.5], [0, 100.0, 47.5], [0, 0, 1]])
+    for seed in range(5):
+        rng = np.random.default_rng
+        both = augment(rgb, depth_m, intrinsics=intrinsics, tilt=np.eye(3), rng=rng(seed))
+        alone = augment(None, depth_m, intrinsics=intrinsics, tilt=np.eye(3), rng=rng(seed))
+        np.testing.assert_array_equal(both[1], alone[1])
+        assert both[0].shape[:2] == both[1].shape
+        red, near = both[0][..., 0] > 150, (both[1] > 0.5) & (both[1] < 2)
+        measured = both[1] > 0
+        assert (red & near).sum() > 0.93 * (red & measured).sum() > 300
+
+
+def test_rolled_points_keep_their_place_in_the_gravity_frame():
+    """After roll and crop, unprojecting with the new camera still gives the old floor."""
+    intrinsics = np.array([[100.0, 0, 47.5], [0, 100.0, 47.5], [0, 0, 1]])
+    pitch = np.radians(25)
+    tilt = np.array([[1, 0, 0], [0, np.cos(pitch), np.sin(pitch)], [0, -np.sin(pitch), np.cos(pitch)]])
+    y_per_metre = unproject(np.ones((96, 96), np.float32), intrinsics) @ tilt[1]
+    floor = np.where(y_per_metre > 0.25, 1.4 / np.maximum(y_per_metre, 0.01), 0).astype(np.float32)
+    for seed in range(5):
+        _, depth_m, new_intrinsics, new_tilt = augment(
+            None, floor, intrinsics=intrinsics, tilt=tilt, rng=np.random.default_rng(seed)
+        )
+        np.testing.assert_allclose(new_tilt @ new_tilt.T, np.eye(3), atol=1e-12)
+        seen = depth_m > 0
+        y = (unproject(depth_m, new_intrinsics) @ new_tilt[1])[seen]
+        assert abs(np.median(y) - 1.4) < 0.02 and np.percentile(abs(y - 1.4), 90) < 0.15
+
+
+@pytest.fixture
+def own_world(world, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    return tmp_path / "world"
+
+
+def first_frame(root):
+    row = read_questions(questions_file(root, "train"), root=root)[0]
+    return row, read_frame(root, frame_path(row))
+
+
+def test_bad_pictures_name_the_file(own_world):
+    row, frame = first_frame(own_world)
+    depth = own_world / frame.depth_path
+    depth.write_bytes(depth.read_bytes()[:200])
+    with pytest.raises(UserError, match=depth.name):
+        load_images(frame, [DEPTH])
+    picture = own_world / frame.image_path
+    picture.write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=picture.name):
+        load_images(frame, [RGB])
+    picture.unlink()
+    with pytest.raises(UserError, match="image"):
+        read_frame(own_world, frame_path(row))
+
+
+def test_unregistered_pictures_are_refused(own_world):
+    from PIL import Image
+
+    _, frame = first_frame(own_world)
+    Image.new("RGB", (64, 64)).save(own_world / frame.image_path)
+    with pytest.raises(UserError, match="registered"):
+        load_images(frame, [RGB, DEPTH])
+
+
+def test_bfx_source(world):
+    _, frame = first_frame(world)
+    (filled,) = load_images(frame, [ImageSettings("depth", depth_source="bfx")])
+    (raw,) = load_images(frame, [DEPTH])
+    assert np.isfinite(filled).all() and np.isnan(raw).any()

@@ -1,0 +1,130 @@
+"""Intervals and paired tests: coverage, agreement with textbook formulas and scipy, and invariances."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from evaluation.intervals import cluster_bootstrap_ci, mcnemar_exact, paired_difference, wilson_interval
+
+
+def naive_cluster_bootstrap(values, clusters, n_resamples: int, seed: int) -> tuple[float, float]:
+    """Draw clusters one by one and average their questions."""
+    rng = np.random.default_rng(seed)
+    groups = [[v for v, c in zip(values, clusters, strict=True) if c == name] for name in sorted(set(clusters))]
+    means = []
+    for _ in range(n_resamples):
+        drawn = [value for pick in rng.integers(0, len(groups), len(groups)) for value in groups[pick]]
+        means.append(sum(drawn) / len(drawn))
+    return tuple(np.quantile(means, [0.025, 0.975]))
+
+
+def clustered_answers(rng: np.random.Generator, n_clusters: int) -> tuple[np.ndarray, np.ndarray]:
+    """Answers whose difficulty depends on the image; images have 1 to 6 questions; the true accuracy is 0.5."""
+    sizes = rng.integers(1, 7, n_clusters)
+    clusters = np.repeat(np.arange(n_clusters), sizes)
+    difficulty = rng.beta(1, 1, n_clusters)[clusters]
+    return rng.random(len(clusters)) < difficulty, clusters
+
+
+def test_agrees_with_a_naive_bootstrap_over_unequal_clusters():
+    values, clusters = clustered_answers(np.random.default_rng(0), 40)
+    fast = cluster_bootstrap_ci(values, clusters, n_resamples=20000)
+    naive = naive_cluster_bootstrap(values, clusters.tolist(), 5000, seed=1)
+    assert fast == pytest.approx(naive, abs=0.015)
+
+
+def test_one_question_per_image_is_the_normal_approximation():
+    values = np.arange(2000) % 10 < 3
+    low, high = cluster_bootstrap_ci(values, range(2000), n_resamples=5000)
+    half = 1.96 * math.sqrt(0.3 * 0.7 / 2000)
+    assert (low, high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.002)
+
+
+def test_coverage_is_near_the_nominal_level():
+    rng = np.random.default_rng(3)
+    hits = iid_hits = 0
+    for trial in range(300):
+        values, clusters = clustered_answers(rng, 80)
+        low, high = cluster_bootstrap_ci(values, clusters, n_resamples=500, seed=trial)
+        hits += low <= 0.5 <= high
+        low, high = cluster_bootstrap_ci(values, range(len(values)), n_resamples=500, seed=trial)
+        iid_hits += low <= 0.5 <= high
+    assert 0.90 <= hits / 300 <= 0.99
+    assert iid_hits < hits - 15  # ignoring the images claims too much
+
+
+def test_copies_of_each_question_do_not_narrow_the_interval():
+    values = np.random.default_rng(1).random(200) < 0.6
+    once = cluster_bootstrap_ci(values, range(200))
+    copied = cluster_bootstrap_ci(np.repeat(values, 5), np.repeat(np.arange(200), 5))
+    independent = cluster_bootstrap_ci(np.repeat(values, 5), range(1000))
+    assert copied == pytest.approx(once, abs=1e-12)
+    assert independent[1] - independent[0] < 0.6 * (once[1] - once[0])
+
+
+def test_row_order_cluster_names_and_repetition_change_nothing():
+    values, clusters = clustered_answers(np.random.default_rng(5), 60)
+    expected = cluster_bootstrap_ci(values, clusters)
+    order = np.random.default_rng(6).permutation(len(values))
+    assert cluster_bootstrap_ci(values[order], clusters[order]) == expected
+    assert cluster_bootstrap_ci(values, [f"image {c}.jpg" for c in clusters]) == expected
+    assert cluster_bootstrap_ci(values, clusters, seed=1) != expected
+
+
+def test_a_higher_level_is_wider_and_contains_the_mean():
+    values, clusters = clustered_answers(np.random.default_rng(8), 60)
+    narrow, wide = (cluster_bootstrap_ci(values, clusters, level=level) for level in (0.8, 0.99))
+    assert wide[0] < narrow[0] < values.mean() < narrow[1] < wide[1]
+
+
+def test_one_image_gives_no_interval():
+    assert all(math.isnan(end) for end in cluster_bootstrap_ci([1, 0, 1], ["a", "a", "a"]))
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="2 values but 1 clusters"):
+        cluster_bootstrap_ci([1, 0], ["a"])
+    with pytest.raises(ValueError, match="level"):
+        cluster_bootstrap_ci([1, 0], ["a", "b"], level=95)
+    with pytest.raises(ValueError, match="same questions"):
+        mcnemar_exact([True], [True, False])
+    with pytest.raises(ValueError, match="no questions"):
+        paired_difference([], [], [])
+    with pytest.raises(ValueError, match="successes"):
+        wilson_interval(3, 2)
+
+
+def test_paired_difference_is_antisymmetric_and_sharper_than_unpaired():
+    rng = np.random.default_rng(2)
+    a = rng.random(500) < 0.5
+    b = np.where(rng.random(500) < 0.1, ~a, a)
+    images = np.arange(500) // 2
+    difference, low, high = paired_difference(a, b, images)
+    assert difference == pytest.approx(a.mean() - b.mean())
+    assert low <= difference <= high
+    mirrored = paired_difference(b, a, images)
+    assert mirrored[0] == -difference
+    assert (-mirrored[2], -mirrored[1]) == pytest.approx((low, high), abs=0.01)
+    alone = cluster_bootstrap_ci(a, images)
+    assert high - low < 0.7 * (alone[1] - alone[0])
+    assert paired_difference(a, a, images) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "both"), [(0, 0, 5), (1, 0, 0), (9, 2, 30), (7, 7, 3), (700, 640, 100), (3, 60, 0)]
+)
+def test_mcnemar_is_scipys_binomial_test(only_a, only_b, both):
+    a = [True] * only_a + [False] * only_b + [True] * both
+    b = [False] * only_a + [True] * only_b + [True] * both
+    n = only_a + only_b
+    expected = scipy.stats.binomtest(only_a, n).pvalue if n else 1.0
+    assert mcnemar_exact(a, b) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar_exact(b, a) == mcnemar_exact(a, b)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (3, 10), (400, 1000)])
+def test_wilson_is_scipys(successes, n):
+    expected = scipy.stats.binomtest(successes, n).proportion_ci(0.9, method="wilson")
+    assert wilson_interval(successes, n, level=0.9) == pytest.approx((expected.low, expected.high), abs=1e-12)

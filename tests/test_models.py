@@ -1,0 +1,126 @@
+"""Models: trainable parts, true sizes, LoRA checkpoints, exports that stock transformers loads."""
+
+import pytest
+import torch
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+from distillation.models import (
+    add_lora,
+    count_parameters,
+    export_model,
+    load_model,
+    load_trained_state,
+    split_parameters,
+    trained_state,
+)
+from utils import UserError
+
+
+def true_config(size: str) -> LlavaOnevisionConfig:
+    """The published configurations of the 0.5B and the 7B (llava-hf/llava-onevision-qwen2-*-ov-hf)."""
+    vision = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=26,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    small = size == "0.5b"
+    text = Qwen2Config(
+        vocab_size=152000 if small else 152128,
+        hidden_size=896 if small else 3584,
+        intermediate_size=4864 if small else 18944,
+        num_hidden_layers=24 if small else 28,
+        num_attention_heads=14 if small else 28,
+        num_key_value_heads=2 if small else 4,
+        tie_word_embeddings=small,
+    )
+    return LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=151646,
+        video_token_index=151647,
+        tie_word_embeddings=small,
+    )
+
+
+def meta_model(size: str) -> LlavaOnevisionForConditionalGeneration:
+    with torch.device("meta"):
+        model = LlavaOnevisionForConditionalGeneration(true_config(size))
+    model.tie_weights()
+    return model
+
+
+def test_true_sizes():
+    """893,675,552 parameters are the 1.787 GB of the published float16 file; without the tower 495,927,808 train."""
+    model = meta_model("0.5b")
+    assert count_parameters(model) == (893_675_552, 893_675_552)
+    vision, others = split_parameters(model)
+    assert sum(p.numel() for p in vision) == 397_747_744
+    assert sum(p.numel() for p in others) == 495_927_808
+    assert count_parameters(meta_model("7b"))[1] == 8_030_807_584
+
+
+def test_lora_trains_adapters_and_projector_only():
+    rank = 16
+    model = add_lora(meta_model("0.5b"), rank=rank, alpha=32)
+    width, kv, ffn, layers = 896, 128, 4864, 24
+    per_layer = rank * (2 * (width + width) + 2 * (width + kv) + 3 * (width + ffn))
+    assert count_parameters(model)[0] == layers * per_layer + 1_836_800
+    vision, others = split_parameters(model)
+    assert vision == [] and sum(p.numel() for p in others) == layers * per_layer + 1_836_800
+
+
+def test_loaded_student_trains_in_float32(tiny_folder):
+    model = load_model(str(tiny_folder))
+    assert model.training and all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    vision, others = split_parameters(model)
+    assert {id(p) for p in vision}.isdisjoint(id(p) for p in others)
+    assert len(vision) + len(others) == len(list(model.parameters()))
+
+
+def test_lora_state_is_small_and_restores(tiny_folder):
+    torch.manual_seed(1)
+    model = add_lora(load_model(str(tiny_folder)), rank=2, alpha=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    state = trained_state(model)
+    assert len(state) < len(model.state_dict()) / 2
+    other = add_lora(load_model(str(tiny_folder)), rank=2, alpha=4)
+    load_trained_state(other, state, origin="x.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(UserError, match="x.ckpt"):
+        load_trained_state(load_model(str(tiny_folder)), state, origin="x.ckpt")
+    del state[next(iter(state))]
+    with pytest.raises(UserError, match="1 missing"):
+        load_trained_state(other, state, origin="x.ckpt")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_export_loads_with_stock_transformers(tiny_folder, processor, tmp_path, lora):
+    torch.manual_seed(2)
+    model = load_model(str(tiny_folder))
+    if lora:
+        model = add_lora(model, rank=2, alpha=4)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3)
+    model.eval()
+    ids = torch.tensor([[3, 5, 7, 11]])
+    expected = model(input_ids=ids).logits
+    export_model(model, processor, tmp_path / "export", dtype=torch.float32)
+    stock, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
+        tmp_path / "export", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    torch.testing.assert_close(stock.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_missing_model_names_the_place(tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path / "nothing")):
+        load_model(str(tmp_path / "nothing"))

@@ -1,0 +1,147 @@
+"""Prompts, answer mask and packing: K questions behind one image compute what K separate sequences compute."""
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.prompts import (
+    IGNORE,
+    PackedPrompt,
+    answer_targets,
+    collate_prompts,
+    pack_questions,
+    packed_attention_mask,
+    render_question,
+)
+from distillation.losses import answer_cross_entropy
+from distillation.models import answer_logits, answers_right, load_model
+
+QUESTIONS = ["What color is the chair?", "Where is the bed relative to the table?", "How many beds are there?"]
+ANSWERS = ["red", "in front", "two"]
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+
+
+def batch(processor, groups, *, image_tokens="one_tile"):
+    """groups: list of (picture, questions, answers)."""
+    images = processor.pixels([g[0] for g in groups], image_tokens=image_tokens)
+    n = processor.count_image_tokens(128, 128, image_tokens=image_tokens)
+    prompts = [pack_questions(processor, q, a, n_image_tokens=n) for _, q, a in groups]
+    return collate_prompts(prompts, pad_token_id=processor.tokenizer.pad_token_id), images
+
+
+def loss_and_gradients(model, processor, groups, **options):
+    text, images = batch(processor, groups, **options)
+    logits, targets = answer_logits(model, text, images, vocab_size=len(processor.tokenizer))
+    model.zero_grad()
+    answer_cross_entropy(logits=logits, targets=targets).backward()
+    loss = answer_cross_entropy(logits=logits, targets=targets).item()
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, logits
+
+
+@pytest.mark.parametrize("image_tokens", ["one_tile", "anyres"])
+def test_packed_equals_separate_sequences(processor, tiny_folder, image_tokens):
+    model = load_model(str(tiny_folder))
+    images = [picture(1), picture(2)]
+    packed = [(images[0], QUESTIONS, ANSWERS), (images[1], QUESTIONS[:1], ["in front"])]
+    separate = [(image, [q], [a]) for image, qs, answers in packed for q, a in zip(qs, answers, strict=True)]
+    loss, gradients, logits = loss_and_gradients(model, processor, packed, image_tokens=image_tokens)
+    expected, expected_gradients, expected_logits = loss_and_gradients(
+        model, processor, separate, image_tokens=image_tokens
+    )
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        scale = max(expected_gradients[name].norm().item(), 1e-3)
+        assert (gradient - expected_gradients[name]).norm().item() <= 1e-5 * scale, name
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_question_does_not_see_its_neighbours(processor, tiny_folder):
+    model = load_model(str(tiny_folder)).eval()
+    one = batch(processor, [(picture(1), QUESTIONS, ANSWERS)])
+    other = batch(processor, [(picture(1), [QUESTIONS[0], "Where is it?", QUESTIONS[2]], [ANSWERS[0], "left", "two"])])
+    vocab_size = len(processor.tokenizer)
+    first, _ = answer_logits(model, *one, vocab_size=vocab_size)
+    second, _ = answer_logits(model, *other, vocab_size=vocab_size)
+    n = len(processor.tokenizer(ANSWERS[0]).input_ids) + 1
+    torch.testing.assert_close(first[:n], second[:n])
+    m = len(processor.tokenizer(ANSWERS[2]).input_ids) + 1
+    torch.testing.assert_close(first[-m:], second[-m:], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_changes_nothing(processor, tiny_folder):
+    model = load_model(str(tiny_folder)).eval()
+    text, images = batch(processor, [(picture(1), QUESTIONS[:1], ANSWERS[:1])])
+    logits, _ = answer_logits(model, text, images, vocab_size=len(processor.tokenizer))
+    long = (picture(2), QUESTIONS, ANSWERS)
+    padded_text, padded_images = batch(processor, [(picture(1), QUESTIONS[:1], ANSWERS[:1]), long])
+    padded, _ = answer_logits(model, padded_text, padded_images, vocab_size=len(processor.tokenizer))
+    torch.testing.assert_close(padded[: len(logits)], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_are_the_answer_and_the_end_of_turn_only(processor):
+    prompt = pack_questions(processor, QUESTIONS, ANSWERS, n_image_tokens=65)
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    expected = [i for a in ANSWERS for i in [*processor.tokenizer(a).input_ids, end]]
+    assert [label for label in prompt.labels if label != IGNORE] == expected
+    for token, label in zip(prompt.input_ids, prompt.labels, strict=True):
+        assert label in (IGNORE, token)
+
+
+def test_one_token_answer_survives_the_causal_shift():
+    keep, targets = answer_targets(torch.tensor([[IGNORE, 5, 2]]))
+    assert keep.tolist() == [[True, True, False]] and targets.tolist() == [5, 2]
+
+
+def test_an_answer_without_the_image_when_blind(processor):
+    prompt = pack_questions(processor, QUESTIONS[:1], None, n_image_tokens=0)
+    text = processor.tokenizer.decode(prompt.input_ids)
+    assert text == f"<|im_start|>user\n{QUESTIONS[0]}<|im_end|>\n<|im_start|>assistant\n"
+    assert set(prompt.labels) == {IGNORE}
+
+
+def test_prompt_is_the_chat_template(processor):
+    """Tokenizing prompt and answer apart gives the tokens of the whole rendered conversation."""
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]}
+    reply = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
+    whole = processor.apply_chat_template([user, reply]).rstrip("\n")
+    packed = pack_questions(processor, QUESTIONS[:1], ["red"], n_image_tokens=1)
+    assert processor.tokenizer.decode(packed.input_ids) == whole
+    assert packed.input_ids == processor.tokenizer(whole, add_special_tokens=False).input_ids
+    head, tail = render_question(processor, QUESTIONS[0], with_image=True)
+    assert head + "<image>" + tail == processor.apply_chat_template([user], add_generation_prompt=True)
+
+
+def test_mask_equals_the_rule_written_out():
+    segments = torch.tensor([[-1, 0, 0, 1, 1, 2], [0, 1, 1, 2, 2, 3]])
+    mask = packed_attention_mask(segments)
+    for b, row in enumerate(segments.tolist()):
+        for i in range(6):
+            for j in range(6):
+                same = row[i] == row[j]
+                prefix = row[j] == 0 and row[i] > 0
+                assert mask[b, 0, i, j].item() == (j <= i and (same or prefix))
+
+
+def test_answers_right_is_greedy_exact_match(processor, tiny_folder):
+    """Feeding what the model itself generates is all right; changing one token is not."""
+    text, _ = batch(processor, [(picture(1), QUESTIONS, ANSWERS)])
+    _, targets = answer_targets(text["labels"])
+    logits = torch.nn.functional.one_hot(targets, len(processor.tokenizer)).float()
+    assert answers_right(logits, text).tolist() == [True, True, True]
+    logits[0] = -logits[0]
+    assert answers_right(logits, text).tolist() == [False, True, True]
+    logits[0], logits[-1] = -logits[0], -logits[-1]
+    assert answers_right(logits, text).tolist() == [True, True, False]
+
+
+def test_positions_restart_after_the_prefix(processor):
+    prompt = pack_questions(processor, QUESTIONS, ANSWERS, n_image_tokens=3)
+    assert isinstance(prompt, PackedPrompt)
+    prefix = prompt.segments.count(0)
+    for k in (1, 2, 3):
+        positions = [p for p, s in zip(prompt.positions, prompt.segments, strict=True) if s == k]
+        assert positions == list(range(prefix, prefix + len(positions)))

@@ -1,0 +1,232 @@
+"""The training scripts as their user runs them, on a small world with a tiny model: files, resume, faults, flags."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from distillation import training
+from distillation.losses import answer_cross_entropy
+from distillation.training import SafeCheckpointIO, plain, read_checkpoint
+from utils import ROOT, UserError
+
+SCRIPTS = {
+    "baseline_depth": "distillation/baseline_depth/train.py",
+    "baseline_rgb05b": "distillation/baseline_rgb05b/train.py",
+    "baseline_rgb7b": "distillation/baseline_rgb7b/train2.py",
+}
+
+
+def load_script(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def places(world, tmp_path, monkeypatch):
+    """ROOT_DATA_DIR and MAIN_ROOT_DATA_DIR as a user's .env would set them."""
+    monkeypatch.setenv("ROOT_DATA_DIR", str(world))
+    monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(tmp_path / "out"))
+    return tmp_path / "out"
+
+
+def flags(tiny_folder, *more: str) -> list[str]:
+    return [
+        *("--student_name", str(tiny_folder), "--image_tokens", "one_tile", "--num_workers", "0"),
+        *("--batch_size", "4", "--accumulate_grad_batches", "1", "--max_epochs", "2", "--run_name", "t"),
+        *("--lr", "1e-3", "--accelerator", "cpu", *more),
+    ]
+
+
+def train(name: str, tiny_folder, *more: str) -> None:
+    script = load_script(SCRIPTS[name])
+    script.main(script.parse_args(flags(tiny_folder, *more)))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_leaves_what_it_promises(name, places, tiny_folder):
+    train(name, tiny_folder, "--save_final_pt", str(places / "final.pt"), "--export", str(places / "export"))
+    folder, logs = places / name / "checkpoints" / "t", places / name / "tensorboard_logs" / "t"
+    (best,) = folder.glob("best-epoch*-acc*.ckpt")
+    for path in (best, folder / "last.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        assert all(key.startswith("student.") for key in checkpoint["state_dict"])
+        hparams = checkpoint["hyper_parameters"]
+        assert {type(v) for v in hparams.values()} <= {str, int, float, bool, type(None)}
+        assert hparams["script"] == SCRIPTS[name] and hparams["modality"] == ("depth" if "depth" in name else "rgb")
+    assert list(logs.glob("events.out.tfevents*"))
+    header, *rows = (logs / "metrics.csv").read_text().splitlines()
+    assert "val/exact_match" in header and len(rows) >= 2
+    record = json.loads((logs / "run.json").read_text())
+    assert record["best"] == str(best) and record["optimizer_steps"] == 12
+    saved = torch.load(places / "final.pt", weights_only=True)
+    assert saved.keys() == {k.removeprefix("student.") for k in read_checkpoint(best)["state_dict"]}
+    assert (places / "export" / "model.safetensors").is_file()
+    if name == "baseline_rgb7b":
+        assert all("lora" in key or "projector" in key for key in saved)
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "more"), [(2, ()), (6, ("--augmentation",)), (9, ("--accumulate_grad_batches", "2"))]
+)
+def test_an_interrupted_run_resumes_bit_exactly(places, tiny_folder, monkeypatch, stop_at, more):
+    """SIGTERM in batch `stop_at` of 12: exit code 143, and the resumed run ends with the very same bytes of weights."""
+    train("baseline_depth", tiny_folder, *more)
+    done = read_checkpoint(places / "baseline_depth/checkpoints/t/last.ckpt")
+    batches, start = 0, training.KeyedRandomness.on_train_batch_start
+
+    def interrupt(self, *args):
+        nonlocal batches
+        batches += 1
+        if batches == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        start(self, *args)
+
+    monkeypatch.setattr(training.KeyedRandomness, "on_train_batch_start", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        train("baseline_depth", tiny_folder, *more, "--run_name", "cut")
+    assert stopped.value.code == 143
+    monkeypatch.setattr(training.KeyedRandomness, "on_train_batch_start", start)
+    train("baseline_depth", tiny_folder, *more, "--run_name", "cut", "--resume", "auto")
+    resumed = read_checkpoint(places / "baseline_depth/checkpoints/cut/last.ckpt")
+    assert resumed["global_step"] == done["global_step"]
+    for name, value in done["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+    moments, expected = resumed["optimizer_states"][0]["state"], done["optimizer_states"][0]["state"]
+    assert all(torch.equal(moments[i]["exp_avg"], expected[i]["exp_avg"]) for i in expected)
+
+
+def test_weights_are_handed_over(places, tiny_folder):
+    train("baseline_depth", tiny_folder)
+    (best,) = (places / "baseline_depth/checkpoints/t").glob("best*.ckpt")
+    train("baseline_depth", tiny_folder, "--run_name", "more", "--load_checkpoint", "--lr", "0", "--vision_lr", "0")
+    before, after = (
+        read_checkpoint(p)["state_dict"] for p in (best, places / "baseline_depth/checkpoints/more/last.ckpt")
+    )
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    with pytest.raises(UserError, match="trained with modality depth, this run has rgb"):
+        train("baseline_rgb05b", tiny_folder, "--load_checkpoint", str(best))
+
+
+def test_a_diverging_run_stops_and_saves_no_nan(places, tiny_folder):
+    with pytest.raises(UserError, match="not finite"):
+        train("baseline_depth", tiny_folder, "--lr", "1e30", "--warmup_share", "0", "--gradient_clip", "0")
+    for path in (places / "baseline_depth").rglob("*.ckpt"):
+        assert all(
+            torch.isfinite(v).all() for v in read_checkpoint(path)["state_dict"].values() if v.is_floating_point()
+        )
+
+
+def test_dry_run_writes_nothing(places, tiny_folder, capsys):
+    train("baseline_depth", tiny_folder, "--dry_run")
+    said = capsys.readouterr().out
+    assert "image tokens: 65" in said and "peak memory" in said and "12 steps" in said
+    assert not places.exists()
+
+
+def test_finished_files_survive_a_failing_write(tmp_path):
+    """A write that fails half-way leaves the old checkpoint, its checksum and no litter."""
+    path, good = tmp_path / "last.ckpt", {"state_dict": {"w": torch.ones(3)}, "hyper_parameters": {"script": "x"}}
+    io = SafeCheckpointIO()
+    io.save_checkpoint(good, path)
+    with pytest.raises(AttributeError):
+        io.save_checkpoint(good | {"cannot be stored": lambda: None}, path)
+    with pytest.raises(UserError, match="not finite"):
+        io.save_checkpoint({"state_dict": {"w": torch.tensor([1.0, float("nan")])}}, path)
+    assert torch.equal(read_checkpoint(path)["state_dict"]["w"], torch.ones(3))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]
+
+
+def test_damage_is_noticed(tmp_path):
+    path = tmp_path / "last.ckpt"
+    SafeCheckpointIO().save_checkpoint(
+        {"state_dict": {"w": torch.arange(1000.0)}, "hyper_parameters": {"script": "x"}}, path
+    )
+    data = path.read_bytes()
+    for offset in range(50, len(data), len(data) // 20):
+        path.write_bytes(data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :])
+        with pytest.raises(UserError, match="damaged"):
+            read_checkpoint(path)
+        path.write_bytes(data[:offset])
+        with pytest.raises(UserError, match="damaged"):
+            read_checkpoint(path)
+
+
+def test_foreign_checkpoints_are_refused(tmp_path):
+    torch.save({"state_dict": {}, "hyper_parameters": {}}, tmp_path / "other.ckpt")
+    torch.save({"x": Path("a")}, tmp_path / "pickle.ckpt")
+    (tmp_path / "text.ckpt").write_text("hello")
+    for name in ("other", "pickle", "text", "absent"):
+        with pytest.raises(UserError, match=f"{name}.ckpt"):
+            read_checkpoint(tmp_path / f"{name}.ckpt")
+
+
+def test_plain_values_only():
+    assert plain({"a": Path("x/y"), "b": 1.5, "c": None, "d": [1]}) == {"a": "x/y", "b": 1.5, "c": None, "d": "[1]"}
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (("--subset_percentage", "0"), "--subset_percentage"),
+        (("--subset_percentage", "50"), "--subset_percentage"),
+        (("--batch_size", "0"), "--batch_size"),
+        (("--depth_encoding", "rainbow"), "--depth_encoding"),
+        (("--image_tokens", "many"), "--image_tokens"),
+        (("--resume", "auto", "--load_checkpoint"), "--resume"),
+        (("--no_such_flag",), "--no_such_flag"),
+    ],
+)
+def test_bad_flags_are_named(more, complaint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load_script(SCRIPTS["baseline_depth"]).parse_args(list(more))
+    assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_miniature_changes_defaults_and_explicit_flags_win():
+    parse_args = load_script(SCRIPTS["baseline_depth"]).parse_args
+    real, mini, own = parse_args([]), parse_args(["--miniature"]), parse_args(["--lr", "0.5", "--miniature"])
+    assert real.image_tokens == "anyres" and mini.image_tokens == "one_tile"
+    assert mini.student_name.endswith("dataset/miniature/student") and own.lr == 0.5 != mini.lr
+
+
+def test_a_used_run_folder_and_missing_checkpoints(places, tiny_folder):
+    with pytest.raises(UserError, match="make one with: python distillation/baseline_depth/train.py"):
+        train("baseline_depth", tiny_folder, "--load_checkpoint")
+    with pytest.raises(UserError, match="no such file"):
+        train("baseline_depth", tiny_folder, "--resume", str(places / "absent.ckpt"))
+    (places / "baseline_depth/checkpoints/t").mkdir(parents=True)
+    with pytest.raises(UserError, match="--run_name t"):
+        train("baseline_depth", tiny_folder)
+
+
+def test_without_data_as_a_subprocess(tmp_path):
+    """By path, from another folder, without any setting: one line that says what to do, exit code 2."""
+    env = {k: v for k, v in os.environ.items() if k != "ROOT_DATA_DIR"} | {"ROOT_DATA_DIR": ""}
+    command = [sys.executable, str(ROOT / SCRIPTS["baseline_depth"]), "--student_name", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ROOT_DATA_DIR is not set") and "--miniature" in line
+
+
+def test_cross_entropy_against_a_loop():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(7, 11, dtype=torch.bfloat16, requires_grad=True), torch.randint(11, (7,))
+    expected = 0.0
+    for row, target in zip(logits.double(), targets, strict=True):
+        expected += torch.logsumexp(row, 0) - row[target]
+    assert answer_cross_entropy(logits=logits, targets=targets).item() == pytest.approx(expected.item() / 7, rel=1e-6)
+    nothing = answer_cross_entropy(logits=logits[:0], targets=targets[:0])
+    nothing.backward()
+    assert nothing.item() == 0 and logits.grad is not None
+    with pytest.raises(ValueError, match=r"\(7, 11\)"):
+        answer_cross_entropy(logits=logits, targets=targets[:3])

@@ -1,0 +1,161 @@
+"""Plumbing that every script shares: the .env file, user errors, progress lines, atomic files, checkpoint reading.
+
+Import this module before pytorch_lightning or transformers: huggingface_hub reads its environment variables once, when it
+is first imported, and this module puts the variables of `.env` in place.
+"""
+
+import os
+from pathlib import Path
+
+from dotenv import load_dotenv
+
+ROOT = Path(__file__).resolve().parent
+load_dotenv(ROOT / ".env")  # variables that the shell has already set win
+# The image processor is the PIL one by choice; this keeps transformers from advertising the torchvision one.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# isort: split
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Bad input: a file, row or flag. `run_script` prints the message as one line and exits with 2."""
+
+
+def run_script(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> None:
+    """Run a script's `main(parse_args())`; a `UserError` becomes one clear line on stderr and exit code 2."""
+    try:
+        main(parse_args())
+    except UserError as error:
+        sys.exit(_fail(error))
+
+
+def _fail(error: UserError) -> int:
+    # A data loading process hands its error over inside a traceback; the user's line is the last one.
+    message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def data_root(miniature: bool) -> Path:
+    """The folder that contains `SUNRGBD/`: ROOT_DATA_DIR of `.env`, or the miniature world's.
+
+    Raises:
+        UserError: ROOT_DATA_DIR is not set or has no `SUNRGBD/` folder.
+    """
+    if miniature:
+        return outputs_root(ROOT / "dataset" / "miniature") / "world"
+    value = os.environ.get("ROOT_DATA_DIR", "").strip()
+    if not value:
+        raise UserError(
+            f"ROOT_DATA_DIR is not set. Write ROOT_DATA_DIR=/folder/that/contains/SUNRGBD into {ROOT / '.env'} "
+            "(see .env.example), or add --miniature to run on the built-in world."
+        )
+    root = Path(value).expanduser()
+    if not (root / "SUNRGBD").is_dir():
+        raise UserError(f"ROOT_DATA_DIR={root} has no folder SUNRGBD; correct the line in {ROOT / '.env'}.")
+    return root.resolve()
+
+
+def outputs_root(script_folder: Path) -> Path:
+    """Where a script writes: its own folder, or the same relative folder below MAIN_ROOT_DATA_DIR when that is set."""
+    value = os.environ.get("MAIN_ROOT_DATA_DIR", "").strip()
+    if not value:
+        return script_folder
+    relative = script_folder.resolve().relative_to(ROOT)
+    parts = relative.parts[1:] if relative.parts[0] in ("distillation", "dataset") else relative.parts
+    return Path(value).expanduser().resolve().joinpath(*parts)
+
+
+def hf_token() -> str | None:
+    """The Hugging Face token of `.env`, for hub calls only: it is never a flag, a hyper-parameter or a log line."""
+    return os.environ.get("hf_token") or None
+
+
+class ProgressLine:
+    """Says how far a long job is and how long it will take.
+
+    A terminal sees one line that is redrawn; anything else (a log file, a pipe) sees a plain line every `every_s` seconds.
+    """
+
+    def __init__(self, label: str, *, total: int, done: int = 0, every_s: float = 10.0) -> None:
+        self.label, self.total, self.first = label, total, done
+        self.live = sys.stderr.isatty()
+        self.every_s = 0.2 if self.live else every_s
+        self.start = self.last = time.monotonic()
+
+    def update(self, done: int, extra: str = "") -> None:
+        """`done` of `total` items are finished; `extra` is shown behind the time left."""
+        now = time.monotonic()
+        if done != self.total and now - self.last < self.every_s:
+            return
+        self.last = now
+        rate = max(done - self.first, 1) / max(now - self.start, 1e-9)
+        left = duration(max(self.total - done, 0) / rate)
+        line = f"{self.label}: {done}/{self.total} ({rate:.1f}/s, {left} left){extra}"
+        end = "\n" if not self.live or done == self.total else ""
+        print(f"\r{line}\x1b[K" if self.live else line, end=end, file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[T], *, total: int, label: str) -> Iterator[T]:
+    """Pass `items` through and report on a `ProgressLine`."""
+    line = ProgressLine(label, total=total)
+    for done, item in enumerate(items, 1):
+        yield item
+        line.update(done)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `1:02:03` or `2:03`."""
+    minutes, secs = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` and rename it onto `path` when the block succeeds; nothing half-written stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # makes the rename itself durable
+        finally:
+            os.close(folder)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def git_commit() -> str:
+    """The commit of this checkout with `-dirty` behind it when files differ from it; `unknown` outside a checkout."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+    return "unknown"
