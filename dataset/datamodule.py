@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.augmentation import augment
@@ -26,7 +25,7 @@ from dataset.depth import encode_depth, read_depth
 from dataset.processor import ImageTextProcessor
 from dataset.prompts import collate_prompts, pack_questions
 from dataset.questions import QuestionRow, read_questions
-from dataset.sunrgbd import Frame, read_frame
+from dataset.sunrgbd import Frame, read_frame, read_rgb
 from utils import UserError
 
 MODALITIES = ("rgb", "depth", "blind")
@@ -41,15 +40,6 @@ class ImageSettings:
     depth_encoding: str = "metric_log3"
     depth_source: str = "raw"  # "raw" with holes, or "bfx", the data set's hole-filled 8-bit version
     image_tokens: str = "anyres"
-
-
-def load_rgb(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8. Raises UserError that names the file when it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: image cannot be read ({error})") from error
 
 
 def load_images(
@@ -67,7 +57,7 @@ def load_images(
     """
     modalities = {settings.modality for settings in wanted}
     sources = {settings.depth_source for settings in wanted if settings.modality == "depth"}
-    rgb = load_rgb(frame.root / frame.image_path) if "rgb" in modalities else None
+    rgb = read_rgb(frame.root / frame.image_path) if "rgb" in modalities else None
     depth_m = read_depth(frame.root / _depth_file(frame, sources.pop())) if sources else None
     if rgb is not None and depth_m is not None and rgb.shape[:2] != depth_m.shape:
         raise UserError(
@@ -225,9 +215,13 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         self.subset_percentage, self.augmentation = subset_percentage, augmentation
         self.num_workers, self.seed = num_workers, seed
         self.resume_batch = 0  # set when a run continues in the middle of an epoch
+        self.train: SUNRGBDDataset | None = None
+        self.val: SUNRGBDDataset | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and check the question files. Raises UserError that names file and row."""
+        """Read and check the question files, once. Raises UserError that names file and row."""
+        if self.train is not None:
+            return
         train_rows = subset_of_images(self.rows("train"), self.subset_percentage, seed=self.seed)
         self.train = self._dataset(
             train_rows, questions_per_image=self.questions_per_image, augmentation=self.augmentation

@@ -26,7 +26,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from dataset.annotations import frame_nouns, frame_objects
 from dataset.miniature.world import ensure_world
@@ -40,7 +39,7 @@ from dataset.questions import (
     select_questions,
     write_questions,
 )
-from dataset.sunrgbd import Frame, find_frames, official_split
+from dataset.sunrgbd import Frame, find_frames, official_split, read_rgb
 
 SPLITS = ("train", "val", "test")
 VOCABULARY_FRAMES = 1000  # frames whose nouns may be asked about when they are absent
@@ -129,20 +128,12 @@ def read_frame_questions(frame: Frame, *, seed: int, vocabulary: Collection[str]
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])  # independent of the other frames
     try:
         instances, unsure = frame_objects(frame, drops)
-        rgb = _read_rgb(frame.root / frame.image_path)
+        rgb = read_rgb(frame.root / frame.image_path)
         if instances and instances[0].mask.shape != rgb.shape[:2]:
             raise UserError(f"{frame.path}: RGB is {rgb.shape[:2]} and depth {instances[0].mask.shape} pixels")
     except UserError as error:
         return FrameReport([], drops, str(error))
     return FrameReport(frame_candidates(instances, rgb=rgb, rng=rng, unsure=unsure, vocabulary=vocabulary), drops, "")
-
-
-def _read_rgb(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: image cannot be read ({error})") from error
 
 
 def _counts(rows: Sequence[QuestionRow]) -> dict[str, Any]:

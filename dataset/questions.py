@@ -148,7 +148,7 @@ def frame_candidates(
         [
             (_ask("Count", _COUNT, noun, answer=_NUMBERS[n - 1]),)
             for noun, n in counts.items()
-            if noun not in vague and n <= 6
+            if noun not in vague and n <= MAX_COUNT
         ],
         _directions(placed),
         _nearest(placed, shown),
@@ -170,7 +170,7 @@ def _some(groups: list[tuple[Question, ...]], rng: np.random.Generator) -> list[
 
 
 def _ask(
-    type: str,
+    kind: str,
     template: str,
     *names: str,
     answer: str,
@@ -182,7 +182,7 @@ def _ask(
     if names:
         words = {"a": f"{'an' if names[0][0] in 'aeiou' else 'a'} {names[0]}", "plural": plural(names[0])}
     box = mask_box(target.mask) if target is not None else None
-    return Question(template.format(*names, **words), answer, type, template, names, depth, pair, box)
+    return Question(template.format(*names, **words), answer, kind, template, names, depth, pair, box)
 
 
 def plural(noun: str) -> str:
@@ -389,18 +389,15 @@ def select_questions(
     waiting = [[questions[i] for i in rng.permutation(len(questions))] for _, questions in candidates]
     _even_out_yes_no(waiting, rng)  # what has no counterpart anywhere would only be dropped in the end
     kept: list[list[Question]] = [[] for _ in candidates]
-    n_types = len({question.type for questions in waiting for question in questions})
-    tally = _Tally(n_types)
-    active = np.arange(len(candidates))
+    tally = _Tally(len({question.type for questions in waiting for question in questions}))
+    twins = per_frame is None or per_frame >= TWINS_FROM
     changed = True
     while changed:
         changed = False
-        for index in rng.permutation(active):
+        for index in rng.permutation(len(candidates)):
             sensor = candidates[index][0].sensor
             room = len(waiting[index]) if per_frame is None else per_frame - len(kept[index])
-            for question in tally.next_questions(
-                waiting[index], sensor, room=room, twins=(per_frame or TWINS_FROM) >= TWINS_FROM
-            ):
+            for question in tally.next_questions(waiting[index], sensor, room=room, twins=twins):
                 tally.add(question, sensor)
                 kept[index].append(question)
                 waiting[index].remove(question)
@@ -511,7 +508,12 @@ def write_questions(path: Path, rows: Sequence[QuestionRow]) -> None:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row in rows:
-            writer.writerow([_cell(getattr(row, field)) for field in COLUMNS.values()])
+            writer.writerow(csv_cells(row).values())
+
+
+def csv_cells(row: QuestionRow) -> dict[str, str]:
+    """A row as the cells of a question file, by column name."""
+    return {column: _cell(getattr(row, field)) for column, field in COLUMNS.items()}
 
 
 def _cell(value: object) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from scipy.io import loadmat
 
 from utils import UserError
@@ -107,6 +108,15 @@ def read_frame(root: Path, path: str) -> Frame:
         tilt=_tilt(folder / "extrinsics"),
         scene=_scene(folder / "scene.txt"),
     )
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8. Raises UserError that names the file when it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: image cannot be read ({error})") from error
 
 
 def _only_file(root: Path, folder: Path, endings: tuple[str, ...]) -> str:

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import math
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -414,9 +415,14 @@ def train(module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, args: a
     start = time.monotonic()
     trainer = build_trainer(args, run)
     if run.resume_from:
-        position = read_checkpoint(run.resume_from)["position"]
-        data.resume_batch = position["batch"]
-    trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
+        data.resume_batch = read_checkpoint(run.resume_from)["position"]["batch"]
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
+    except BaseException:
+        if not any(run.checkpoints.glob("*.ckpt")):  # a run that failed before it had anything to keep leaves no trace
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+            shutil.rmtree(run.logs, ignore_errors=True)
+        raise
     best = Path(trainer.checkpoint_callback.best_model_path)
     summary = {
         "best": str(best),

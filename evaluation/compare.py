@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.depth import read_depth
+from dataset.sunrgbd import read_rgb
 from evaluation.intervals import mcnemar_exact, paired_difference
 from evaluation.metrics import CAPTION_TYPE, evaluate_rows, exact_match, group_by, normalise_answer, order_types
 
@@ -398,11 +399,7 @@ def draw_contact_sheet(results: Sequence[Results], path: Path, root: Path, *, n_
 def _read_frame(root: Path, row: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """RGB thumbnail (h, w, 3) uint8 and depth (H, W) in metres."""
     image_path, depth_path = (_inside(root, row[column]) for column in ("Image_Path", "Depth_Path"))
-    try:
-        with Image.open(image_path) as image:
-            rgb = image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{image_path}: image cannot be read ({error}); check --data_root") from error
+    rgb = Image.fromarray(read_rgb(image_path))
     rgb.thumbnail((640, 640))
     return np.asarray(rgb), read_depth(depth_path)
 

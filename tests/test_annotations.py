@@ -239,11 +239,11 @@ def test_groups_unknown_names_and_structure_are_counted(make_frame):
 
 def test_depth_is_the_median_inside_the_eroded_mask(make_frame):
     depth = np.full((HEIGHT, WIDTH), 4.0)
-    depth[31:60, 31:60] = 1.5  # the outline is generous: its rim shows the wall behind
-    shape = rectangle(30, 30, 60, 60, 0)
+    depth[31:90, 31:33] = 1.5  # a lamp post whose outline is generous: more than half of it shows the wall behind
+    shape = rectangle(30, 30, 33, 90, 0)
     (found,) = frame_instances(make_frame(depth, annotation=polygons(["box"], [shape])))
     assert found.depth_m == pytest.approx(1.5)
-    depth[31:60, 31:48] = 0  # holes are not measurements
+    depth[40:60, 31:33] = 0  # holes are not measurements
     (found,) = frame_instances(make_frame(depth, annotation=polygons(["box"], [shape])))
     assert found.depth_m == pytest.approx(1.5)
 

@@ -273,5 +273,6 @@ def test_blind_check_compares_other_types_with_their_majority():
     for i in range(400):
         noun, color = rng.choice([("snow", "white"), ("grass", "green"), ("sky", "blue")])
         rows.append(row(i, "Color Identification", "", color, i) | {"Questions": f"What is the color of the {noun}?"})
-    assert [v.split(":")[0] for v in blind.blind_check(rows[:200], rows[200:])] == ["Color Identification"]
-    assert blind.blind_check(rows[:200], rows[200:], margin=0.8) == []
+    assert [v.split(":")[0] for v in blind.blind_check(rows[:200], rows[200:], exempt=())] == ["Color Identification"]
+    assert blind.blind_check(rows[:200], rows[200:], margin=0.8, exempt=()) == []
+    assert blind.blind_check(rows[:200], rows[200:]) == []

@@ -75,13 +75,13 @@ def test_direction_is_the_dominant_axis_of_the_gravity_frame(offset, answer):
 def test_every_answer_agrees_with_naive_geometry():
     """Re-derive each answer of random rooms from the question's words alone; every kind of question must occur."""
     rng, seen = np.random.default_rng(0), Counter()
-    for seed in range(300):
+    for seed in range(150):
         room = random_room(rng)
         for question in ask(room, seed=seed):
             assert question.answer == naive_answer(question, room), question
             assert len(question.answer.split()) <= 2 and question.answer == question.answer.lower()
             seen[question.template, question.answer] += 1
-    assert len({template for template, _ in seen}) == 13
+    assert len({template for template, _ in seen}) == 14  # all but colour
     for template, _ in seen:
         if template.startswith("Is "):
             assert seen[template, "yes"] and seen[template, "no"]
@@ -178,6 +178,8 @@ def test_surfaces_must_agree_with_centres():
 
 def test_negatives_avoid_lookalikes_and_follow_the_vocabulary():
     texts = answers([thing("desk")], vocabulary=None)
+    for here, there in (("shelf", "cabinet"), ("cabinet", "shelf")):  # the table lists one of the two only
+        assert f"Is there a {there}?" not in answers([thing(here)], vocabulary=(there, "bed"))
     assert "Is there a table?" not in texts and "Is there a wall?" not in texts
     assert sum(answer == "no" for answer in texts.values()) == 12
     assert {t for t, a in answers([thing("bed")], vocabulary=("oven", "bed")).items() if a == "no"} == {
@@ -223,13 +225,13 @@ def frame(index, sensor="kv1"):
 
 @pytest.fixture(scope="module")
 def leaky():
-    """Rooms where nouns give answers away: lamps hang high, beds are near the sofa, nearly every room has a chair."""
+    """Rooms where nouns give answers away: each stands at its own distance, and nearly every room has a chair."""
     rng, frames = np.random.default_rng(3), []
-    height = dict(zip(NOUNS, np.linspace(0.9, -0.9, len(NOUNS)), strict=True))
-    for index in range(600):
+    distance = dict(zip(NOUNS, np.linspace(1, 5, len(NOUNS)), strict=True))
+    for index in range(400):
         room = random_room(rng)
         for t in room:
-            t.center_m[1] = height[t.noun] + rng.normal(0, 0.15)
+            t.center_m[2] = distance[t.noun] + rng.normal(0, 0.6)
         if rng.random() < 0.8 and not any(t.noun == "chair" for t in room):
             room.append(thing("chair", rng.uniform((-2, 0, 1), (2, 0.5, 5)), (40, 40, 60, 60)))
         frames.append((frame(index, sensor=("kv1", "xtion")[index % 2]), ask(room, seed=index)))
@@ -237,13 +239,14 @@ def leaky():
 
 
 def blind_accuracy(rows):
-    """Per type: (accuracy of the best answer per wording, of one answer per type), learned on one half, scored on the other."""
+    """Per type: (accuracy of the best answer per wording, of one answer per type), learned on half of the images, scored on the rest."""
     counts = defaultdict(Counter)
-    for row in rows[::2]:
+    first_half = set(sorted({row.image_path for row in rows})[::2])
+    for row in (row for row in rows if row.image_path in first_half):
         for pool in (row.question, row.type):
             counts[pool][row.answer] += 1
     scores = defaultdict(list)
-    for row in rows[1::2]:
+    for row in (row for row in rows if row.image_path not in first_half):
         exact, same = counts.get(row.question, counts[row.type]), counts[row.type]
         scores[row.type].append([pool.most_common(1)[0][0] == row.answer for pool in (exact, same)])
     return {kind: np.mean(hits, axis=0) for kind, hits in scores.items()}
@@ -251,13 +254,15 @@ def blind_accuracy(rows):
 
 def as_rows(frames):
     return [
-        SimpleNamespace(type=q.type, question=q.text, answer=q.answer) for _, questions in frames for q in questions
+        SimpleNamespace(type=q.type, question=q.text, answer=q.answer, image_path=f.image_path)
+        for f, questions in frames
+        for q in questions
     ]
 
 
 def test_selection_removes_what_the_text_gives_away(leaky):
     before, after = blind_accuracy(as_rows(leaky)), blind_accuracy(select_questions(leaky, seed=0, per_frame=8))
-    assert before["Yes/No"][0] > 0.55 and before["Direction"][0] > 0.5  # the leak that has to go
+    assert before["Yes/No"][0] > 0.55 and before["Direction"][0] > 0.4  # the leak that has to go
     for kind, (by_wording, by_type) in after.items():
         assert by_wording <= (0.55 if kind == "Yes/No" else by_type + 0.08), kind
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dataset.datamodule import questions_file
+from dataset.questions import read_questions
 from distillation import training
 from distillation.losses import answer_cross_entropy
 from distillation.training import SafeCheckpointIO, plain, read_checkpoint
@@ -216,6 +219,23 @@ def test_without_data_as_a_subprocess(tmp_path):
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ROOT_DATA_DIR is not set") and "--miniature" in line
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_damaged_picture_as_a_subprocess(world, tiny_folder, tmp_path, workers):
+    """Found by a loading process in the middle of the first epoch: one line that names the file, nothing left behind."""
+    shutil.copytree(world, tmp_path / "world")
+    rows = read_questions(questions_file(tmp_path / "world", "train"))
+    picture = tmp_path / "world" / rows[0].depth_path
+    picture.write_bytes(picture.read_bytes()[:300])
+    env = os.environ | {"ROOT_DATA_DIR": str(tmp_path / "world"), "MAIN_ROOT_DATA_DIR": str(tmp_path / "out")}
+    command = [sys.executable, str(ROOT / SCRIPTS["baseline_depth"]), *flags(tiny_folder, "--num_workers", workers)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and picture.name in line and "cannot be read" in line
+    assert "Traceback" not in done.stderr
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_cross_entropy_against_a_loop():

@@ -1,0 +1,161 @@
+"""The evaluation script: every kind of system, batched answers equal single ones, contradictions and damage refused."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dataset.questions import read_questions
+from distillation.training import read_checkpoint
+from evaluation.onevisionv3.sunrgbd import evaluate_onevision
+from tests.test_training import train
+from utils import ROOT, UserError
+
+
+@pytest.fixture(scope="module")
+def trained(world, tiny_folder, tmp_path_factory):
+    """MAIN_ROOT_DATA_DIR with one run of each baseline in it."""
+    out = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROOT_DATA_DIR", str(world))
+        patch.setenv("MAIN_ROOT_DATA_DIR", str(out))
+        for name in ("baseline_depth", "baseline_rgb7b"):
+            train(name, tiny_folder, "--lr", "1e-2")
+    return out
+
+
+@pytest.fixture
+def places(world, trained, monkeypatch):
+    monkeypatch.setenv("ROOT_DATA_DIR", str(world))
+    monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(trained))
+    return trained
+
+
+def evaluate(output, *more: str):
+    evaluate_onevision.main(evaluate_onevision.parse_args([*more, "--max_new_tokens", "6", "--output", str(output)]))
+    with open(output / "predictions.csv", encoding="utf-8", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    return rows, json.loads((output / "metrics.json").read_text())
+
+
+def best(places, name: str):
+    (path,) = (places / name / "checkpoints" / "t").glob("best*.ckpt")
+    return path
+
+
+@pytest.mark.parametrize("name", ["baseline_depth", "baseline_rgb7b"])
+def test_checkpoint_by_path_name_and_experiment(places, world, tmp_path, name):
+    path = best(places, name)
+    by_path, metrics = evaluate(tmp_path / "a", "--ckpt_path", str(path), "--gts_type", "val")
+    questions = read_questions(world / "SUNRGBD/csv_data/val_dataset.csv", root=world)
+    assert [row["Question_Id"] for row in by_path] == [row.id for row in questions]
+    right = sum(int(row["Correct"]) for row in by_path)
+    assert metrics["overall"]["exact_match"]["value"] == pytest.approx(right / len(by_path))
+    recorded = float(path.stem.split("acc")[1])  # teacher-forced validation accuracy is greedy decoding's
+    assert metrics["overall"]["exact_match"]["value"] == pytest.approx(recorded, abs=0.02)
+    assert metrics["system"]["modality"] == ("depth" if "depth" in name else "rgb")
+    assert set(metrics["blind"]) == {"majority_per_type", "question_text", "text_classifier"}
+    by_name, _ = evaluate(tmp_path / "b", "--kd_model_type", name, "--student_ckpt_path", path.name, "--gts_type", "val")
+    by_experiment, _ = evaluate(tmp_path / "c", "--kd_model_type", name, "--load_checkpoint", "--gts_type", "val")
+    assert by_path == by_name == by_experiment
+
+
+def test_batched_answers_equal_single_ones(places, tmp_path):
+    path = str(best(places, "baseline_depth"))
+    batched, _ = evaluate(tmp_path / "a", "--ckpt_path", path, "--batch_size", "16")
+    single, _ = evaluate(tmp_path / "b", "--ckpt_path", path, "--batch_size", "1")
+    assert [row["Model_Answer"] for row in batched] == [row["Model_Answer"] for row in single]
+    assert len({row["Model_Answer"] for row in batched}) > 1
+
+
+@pytest.mark.parametrize("modality", ["rgb", "depth", "blind"])
+@pytest.mark.parametrize("image_tokens", ["one_tile", "anyres"])
+def test_stock_model_by_folder(places, tiny_folder, tmp_path, modality, image_tokens):
+    rows, metrics = evaluate(
+        tmp_path / "a", "--model_id", str(tiny_folder), "--pixel_data_type", modality, "--image_tokens", image_tokens
+    )
+    assert rows and metrics["system"]["checkpoint"] is None and metrics["system"]["modality"] == modality
+
+
+def test_blind_withholds_the_picture(places, world, tmp_path):
+    """Without the image, equal questions get equal answers."""
+    rows, _ = evaluate(tmp_path / "a", "--ckpt_path", str(best(places, "baseline_depth")), "--pixel_data_type", "blind")
+    answers = {}
+    for row in rows:
+        assert answers.setdefault(row["Questions"], row["Model_Answer"]) == row["Model_Answer"]
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (("--pixel_data_type", "rgb"), "--pixel_data_type rgb contradicts"),
+        (("--depth_encoding", "grey"), "--depth_encoding grey contradicts"),
+        (("--image_tokens", "anyres"), "--image_tokens anyres contradicts"),
+        (("--model_id", "somebody/else"), "--model_id somebody/else contradicts"),
+    ],
+)
+def test_contradictions_are_errors(places, tmp_path, more, complaint):
+    with pytest.raises(UserError, match=complaint):
+        evaluate(tmp_path / "a", "--ckpt_path", str(best(places, "baseline_depth")), *more)
+    assert not (tmp_path / "a").exists()
+
+
+def test_ambiguous_and_missing_checkpoints(places, tmp_path):
+    with pytest.raises(UserError, match="several checkpoints.*last.ckpt"):
+        evaluate(tmp_path / "a", "--ckpt_path", "last.ckpt")
+    with pytest.raises(UserError, match="absent.ckpt"):
+        evaluate(tmp_path / "a", "--ckpt_path", "absent.ckpt")
+    with pytest.raises(UserError, match="make one with: python distillation/baseline_rgb05b/train.py"):
+        evaluate(tmp_path / "a", "--kd_model_type", "baseline_rgb05b", "--load_checkpoint")
+
+
+def test_weights_of_another_model_are_refused(places, tmp_path):
+    checkpoint = read_checkpoint(best(places, "baseline_depth"))
+    checkpoint["state_dict"].pop(next(iter(checkpoint["state_dict"])))
+    torch.save(checkpoint, tmp_path / "part.ckpt")
+    with pytest.raises(UserError, match="part.ckpt.*1 missing"):
+        evaluate(tmp_path / "a", "--ckpt_path", str(tmp_path / "part.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--load_checkpoint"],
+        ["--kd_model_type", "baseline_depth"],
+        ["--phase_no", "1"],
+        ["--pixel_data_type", "sonar"],
+        ["--gts_type", "train"],
+        ["--batch_size", "0"],
+    ],
+)
+def test_bad_flags(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate_onevision.parse_args(argv)
+    assert stopped.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+def test_second_path_runs_the_same_command(places, tiny_folder, tmp_path):
+    """As a subprocess from another folder; its answers are those of the first path."""
+    argv = ["--ckpt_path", str(best(places, "baseline_depth")), "--gts_type", "val", "--max_new_tokens", "6"]
+    script = ROOT / "evaluation/onevisionv3/evaluate_onevision.py"
+    done = subprocess.run(
+        [sys.executable, str(script), *argv, "--output", str(tmp_path / "a")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Overall" in done.stdout and "peak memory" in done.stdout
+    evaluate(tmp_path / "b", *argv[:-2])
+    name = "predictions.csv"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_hf_token_reaches_no_output(places, tiny_folder, tmp_path, monkeypatch):
+    """A canary token must not be found in any file that training and evaluation write."""
+    monkeypatch.setenv("hf_token", "hf_CANARY0123456789")
+    monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(tmp_path / "out"))
+    train("baseline_rgb05b", tiny_folder, "--max_steps", "1")
+    evaluate(tmp_path / "out" / "results", "--kd_model_type", "baseline_rgb05b", "--load_checkpoint")
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 5 and not [path for path in files if b"CANARY" in path.read_bytes()]

@@ -1,0 +1,164 @@
+"""The preparation command: from a tree of frames to question files."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dataset.miniature.world import write_world
+from dataset.prepare_sunrgbd import SPLITS, build_csv_data, check_tree, main, parse_args, read_frame_questions
+from dataset.questions import read_questions
+from dataset.sunrgbd import find_frames, official_split, read_frame
+from utils import UserError
+
+SCRIPT = Path(__file__).resolve().parents[1] / "dataset" / "prepare_sunrgbd.py"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    write_world(root, train=24, val=8, test=8, seed=0, workers=1)
+    return root
+
+
+@pytest.fixture
+def tree(world, tmp_path):
+    """A copy that a test may damage."""
+    shutil.copytree(world, tmp_path / "tree")
+    return tmp_path / "tree"
+
+
+def files(root):
+    return {path.name: path.read_bytes() for path in sorted((root / "SUNRGBD" / "csv_data").iterdir())}
+
+
+def test_files_follow_the_split_and_the_summary_counts_them(tree):
+    summary = build_csv_data(tree, seed=0, workers=1, train_per_frame=2, eval_per_frame=5)
+    split = official_split(tree, find_frames(tree)[0])
+    images = {}
+    for name in SPLITS:
+        rows = read_questions(tree / "SUNRGBD" / "csv_data" / f"{name}_dataset.csv", root=tree)
+        images[name] = {row.image_path for row in rows}
+        assert {split[path.rsplit("/", 2)[0]] for path in images[name]} == {name}
+        assert max(Counter(row.image_path for row in rows).values()) <= (2 if name == "train" else 5)
+        counts = summary["questions"][name]
+        assert counts["all"] == len(rows) and counts["images"] == len(images[name])
+        assert counts["types"] == Counter(row.type for row in rows)
+        assert counts["sensors"] == Counter(row.sensor for row in rows)
+    assert not images["train"] & images["val"] and not images["train"] & images["test"]
+    assert summary["frames"] == {"train": 24, "val": 8, "test": 8} and not summary["unusable_frames"]
+    assert summary == json.loads((tree / "SUNRGBD" / "csv_data" / "questions.json").read_text())
+
+
+def test_the_seed_decides_and_the_number_of_workers_does_not(tree):
+    build_csv_data(tree, seed=3, workers=1)
+    first = files(tree)
+    build_csv_data(tree, seed=3, workers=2)
+    assert files(tree) == first
+    build_csv_data(tree, seed=4, workers=1)
+    assert files(tree)["train_dataset.csv"] != first["train_dataset.csv"]
+    assert set(first) == {"train_dataset.csv", "val_dataset.csv", "test_dataset.csv", "questions.json"}
+
+
+def test_a_frame_does_not_depend_on_the_others(tree):
+    """The same questions are asked about a frame when most of the tree is gone."""
+    frames, _ = find_frames(tree)
+    vocabulary = ["bed", "chair", "table"]
+    before = read_frame_questions(frames[5], seed=1, vocabulary=vocabulary)
+    for frame in frames[6:]:
+        shutil.rmtree(tree / frame.path)
+    again = read_frame_questions(read_frame(tree, frames[5].path), seed=1, vocabulary=vocabulary)
+    assert before.questions and before == again
+    assert before.questions != read_frame_questions(frames[5], seed=2, vocabulary=vocabulary).questions
+
+
+def test_unusable_frames_are_reported_with_their_reason(tree, capsys):
+    frames, _ = find_frames(tree)
+    depth, image, annotation, intrinsics = frames[:4]
+    (tree / depth.depth_path).write_bytes(b"not a picture")
+    (tree / image.image_path).write_bytes((tree / image.image_path).read_bytes()[:200])
+    for layer in (tree / annotation.path).glob("annotation*"):
+        (layer / "index.json").write_text("}{")
+    (tree / intrinsics.path / "intrinsics.txt").write_text("1 2 3")
+    summary = build_csv_data(tree, workers=1)
+    broken = {frame.path for frame in frames[:4]}
+    assert set(summary["unusable_frames"]) == broken and sum(summary["frames"].values()) == 36
+    with pytest.raises(UserError, match="4 frames"):
+        check_tree(tree, workers=1)
+    printed = capsys.readouterr().out
+    for frame, reason in zip(
+        frames[:4], ("depth image", "image cannot be read", "beyond repair", "3x3 numbers"), strict=True
+    ):
+        assert any(line.startswith(frame.path) and reason in line for line in printed.splitlines())
+
+
+def test_pictures_must_be_registered(tree):
+    frame, other = find_frames(tree)[0][:2]
+    with Image.open(tree / other.image_path) as picture:
+        picture.resize((50, 40)).save(tree / frame.image_path)
+    report = read_frame_questions(frame, seed=0, vocabulary=())
+    assert frame.path in report.failure and "(40, 50)" in report.failure and not report.questions
+
+
+def test_check_of_a_sound_tree_writes_nothing(tree, capsys):
+    main(parse_args(["--root", str(tree), "--check", "--workers", "1"]))
+    assert "40 frames" in capsys.readouterr().out and not (tree / "SUNRGBD" / "csv_data").exists()
+
+
+def test_frames_outside_the_split_and_a_missing_split(tree):
+    frames, _ = find_frames(tree)
+    shutil.copytree(tree / frames[0].path, tree / "SUNRGBD" / "kv1" / "elsewhere" / "frame")
+    assert build_csv_data(tree, workers=1)["frames_outside_the_official_split"] == 1
+    shutil.rmtree(tree / "SUNRGBDtoolbox")
+    with pytest.raises(UserError, match="allsplit.mat"):
+        build_csv_data(tree, workers=1)
+
+
+def test_nothing_to_ask_is_an_error(tree):
+    for frame in find_frames(tree)[0]:
+        for layer in (tree / frame.path).glob("annotation*"):
+            shutil.rmtree(layer)
+    with pytest.raises(UserError, match="no question"):
+        build_csv_data(tree, workers=1)
+    assert not (tree / "SUNRGBD" / "csv_data").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--workers", "0"], ["--train_per_frame", "0"], ["--seed", "-1"], ["--miniature", "--root", "x"], ["--chek"]],
+)
+def test_wrong_flags_are_refused(flags):
+    with pytest.raises(SystemExit) as error:
+        parse_args(flags)
+    assert error.value.code == 2
+
+
+def test_command_from_another_folder(tree, tmp_path):
+    flags = ["--root", str(tree), "--workers", "1", "--train_per_frame", "1", "--eval_per_frame", "3"]
+    done = subprocess.run([sys.executable, SCRIPT, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train:" in done.stdout and "test:" in done.stdout
+    rows = read_questions(tree / "SUNRGBD" / "csv_data" / "train_dataset.csv", root=tree)
+    assert set(Counter(row.image_path for row in rows).values()) == {1}
+    empty = tmp_path / "empty"
+    (empty / "SUNRGBD").mkdir(parents=True)
+    failed = subprocess.run([sys.executable, SCRIPT, "--root", empty, "--check"], capture_output=True, text=True)
+    assert failed.returncode == 2 and "no SUN RGB-D frame" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_real_tree(samples, tmp_path):
+    for name in ("SUNRGBD", "SUNRGBDtoolbox"):
+        shutil.copytree(samples / name, tmp_path / name, copy_function=shutil.copyfile)
+    report = read_frame_questions(
+        read_frame(tmp_path, "SUNRGBD/kv1/b3dodata/img_0063"), seed=0, vocabulary=("bed", "shelf")
+    )
+    found = {question.text: question.answer for question in report.questions}
+    assert found["How many shelves are there?"] == "two" and found["Is there a bed?"] == "no"
+    assert found["What is closest to the chair?"] == "shelf"
+    assert not any("book" in text or "the shelf" in text for text in found)  # groups, and not unique
+    assert sum(report.drops.values()) == 8

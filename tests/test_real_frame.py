@@ -1,0 +1,90 @@
+"""The whole road on a real SUN RGB-D frame: index, questions, one training step, one answer, true token counts."""
+
+import shutil
+
+import pytest
+import torch
+
+from dataset.datamodule import ImageSettings, SUNRGBDDataModule, load_images
+from dataset.miniature.pretrain import CHAT_TEMPLATE
+from dataset.prepare_sunrgbd import build_csv_data
+from dataset.processor import FloatImageProcessor, ImageTextProcessor
+from dataset.questions import read_questions
+from dataset.sunrgbd import read_frame
+from distillation.losses import answer_cross_entropy
+from distillation.models import answer_logits, image_features
+from tests.test_models import true_config
+
+KV1 = "SUNRGBD/kv1/b3dodata/img_0063"
+KV2 = "SUNRGBD/kv2/align_kv2/2014-12-18_11-31-54_260595134347"
+
+
+@pytest.fixture(scope="module")
+def root(samples, tmp_path_factory):
+    """A data root of its own with the annotated frame and the official split, and its question files."""
+    root = tmp_path_factory.mktemp("real")
+    for folder in (KV1, "SUNRGBDtoolbox"):
+        shutil.copytree(samples / folder, root / folder)
+    build_csv_data(root, workers=1, train_per_frame=8)
+    return root
+
+
+@pytest.fixture(scope="module")
+def real_processor(processor):
+    return ImageTextProcessor(
+        image_processor=FloatImageProcessor(size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        tokenizer=processor.tokenizer,
+        num_image_tokens=729,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="module")
+def narrow_model(processor):
+    """The true 0.5B configuration (grids, tiles, 729 tokens) but for widths, depths and vocabulary."""
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    config = true_config("0.5b")
+    vision, text = config.vision_config, config.text_config
+    vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads = 16, 32, 1, 2
+    text.hidden_size, text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = 16, 32, 2, 2
+    text.num_hidden_layers, text.layer_types = 1, ["full_attention"]
+    text.vocab_size, config.image_token_id = len(processor.tokenizer), processor.image_token_id
+    config.video_token_id = processor.video_token_id
+    torch.manual_seed(0)
+    return LlavaOnevisionForConditionalGeneration(config).train()
+
+
+def test_questions_of_the_real_frame(root):
+    rows = read_questions(root / "SUNRGBD/csv_data/train_dataset.csv", root=root)
+    assert len(rows) >= 3 and {row.image_path for row in rows} == {f"{KV1}/image/img_0063.jpg"}
+    assert all(row.depth_path == f"{KV1}/depth/img_0063_abs.png" and row.sensor == "kv1" for row in rows)
+
+
+@pytest.mark.parametrize(("image_tokens", "count"), [("anyres", 3039), ("one_tile", 730)])
+def test_a_training_step_on_the_real_frame(root, real_processor, narrow_model, image_tokens, count):
+    settings = ImageSettings("depth", image_tokens=image_tokens)
+    data = SUNRGBDDataModule(root=root, processor=real_processor, student=settings, batch_size=2)
+    data.val = ()  # the frame is in the official training split
+    data.train = data._dataset(data.rows("train"))
+    (batch,) = data.train_dataloader()
+    assert int((batch["text"]["input_ids"] == real_processor.image_token_id).sum()) == count
+    logits, targets = answer_logits(
+        narrow_model, batch["text"], batch["student_images"], vocab_size=len(real_processor.tokenizer)
+    )
+    loss = answer_cross_entropy(logits=logits, targets=targets)
+    loss.backward()
+    gradient = narrow_model.model.vision_tower.embeddings.patch_embedding.weight.grad
+    assert torch.isfinite(loss) and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("path", "count"), [(KV1, 3039), (KV2, 2929)])
+def test_model_and_prompt_agree_on_the_tokens(samples, real_processor, narrow_model, path, count):
+    """What the model makes of the pixels is as long as what the prompt leaves room for, for RGB and depth."""
+    for modality in ("rgb", "depth"):
+        (picture,) = load_images(read_frame(samples, path), [ImageSettings(modality)])
+        assert real_processor.count_image_tokens(*picture.shape[:2], image_tokens="anyres") == count
+        with torch.no_grad():
+            features = image_features(narrow_model, real_processor.pixels([picture], image_tokens="anyres"))
+        assert [len(tokens) for tokens in features.pooler_output] == [count]
