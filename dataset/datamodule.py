@@ -5,11 +5,12 @@ A batch (tensors; B images, T tokens, S the vision tower's image size):
     text            input_ids, position_ids, labels (B, T) int64, attention_mask (B, 1, T, T) bool: see dataset.prompts
     student_images  pixel_values (B, tiles, 3, S, S) float32, image_sizes (B, 2), batch_num_images; {} for a blind student
     teacher_images  the same for the teacher; absent without a teacher
-    rows            list of B lists of QuestionRow, in the order of the blocks
+    question_ids    B lists of ids, in the order of the blocks; image_paths: B paths
 
 `--batch_size` counts images; an image brings up to `questions_per_image` questions.
 """
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,6 +258,7 @@ class SUNRGBDDataModule(pl.LightningDataModule):
             dataset,
             batch_sampler=sampler,
             collate_fn=self.collate,
+            worker_init_fn=_leave_signals_to_the_trainer,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -267,7 +269,10 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         """Items of the data set -> a batch, see the module."""
         names = ["student_images"] if self.teacher is None else ["student_images", "teacher_images"]
         views = [self.student] if self.teacher is None else [self.student, self.teacher]
-        batch: dict[str, Any] = {"rows": [item["rows"] for item in items]}
+        batch: dict[str, Any] = {
+            "question_ids": [[row.id for row in item["rows"]] for item in items],
+            "image_paths": [item["rows"][0].image_path for item in items],
+        }
         for v, (name, settings) in enumerate(zip(names, views, strict=True)):
             blind = settings.modality == "blind"
             images = [item["images"][v] for item in items]
@@ -283,6 +288,12 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         ]
         batch["text"] = collate_prompts(prompts, pad_token_id=self.processor.tokenizer.pad_token_id)
         return batch
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach the loading processes too; they have to deliver until the trainer has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def image_placeholders(processor: ImageTextProcessor, image: np.ndarray | None, settings: ImageSettings) -> int:

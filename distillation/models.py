@@ -1,5 +1,6 @@
 """Load student and teacher, LoRA, logits at answer positions. The only file that knows where things are in the model."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
+from transformers.utils.logging import disable_progress_bar
 
 from dataset.processor import ImageTextProcessor, save_processor
 from dataset.prompts import answer_targets
@@ -30,6 +32,8 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, revision: str |
     Raises:
         UserError: nothing loadable there, or weights are missing.
     """
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # a log file would hold every redrawing of it
     try:
         model, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
             name,

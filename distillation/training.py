@@ -5,12 +5,14 @@ Models, losses, optimizer and schedule are not here: they are the experiment, an
 
 import argparse
 import dataclasses
+import logging
 import math
 import resource
 import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -58,9 +60,6 @@ MINIATURE_DEFAULTS = dict(
     vision_lr=1e-3,
     num_workers=1,
 )
-
-
-# --- flags -----------------------------------------------------------------------------------------------------------
 
 
 def add_common_args(parser: argparse.ArgumentParser) -> None:
@@ -137,9 +136,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
     return args
 
 
-# --- run folders and checkpoints -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Run:
     """Where one run of an experiment writes."""
@@ -164,8 +160,9 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
     """Choose the folders of a new run, or find the one to continue. Nothing is written yet.
 
     Raises:
-        UserError: the run folder is in use, or there is nothing to resume.
+        UserError: there is no data, the run folder is in use, or there is nothing to resume.
     """
+    data_root(args.miniature)  # before minutes are spent on loading a model
     path = Path(script).resolve()
     experiment = outputs_root(path.parent)
     record = plain(vars(args)) | dataclasses.asdict(student)
@@ -273,9 +270,6 @@ class SafeCheckpointIO(CheckpointIO):
         Path(f"{path}.sha256").unlink(missing_ok=True)
 
 
-# --- callbacks -------------------------------------------------------------------------------------------------------
-
-
 class CheckpointContents(Callback):
     """Student only, the run's record as hyper-parameters, and the position for an exact resume."""
 
@@ -334,9 +328,13 @@ class StopOnSignal(Callback):
     def _receive(self, number: int, stack: Any) -> None:
         self.received = number
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        """Save and leave when a signal has come."""
-        if self.received:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and leave when a signal has come, after an update: gradients that were only gathered are not stored."""
+        done = batch_idx + 1
+        updated = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
+        if self.received and updated:
             trainer.save_checkpoint(self.last)
             print(f"stopped by signal {self.received}; saved {self.last}; continue with --resume auto", file=sys.stderr)
             raise SystemExit(128 + self.received)
@@ -352,6 +350,7 @@ class Progress(Callback):
         if trainer.max_steps > 0:
             total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)
         self.done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        self.validated_step = -1
         self.line = ProgressLine("training step", total=total, done=self.done)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
@@ -362,13 +361,10 @@ class Progress(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """One line per validation."""
-        if not trainer.sanity_checking:
-            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-            values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
-            print(f"epoch {trainer.current_epoch + 1}: {values}", flush=True)
-
-
-# --- training --------------------------------------------------------------------------------------------------------
+        self.validated_step = trainer.global_step
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
+        print(f"epoch {trainer.current_epoch + 1}: {values}", flush=True)
 
 
 def build_data(
@@ -423,10 +419,10 @@ def train(module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, args: a
             shutil.rmtree(run.checkpoints, ignore_errors=True)
             shutil.rmtree(run.logs, ignore_errors=True)
         raise
-    best = Path(trainer.checkpoint_callback.best_model_path)
+    best, accuracy = best_of_run(trainer, module, data, run)
     summary = {
         "best": str(best),
-        "val_exact_match": float(trainer.checkpoint_callback.best_model_score),
+        "val_exact_match": accuracy,
         "optimizer_steps": trainer.global_step,
         "seconds": round(time.monotonic() - start, 1),
         "peak_memory_gib": round(peak_memory_gib(), 2),
@@ -438,6 +434,28 @@ def train(module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, args: a
             f"best: {best} (val exact match {summary['val_exact_match']:.4f})"
         )
         write_outputs(module, data.processor, best, args)
+
+
+def best_of_run(
+    trainer: pl.Trainer, module: pl.LightningModule, data: SUNRGBDDataModule, run: Run
+) -> tuple[Path, float]:
+    """The best checkpoint and its validation accuracy.
+
+    --max_steps may end a run inside an epoch, after the last validation; then what it ended with is validated now.
+    """
+    kept = trainer.checkpoint_callback
+    best, accuracy = Path(kept.best_model_path), float(-1 if kept.best_model_score is None else kept.best_model_score)
+    validated = [callback.validated_step for callback in trainer.callbacks if isinstance(callback, Progress)]
+    if validated == [trainer.global_step]:
+        return best, accuracy
+    epoch = trainer.current_epoch
+    (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+    trainer.save_checkpoint(run.checkpoints / "last.ckpt")
+    if metrics["val/exact_match"] > accuracy:
+        accuracy = metrics["val/exact_match"]
+        best = run.checkpoints / f"best-epoch{epoch:02d}-acc{accuracy:.4f}.ckpt"
+        trainer.save_checkpoint(best)
+    return best, accuracy
 
 
 def load_student(student: torch.nn.Module, path: Path, record: Mapping[str, Any]) -> None:
@@ -456,6 +474,7 @@ def load_student(student: torch.nn.Module, path: Path, record: Mapping[str, Any]
 def build_trainer(args: argparse.Namespace, run: Run) -> pl.Trainer:
     """Loggers, checkpoints and callbacks, the same for every experiment."""
     pl.seed_everything(args.seed, verbose=False)
+    quieten()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     best = ModelCheckpoint(
         dirpath=run.checkpoints,
@@ -463,8 +482,9 @@ def build_trainer(args: argparse.Namespace, run: Run) -> pl.Trainer:
         auto_insert_metric_name=False,
         monitor="val/exact_match",
         mode="max",
-        save_last=True,
     )
+    # ModelCheckpoint(save_last=True) writes last.ckpt only when there is a new best one.
+    last = ModelCheckpoint(dirpath=run.checkpoints, filename="last", enable_version_counter=False)
     where = dict(save_dir=run.logs.parent, name="", version=run.name)
     return pl.Trainer(
         max_epochs=args.max_epochs,
@@ -478,6 +498,7 @@ def build_trainer(args: argparse.Namespace, run: Run) -> pl.Trainer:
         logger=[TensorBoardLogger(**where), CSVLogger(**where)],
         callbacks=[
             best,
+            last,
             CheckpointContents(run.record),
             KeyedRandomness(args.seed),
             FiniteGuard(),
@@ -491,6 +512,19 @@ def build_trainer(args: argparse.Namespace, run: Run) -> pl.Trainer:
         enable_model_summary=False,
         log_every_n_steps=10,
     )
+
+
+def quieten() -> None:
+    """Leave out what libraries say about each other: hints, and deprecations that only they can mend."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for text in (
+        ".*is_gradient_checkpointing.*",
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*irectory .* exists and is not empty.*",  # two loggers share a folder, a resumed run its checkpoints
+    ):
+        warnings.filterwarnings("ignore", message=text)
 
 
 def resolve_precision(name: str) -> str:

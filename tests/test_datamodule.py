@@ -37,7 +37,7 @@ def module(world, processor, **options) -> SUNRGBDDataModule:
 def test_batch_is_as_documented(world, processor, student):
     batch = next(iter(module(world, processor, student=student, teacher=RGB).train_dataloader()))
     B, T = batch["text"]["input_ids"].shape
-    assert B == 3 == len(batch["rows"])
+    assert B == 3 == len(batch["question_ids"]) == len(batch["image_paths"])
     for name in ("input_ids", "position_ids", "labels"):
         assert batch["text"][name].shape == (B, T) and batch["text"][name].dtype == torch.int64
     assert batch["text"]["attention_mask"].shape == (B, 1, T, T) and batch["text"]["attention_mask"].dtype == torch.bool
@@ -55,7 +55,7 @@ def test_batch_is_as_documented(world, processor, student):
 
 def test_every_image_once_per_epoch_and_no_image_in_two_splits(world, processor):
     data = module(world, processor)
-    seen = Counter(frame_path(rows[0]) for batch in data.train_dataloader() for rows in batch["rows"])
+    seen = Counter(path for batch in data.train_dataloader() for path in batch["image_paths"])
     assert set(seen.values()) == {1} and len(seen) == len(data.train)
     splits = [{row.image_path for row in data.rows(split)} for split in ("train", "val", "test")]
     assert all(splits) and not (splits[0] & splits[1] | splits[0] & splits[2] | splits[1] & splits[2])

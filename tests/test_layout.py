@@ -40,7 +40,9 @@ def test_root_lines_and_utils_first(script):
 
 
 def test_no_file_is_called_like_a_package():
-    names = {path.stem for folder in ("dataset", "distillation", "evaluation") for path in (ROOT / folder).rglob("*.py")}
+    names = {
+        path.stem for folder in ("dataset", "distillation", "evaluation") for path in (ROOT / folder).rglob("*.py")
+    }
     outside = [name for name in names - {"__init__"} if name in sys.stdlib_module_names]
     assert not outside and find_spec("utils").origin == str(ROOT / "utils.py")
 

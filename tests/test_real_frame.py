@@ -32,7 +32,9 @@ def root(samples, tmp_path_factory):
 @pytest.fixture(scope="module")
 def real_processor(processor):
     return ImageTextProcessor(
-        image_processor=FloatImageProcessor(size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        image_processor=FloatImageProcessor(
+            size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
         tokenizer=processor.tokenizer,
         num_image_tokens=729,
         vision_feature_select_strategy="full",

@@ -23,7 +23,9 @@ def test_all_sensors_and_deeper_folders_are_found(world):
     assert len(frames) == 40 and not unusable
     assert {frame.sensor for frame in frames} == {"kv1", "kv2", "realsense", "xtion"}
     assert {frame.path.count("/") for frame in frames} == {3, 5}  # sun3ddata is two levels deeper
-    stems = [(f.image_path.rsplit("/", 1)[1].split(".")[0], f.depth_path.rsplit("/", 1)[1].split(".")[0]) for f in frames]
+    stems = [
+        (f.image_path.rsplit("/", 1)[1].split(".")[0], f.depth_path.rsplit("/", 1)[1].split(".")[0]) for f in frames
+    ]
     assert any(rgb != depth for rgb, depth in stems)
     for frame in frames:
         np.testing.assert_allclose(frame.tilt @ frame.tilt.T, np.eye(3), atol=1e-5)
@@ -34,7 +36,10 @@ def test_split_is_the_toolbox_file_whatever_stands_in_front(own_world):
     split = official_split(own_world, frames)
     assert sorted(split.values()).count("train") == 24 and len(split) == 40
     mat = loadmat(own_world / SPLIT, squeeze_me=True)
-    moved = [str(p).replace("/data1/SUNRGBD/", "//n/fs/sun3d/data/").replace("/kv1/", "/kv1//") + "/" for p in mat["alltrain"]]
+    moved = [
+        str(p).replace("/data1/SUNRGBD/", "//n/fs/sun3d/data/").replace("/kv1/", "/kv1//") + "/"
+        for p in mat["alltrain"]
+    ]
     savemat(own_world / SPLIT, {"alltrain": np.array(moved, object), "alltest": mat["alltest"]})
     again = official_split(own_world, frames)
     assert {p for p, s in again.items() if s != "test"} == {p for p, s in split.items() if s != "test"}

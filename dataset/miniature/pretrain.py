@@ -109,9 +109,6 @@ BATCH = 32
 GROUNDING_WEIGHT = 0.3
 
 
-# --- rooms -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class Room:
     """A rendered room, reduced to what training reads."""
@@ -164,9 +161,6 @@ def render_rooms(first_seed: int, count: int) -> list[Room]:
     with ProcessPoolExecutor() as pool:
         rooms = pool.map(make_room, range(first_seed, first_seed + count), chunksize=64)
         return list(progress(rooms, total=count, label="rendering rooms"))
-
-
-# --- tokenizer, processor, models ------------------------------------------------------------------------------------
 
 
 def build_processor(texts: list[str]) -> ImageTextProcessor:
@@ -251,9 +245,6 @@ def sine_cosine_table(grid: int, width: int, *, amplitude: float = 0.5) -> Tenso
     rows = one_axis[:, None].expand(grid, grid, -1)
     columns = one_axis[None].expand(grid, grid, -1)
     return amplitude * torch.cat([rows, columns], dim=-1).reshape(grid * grid, width)
-
-
-# --- training --------------------------------------------------------------------------------------------------------
 
 
 class Batches:
@@ -395,7 +386,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).resolve().parent, help="folder of teacher/ and student/"
     )
-    parser.add_argument("--rooms", type=int, default=20000, help="rooms to train on")
+    parser.add_argument("--rooms", type=int, default=16000, help="rooms to train on")
     parser.add_argument("--models", nargs="+", choices=tuple(SIZES), default=list(SIZES))
     parser.add_argument("--steps_share", type=float, default=1.0, help="shorten every stage to this share (for tests)")
     parser.add_argument("--seed", type=int, default=0)

@@ -154,9 +154,6 @@ def main(args: argparse.Namespace) -> None:
     print(f"{len(rows)} questions in {duration(seconds)}, peak memory {metrics['peak_memory_gib']} GiB; wrote {output}")
 
 
-# --- the system ------------------------------------------------------------------------------------------------------
-
-
 def load_system(args: argparse.Namespace) -> tuple[dict[str, Any], ImageSettings, torch.nn.Module, ImageTextProcessor]:
     """What metrics.json says about the system, its image settings, the model and its processor.
 
@@ -229,9 +226,6 @@ def recorded_images(args: argparse.Namespace, recorded: dict[str, Any], path: Pa
             raise UserError(f"--{flag} {given} contradicts {path}, which was trained with {name} {known}; leave it out")
     images = ImageSettings(**{field.name: recorded[field.name] for field in dataclasses.fields(ImageSettings)})
     return dataclasses.replace(images, modality="blind") if args.pixel_data_type == "blind" else images
-
-
-# --- answering -------------------------------------------------------------------------------------------------------
 
 
 class QuestionBatches(Dataset):
@@ -313,9 +307,6 @@ def answer_questions(
         words = tokenizer.batch_decode(ids[:, text["input_ids"].shape[1] :], skip_special_tokens=True)
         answers |= {row.id: " ".join(word.split()) for row, word in zip(batch["rows"], words, strict=True)}
     return answers
-
-
-# --- results ---------------------------------------------------------------------------------------------------------
 
 
 def summary(metrics: dict[str, Any]) -> str:
