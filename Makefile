@@ -16,8 +16,7 @@ demo: $(READY)
 	$(EVALUATE) --kd_model_type baseline_rgb7b --load_checkpoint --name "RGB teacher" --output $(DEMO)/rgb_teacher
 	$(EVALUATE) --kd_model_type baseline_rgb05b --load_checkpoint --name "RGB student" --output $(DEMO)/rgb_student
 	$(EVALUATE) --kd_model_type baseline_depth --load_checkpoint --name "depth student" --output $(DEMO)/depth_student
-	$(EVALUATE) --kd_model_type baseline_depth --load_checkpoint --pixel_data_type blind --name "depth student, no image" --output $(DEMO)/blind_student
-	$(PY) evaluation/compare.py $(DEMO)/rgb_teacher $(DEMO)/rgb_student $(DEMO)/depth_student $(DEMO)/blind_student \
+	$(PY) evaluation/compare.py $(DEMO)/rgb_teacher $(DEMO)/rgb_student $(DEMO)/depth_student \
 		--baseline "depth student" --miniature --output $(DEMO)
 
 test: $(READY)
@@ -28,7 +27,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check --config .ci/ruff.toml .
 
 clean:
-	rm -rf $(VENV) $(DEMO) dataset/miniature/world*
+	rm -rf $(VENV) $(DEMO) dataset/miniature/world dataset/miniature/world.part
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)

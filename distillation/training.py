@@ -54,10 +54,10 @@ EXPERIMENTS = {  # --kd_model_type -> folder below distillation/
 MINIATURE_DEFAULTS = dict(
     batch_size=32,
     accumulate_grad_batches=1,
-    max_epochs=2,
+    max_epochs=3,
     image_tokens="one_tile",
-    lr=1e-3,
-    vision_lr=1e-3,
+    lr=5e-4,
+    vision_lr=5e-4,
     num_workers=1,
 )
 

@@ -104,6 +104,7 @@ STAGES = (
     Stage("spatial", {"teacher": 700, "student": 500}, 1e-3, 8, EVEN | SPATIAL | {"Caption": 1.0}),
     Stage("counting", {"teacher": 500, "student": 350}, 1e-3, 8, EVEN | SPATIAL | {"Count": 4.0, "Caption": 1.0}),
     Stage("all", {"teacher": 1000, "student": 600}, 1e-3, 8, EVEN | {"Direction": 2.0, "Proximity": 2.0, "Proximity by color": 0.5}),
+    Stage("weak types", {"teacher": 800}, 1e-3, 8, EVEN | {"Count": 2.5, "Direction": 1.5, "Proximity": 2.5, "Proximity by color": 0.5}),
 )  # fmt: skip
 BATCH = 32
 GROUNDING_WEIGHT = 0.3
@@ -412,6 +413,8 @@ def main(args: argparse.Namespace) -> None:
         say(f"{name}: {model.num_parameters():,} parameters")
         grounding = Grounding(model, processor)
         for number, stage in enumerate(STAGES):
+            if name not in stage.steps:
+                continue
             steps = max(1, round(stage.steps[name] * args.steps_share))
             train_stage(model, grounding, Batches(rooms, processor), stage, steps=steps, seed=args.seed + number)
             scores = accuracy(model, Batches(held_out, processor))

@@ -86,7 +86,7 @@ def parse_args(argv=None):
     parser.add_argument("--student_name", default=TEACHER_NAME, help="hub id or folder of the model")
     parser.add_argument("--lora_rank", type=int, default=16, help="0 = train all weights")
     parser.add_argument("--lora_alpha", type=int, default=32)
-    return parse(parser, argv, student_name=MINIATURE_TEACHER)
+    return parse(parser, argv, student_name=MINIATURE_TEACHER, max_epochs=1)
 
 
 def main(args):
