@@ -41,8 +41,8 @@ def run_script(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> No
 
 
 def _fail(error: UserError) -> int:
-    # A data loading process hands its error over inside a traceback; the user's line is the last one.
-    message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+    # A data loading process hands its error over inside a traceback; the user's words stand at its end.
+    message = " ".join(str(error).rsplit("utils.UserError: ", 1)[-1].split())
     print(f"error: {message}", file=sys.stderr)
     return 2
 

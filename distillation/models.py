@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
@@ -22,7 +23,7 @@ MINIATURE_TEACHER = str(ROOT / "dataset" / "miniature" / "teacher")
 
 
 def load_model(name: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None):
-    """The stock LlavaOnevisionForConditionalGeneration in train() mode, all parameters trainable.
+    """The stock LlavaOnevisionForConditionalGeneration in train() mode, all parameters that take part trainable.
 
     Args:
         name: hub id or folder.
@@ -44,12 +45,14 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, revision: str |
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{name}: no LLaVA-OneVision model can be loaded from there ({error})") from error
     if report["missing_keys"]:
         raise UserError(
             f"{name}: {len(report['missing_keys'])} weights are missing, {sorted(report['missing_keys'])[0]}"
         )
+    # The projector reads the tower before this layer: it never gets a gradient, which DDP would take for an error.
+    model.model.vision_tower.post_layernorm.requires_grad_(False)
     return model.train()
 
 

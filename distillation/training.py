@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import logging
 import math
+import os
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
@@ -43,6 +45,7 @@ from utils import (
     write_json,
 )
 
+RUN_NAME_VARIABLE = "RUN_NAME_OF_FIRST_PROCESS"
 EXPERIMENTS = {  # --kd_model_type -> folder below distillation/
     "baseline_depth": "baseline_depth",
     "baseline_rgb05b": "baseline_rgb05b",
@@ -129,6 +132,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
         parser.error("--resume continues a run with its own weights; leave out --load_checkpoint")
     if args.resume and args.dry_run:
         parser.error("--dry_run says what a new run costs; leave out --resume")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: give 0 or more")
     for name in ("export", "save_final_pt"):
         path = getattr(args, name)
         if path is not None and path.exists():
@@ -163,15 +168,20 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
         UserError: there is no data, the run folder is in use, or there is nothing to resume.
     """
     data_root(args.miniature)  # before minutes are spent on loading a model
+    pl.seed_everything(args.seed, verbose=False)  # before adapters are initialised
     path = Path(script).resolve()
     experiment = outputs_root(path.parent)
     record = plain(vars(args)) | dataclasses.asdict(student)
     record |= {"script": path.relative_to(ROOT).as_posix(), "git_commit": git_commit()}
     if args.resume and (last := _resume_checkpoint(args, experiment)):
         return Run(experiment, last.parent.name, record, resume_from=last)
-    name = args.run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    # Lightning starts this script once more for each further device; those processes join the run of the first.
+    further = int(os.environ.get("LOCAL_RANK", "0")) > 0
+    joined = os.environ.get(RUN_NAME_VARIABLE) if further else None
+    name = args.run_name or joined or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    os.environ[RUN_NAME_VARIABLE] = name
     run = Run(experiment, f"miniature_{name}" if args.miniature else name, record)
-    if run.checkpoints.exists() and not args.dry_run:
+    if run.checkpoints.exists() and not args.dry_run and not further:
         raise UserError(f"--run_name {name}: {run.checkpoints} is there already; give another name, or --resume auto")
     return run
 
@@ -235,7 +245,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if digest.is_file() and digest.read_text(encoding="utf-8").strip() != sha256(path):
         raise UserError(f"{path}: damaged, its contents do not match {digest.name}; use another checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # Memory-mapped: an evaluation reads the weights and leaves the optimizer's moments on disk.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises a dozen types for damaged and foreign files
         raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
     if not isinstance(checkpoint, dict) or "script" not in checkpoint.get("hyper_parameters", {}):
@@ -251,13 +262,16 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Raises UserError when weights are not finite, OSError when the disk is full or not writable."""
         path = Path(path)
+        digest_path = path.with_name(path.name + ".sha256")
         for name, value in checkpoint["state_dict"].items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise UserError(f"{path}: not written, {name} is not finite; lower --lr or use another --precision")
         with atomic_path(path) as part:
             torch.save(checkpoint, part)
             digest = sha256(part)
-        with atomic_path(path.with_name(path.name + ".sha256")) as part:
+            # Gone before the rename: the old digest beside the new file would condemn it if a kill came in between.
+            digest_path.unlink(missing_ok=True)
+        with atomic_path(digest_path) as part:
             part.write_text(digest + "\n", encoding="utf-8")
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -296,11 +310,12 @@ class KeyedRandomness(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Seed the global generators of all devices."""
-        torch.manual_seed((self.seed * 1_000_003 + trainer.current_epoch) * 1_000_003 + batch_idx)
+        key = np.random.SeedSequence((self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
 
 
 class FiniteGuard(Callback):
-    """Stops before an update with a loss or gradient that is not finite; what was saved before stays good."""
+    """Stops before an update with a gradient that is not finite; what was saved before stays good."""
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
         """Raises UserError that names the step and the flags to change."""
@@ -310,7 +325,7 @@ class FiniteGuard(Callback):
         if norms and not bool(torch.isfinite(torch.stack(norms)).all()):
             raise UserError(
                 f"the gradient is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}); nothing was "
-                "updated. Lower --lr, or use another --precision; go on from the last checkpoint with --resume auto."
+                "updated. Start again with a lower --lr or another --precision, from --load_checkpoint if one was saved."
             )
 
 
@@ -331,17 +346,28 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and leave when a signal has come, after an update: gradients that were only gathered are not stored."""
+        """Leave after an update (gradients that were only gathered are not stored), but not before a validation."""
         done = batch_idx + 1
-        updated = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
-        if self.received and updated:
+        if done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches:
+            self._leave_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Leave with the epoch validated and its best checkpoint written."""
+        self._leave_if_asked(trainer)
+
+    def _leave_if_asked(self, trainer: pl.Trainer) -> None:
+        # All ranks leave together: one that went on alone would wait for the others for ever.
+        if trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
             trainer.save_checkpoint(self.last)
-            print(f"stopped by signal {self.received}; saved {self.last}; continue with --resume auto", file=sys.stderr)
-            raise SystemExit(128 + self.received)
+            print(f"stopped by a signal; saved {self.last}; continue with --resume auto", file=sys.stderr)
+            raise SystemExit(128 + (self.received or signal.SIGTERM))
 
 
 class Progress(Callback):
     """One line with step, loss, images per second and time left; plain lines when the output is not a terminal."""
+
+    def __init__(self) -> None:
+        self.validated_step = -1
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start counting; a resumed run starts where it is."""
@@ -350,7 +376,6 @@ class Progress(Callback):
         if trainer.max_steps > 0:
             total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)
         self.done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        self.validated_step = -1
         self.line = ProgressLine("training step", total=total, done=self.done)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
@@ -411,7 +436,9 @@ def train(module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, args: a
     start = time.monotonic()
     trainer = build_trainer(args, run)
     if run.resume_from:
-        data.resume_batch = read_checkpoint(run.resume_from)["position"]["batch"]
+        checkpoint = read_checkpoint(run.resume_from)
+        check_same_run(checkpoint["hyper_parameters"], run)
+        data.resume_batch = checkpoint["position"]["batch"]
     try:
         trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
     except BaseException:
@@ -434,6 +461,22 @@ def train(module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, args: a
             f"best: {best} (val exact match {summary['val_exact_match']:.4f})"
         )
         write_outputs(module, data.processor, best, args)
+
+
+def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
+    """Refuse to continue a run with other settings than it was started with; how it runs and how long may change.
+
+    Raises:
+        UserError: names the first setting that differs.
+    """
+    free = {"resume", "run_name", "git_commit", "export", "save_final_pt", "num_workers", "max_epochs", "max_steps"}
+    free |= {"accelerator", "devices", "strategy", "load_checkpoint"}
+    for name in sorted(run.record.keys() - free):
+        if recorded.get(name) != run.record[name]:
+            raise UserError(
+                f"--resume {run.resume_from}: was started with {name} {recorded.get(name)}, now it is {run.record[name]}; "
+                "give the same, or start a new run with --load_checkpoint"
+            )
 
 
 def best_of_run(
@@ -462,7 +505,9 @@ def load_student(student: torch.nn.Module, path: Path, record: Mapping[str, Any]
     """Put a checkpoint's weights into the student, refusing one of another student or other image settings."""
     checkpoint = read_checkpoint(path)
     theirs = checkpoint["hyper_parameters"]
-    for name in ("student_name", "lora_rank", "modality", "depth_encoding", "image_tokens"):
+    for name in (
+        "student_name", "lora_rank", "lora_alpha", "modality", "depth_encoding", "depth_source", "image_tokens",
+    ):  # fmt: skip
         if theirs.get(name) != record.get(name):
             raise UserError(
                 f"--load_checkpoint {path}: trained with {name} {theirs.get(name)}, this run has {record.get(name)}"
@@ -473,7 +518,6 @@ def load_student(student: torch.nn.Module, path: Path, record: Mapping[str, Any]
 
 def build_trainer(args: argparse.Namespace, run: Run) -> pl.Trainer:
     """Loggers, checkpoints and callbacks, the same for every experiment."""
-    pl.seed_everything(args.seed, verbose=False)
     quieten()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     best = ModelCheckpoint(
@@ -482,16 +526,21 @@ def build_trainer(args: argparse.Namespace, run: Run) -> pl.Trainer:
         auto_insert_metric_name=False,
         monitor="val/exact_match",
         mode="max",
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,  # with the validation, before StopOnSignal may end the epoch
     )
     # ModelCheckpoint(save_last=True) writes last.ckpt only when there is a new best one.
     last = ModelCheckpoint(dirpath=run.checkpoints, filename="last", enable_version_counter=False)
     where = dict(save_dir=run.logs.parent, name="", version=run.name)
+    metrics = run.logs / "metrics.csv"
+    if metrics.is_file():  # of the run that is resumed; CSVLogger would delete it
+        metrics.rename(run.logs / f"metrics.{len(list(run.logs.glob('metrics*.csv')))}.csv")
     return pl.Trainer(
         max_epochs=args.max_epochs,
         max_steps=args.max_steps,
         accumulate_grad_batches=args.accumulate_grad_batches,
         gradient_clip_val=args.gradient_clip or None,
-        precision=resolve_precision(args.precision),
+        precision=resolve_precision(args.precision, args.accelerator),
         accelerator=args.accelerator,
         devices=args.devices,
         strategy=args.strategy,
@@ -522,16 +571,18 @@ def quieten() -> None:
         ".*LeafSpec.*",
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
+        ".*could not find the monitored key.*",  # best_of_run validates what --max_steps ends
         ".*irectory .* exists and is not empty.*",  # two loggers share a folder, a resumed run its checkpoints
     ):
         warnings.filterwarnings("ignore", message=text)
 
 
-def resolve_precision(name: str) -> str:
+def resolve_precision(name: str, accelerator: str = "auto") -> str:
     """`auto` -> bf16-mixed on a GPU that has bfloat16, else 32-true: never pure bf16, which rounds small updates away."""
     if name != "auto":
         return name
-    return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+    fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if fast and accelerator != "cpu" else "32-true"
 
 
 def write_outputs(
@@ -555,7 +606,7 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
     """Two real steps on the real device without writing anything; prints sizes, memory, times and disk needs."""
     trainer = pl.Trainer(
         max_steps=2,
-        precision=resolve_precision(args.precision),
+        precision=resolve_precision(args.precision, args.accelerator),
         accelerator=args.accelerator,
         devices=1,
         logger=False,

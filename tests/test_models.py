@@ -75,10 +75,26 @@ def test_lora_trains_adapters_and_projector_only():
 
 def test_loaded_student_trains_in_float32(tiny_folder):
     model = load_model(str(tiny_folder))
-    assert model.training and all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    assert model.training and all(p.dtype == torch.float32 for p in model.parameters())
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert len(frozen) == 2 and all("vision_tower.post_layernorm" in name for name in frozen)
     vision, others = split_parameters(model)
     assert {id(p) for p in vision}.isdisjoint(id(p) for p in others)
-    assert len(vision) + len(others) == len(list(model.parameters()))
+    assert len(vision) + len(others) == len(list(model.parameters())) - 2
+
+
+def test_every_trainable_parameter_gets_a_gradient(tiny_folder, processor):
+    """DDP stops at one that does not."""
+    from tests.test_prompts import ANSWERS, QUESTIONS, loss_and_gradients, picture
+
+    model = load_model(str(tiny_folder))
+    for image_tokens in ("one_tile", "anyres"):
+        _, gradients, _ = loss_and_gradients(
+            model, processor, [(picture(1), QUESTIONS, ANSWERS)], image_tokens=image_tokens
+        )
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trainable - {"model.image_newline"} <= gradients.keys()
+        assert "model.image_newline" in gradients
 
 
 def test_lora_state_is_small_and_restores(tiny_folder):

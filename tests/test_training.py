@@ -1,5 +1,6 @@
 """The training scripts as their user runs them, on a small world with a tiny model: files, resume, faults, flags."""
 
+import csv
 import importlib.util
 import json
 import os
@@ -105,6 +106,30 @@ def test_an_interrupted_run_resumes_bit_exactly(places, tiny_folder, monkeypatch
         assert torch.equal(value, resumed["state_dict"][name]), name
     moments, expected = resumed["optimizer_states"][0]["state"], done["optimizer_states"][0]["state"]
     assert all(torch.equal(moments[i]["exp_avg"], expected[i]["exp_avg"]) for i in expected)
+    best = {
+        run: {p.name for p in (places / "baseline_depth/checkpoints" / run).glob("best*.ckpt")} for run in ("t", "cut")
+    }
+    assert best["cut"] == best["t"]
+    logs = places / "baseline_depth/tensorboard_logs/cut"
+    validations = [value for path in logs.glob("metrics*.csv") for value in column(path, "val/exact_match") if value]
+    assert len(validations) == 2  # those of before the interruption are kept
+    with pytest.raises(UserError, match="was started with lr 0.001, now it is 0.5"):
+        train("baseline_depth", tiny_folder, *more, "--run_name", "cut", "--resume", "auto", "--lr", "0.5")
+
+
+def column(path: Path, name: str) -> list[str]:
+    with open(path, encoding="utf-8", newline="") as handle:
+        return [row.get(name) for row in csv.DictReader(handle)]
+
+
+def test_resuming_a_finished_run_changes_nothing(places, tiny_folder):
+    train("baseline_depth", tiny_folder)
+    path = places / "baseline_depth/checkpoints/t/last.ckpt"
+    before = read_checkpoint(path)["state_dict"]
+    before = {name: value.clone() for name, value in before.items()}
+    train("baseline_depth", tiny_folder, "--resume", "auto")
+    after = read_checkpoint(path)["state_dict"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_weights_are_handed_over(places, tiny_folder):
@@ -191,7 +216,7 @@ def test_plain_values_only():
 def test_bad_flags_are_named(more, complaint, capsys):
     with pytest.raises(SystemExit) as stopped:
         load_script(SCRIPTS["baseline_depth"]).parse_args(list(more))
-    assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+    assert stopped.value.code == 2 and complaint in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_miniature_changes_defaults_and_explicit_flags_win():
