@@ -99,6 +99,7 @@ def test_blind_withholds_the_picture(places, world, tmp_path):
         (("--depth_encoding", "grey"), "--depth_encoding grey contradicts"),
         (("--image_tokens", "anyres"), "--image_tokens anyres contradicts"),
         (("--model_id", "somebody/else"), "--model_id somebody/else contradicts"),
+        (("--kd_model_type", "baseline_rgb7b"), "--kd_model_type baseline_rgb7b contradicts"),
     ],
 )
 def test_contradictions_are_errors(places, tmp_path, more, complaint):

@@ -100,7 +100,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--batch_size", type=int, help="questions per generate call (8; miniature 64)")
     add("--max_new_tokens", type=int, default=32)
     add("--num_workers", type=int, default=0, help="data loading processes")
-    add("--precision", default="auto", help="auto = bf16 on a GPU that has it, else float32; or 32-true, bf16-mixed")
+    add(
+        "--precision",
+        choices=("auto", "32-true", "bf16-mixed"),
+        default="auto",
+        help="auto = bf16 on a GPU that has it",
+    )
     add("--meteor", action="store_true", help="also METEOR, which needs Java")
     add("--output", type=Path, help="results folder (evaluation/results/<name>_<split>)")
     args = parser.parse_args(argv)
@@ -120,13 +125,16 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Answer all questions of the split, score, write."""
     start = time.monotonic()
+    path = find_checkpoint(args)
+    checkpoint = read_checkpoint(path) if path else None
+    args.miniature |= bool(checkpoint and checkpoint["hyper_parameters"]["miniature"])
     root = data_root(args.miniature)
     if args.miniature:
         ensure_world(root)
     rows = read_questions(questions_file(root, args.gts_type), root=root)
     train_rows = read_questions(questions_file(root, "train"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    system, images, model, processor = load_system(args)
+    system, images, model, processor = load_system(args, path, checkpoint)
     output = args.output or outputs_root(ROOT / "evaluation") / "results" / _file_name(
         f"{system['name']}_{args.gts_type}"
     )
@@ -154,13 +162,14 @@ def main(args: argparse.Namespace) -> None:
     print(f"{len(rows)} questions in {duration(seconds)}, peak memory {metrics['peak_memory_gib']} GiB; wrote {output}")
 
 
-def load_system(args: argparse.Namespace) -> tuple[dict[str, Any], ImageSettings, torch.nn.Module, ImageTextProcessor]:
+def load_system(
+    args: argparse.Namespace, path: Path | None, checkpoint: dict[str, Any] | None
+) -> tuple[dict[str, Any], ImageSettings, torch.nn.Module, ImageTextProcessor]:
     """What metrics.json says about the system, its image settings, the model and its processor.
 
     Raises:
         UserError: nothing to load, or a flag contradicts the checkpoint.
     """
-    path = find_checkpoint(args)
     if path is None:
         model_id = args.model_id or (MINIATURE_STUDENT if args.miniature else STUDENT_NAME)
         images = ImageSettings(
@@ -172,11 +181,13 @@ def load_system(args: argparse.Namespace) -> tuple[dict[str, Any], ImageSettings
         system = {"model_id": model_id, "checkpoint": None, "name": f"{Path(model_id).name} {images.modality}"}
         model = load_model(model_id)
     else:
-        checkpoint = read_checkpoint(path)
         recorded = checkpoint["hyper_parameters"]
         model_id = recorded["student_name"]
         images = recorded_images(args, recorded, path)
         experiment = Path(recorded["script"]).parent.relative_to("distillation").as_posix()
+        meant = EXPERIMENTS[args.kd_model_type].format(phase=args.phase_no or 3) if args.kd_model_type else experiment
+        if meant != experiment:
+            raise UserError(f"--kd_model_type {args.kd_model_type} contradicts {path}, which is of {experiment}")
         blinded = " blind" if images.modality != recorded["modality"] else ""
         system = {
             "model_id": model_id,
