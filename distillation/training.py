@@ -296,10 +296,7 @@ class CheckpointContents(Callback):
         others = {k for k in checkpoint["state_dict"] if not k.startswith(("student.", "teacher."))}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept | others}
         checkpoint["hyper_parameters"] = dict(checkpoint.get("hyper_parameters", {})) | self.record
-        checkpoint["position"] = {
-            "epoch": trainer.current_epoch,
-            "batch": trainer.fit_loop.epoch_loop.batch_progress.current.ready,
-        }
+        checkpoint["position"] = {"batch": trainer.fit_loop.epoch_loop.batch_progress.current.ready}
 
 
 class KeyedRandomness(Callback):

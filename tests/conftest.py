@@ -31,6 +31,22 @@ def processor():
 
 
 @pytest.fixture(scope="session")
+def real_size(processor):
+    """The true image settings (384 px, 36 grids, 729 tokens) around the small tokenizer."""
+    from dataset.processor import FloatImageProcessor, ImageTextProcessor
+
+    return ImageTextProcessor(
+        image_processor=FloatImageProcessor(
+            size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
+        tokenizer=processor.tokenizer,
+        num_image_tokens=729,
+        vision_feature_select_strategy="full",
+        chat_template=processor.chat_template,
+    )
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(processor, tmp_path_factory) -> Path:
     """A random tiny LLaVA-OneVision, saved as a Hugging Face folder."""
     import torch

@@ -7,22 +7,8 @@ import pytest
 import torch
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from dataset.processor import FloatImageProcessor, ImageTextProcessor, load_processor
+from dataset.processor import FloatImageProcessor, load_processor
 from utils import UserError
-
-
-@pytest.fixture(scope="module")
-def real_size(processor) -> ImageTextProcessor:
-    """The true image settings (384 px, 36 grids, 729 tokens) around the small tokenizer."""
-    return ImageTextProcessor(
-        image_processor=FloatImageProcessor(
-            size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-        ),
-        tokenizer=processor.tokenizer,
-        num_image_tokens=729,
-        vision_feature_select_strategy="full",
-        chat_template=processor.chat_template,
-    )
 
 
 @pytest.mark.parametrize(

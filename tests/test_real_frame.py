@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from dataset.datamodule import ImageSettings, SUNRGBDDataModule, load_images
-from dataset.miniature.pretrain import CHAT_TEMPLATE
 from dataset.prepare_sunrgbd import build_csv_data
-from dataset.processor import FloatImageProcessor, ImageTextProcessor
 from dataset.questions import read_questions
 from dataset.sunrgbd import read_frame
 from distillation.losses import answer_cross_entropy
@@ -27,19 +25,6 @@ def root(samples, tmp_path_factory):
         shutil.copytree(samples / folder, root / folder)
     build_csv_data(root, workers=1, train_per_frame=8)
     return root
-
-
-@pytest.fixture(scope="module")
-def real_processor(processor):
-    return ImageTextProcessor(
-        image_processor=FloatImageProcessor(
-            size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-        ),
-        tokenizer=processor.tokenizer,
-        num_image_tokens=729,
-        vision_feature_select_strategy="full",
-        chat_template=CHAT_TEMPLATE,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +50,15 @@ def test_questions_of_the_real_frame(root):
 
 
 @pytest.mark.parametrize(("image_tokens", "count"), [("anyres", 3039), ("one_tile", 730)])
-def test_a_training_step_on_the_real_frame(root, real_processor, narrow_model, image_tokens, count):
+def test_a_training_step_on_the_real_frame(root, real_size, narrow_model, image_tokens, count):
     settings = ImageSettings("depth", image_tokens=image_tokens)
-    data = SUNRGBDDataModule(root=root, processor=real_processor, student=settings, batch_size=2)
+    data = SUNRGBDDataModule(root=root, processor=real_size, student=settings, batch_size=2)
     data.val = ()  # the frame is in the official training split
     data.train = data._dataset(data.rows("train"))
     (batch,) = data.train_dataloader()
-    assert int((batch["text"]["input_ids"] == real_processor.image_token_id).sum()) == count
+    assert int((batch["text"]["input_ids"] == real_size.image_token_id).sum()) == count
     logits, targets = answer_logits(
-        narrow_model, batch["text"], batch["student_images"], vocab_size=len(real_processor.tokenizer)
+        narrow_model, batch["text"], batch["student_images"], vocab_size=len(real_size.tokenizer)
     )
     loss = answer_cross_entropy(logits=logits, targets=targets)
     loss.backward()
@@ -82,11 +67,11 @@ def test_a_training_step_on_the_real_frame(root, real_processor, narrow_model, i
 
 
 @pytest.mark.parametrize(("path", "count"), [(KV1, 3039), (KV2, 2929)])
-def test_model_and_prompt_agree_on_the_tokens(samples, real_processor, narrow_model, path, count):
+def test_model_and_prompt_agree_on_the_tokens(samples, real_size, narrow_model, path, count):
     """What the model makes of the pixels is as long as what the prompt leaves room for, for RGB and depth."""
     for modality in ("rgb", "depth"):
         (picture,) = load_images(read_frame(samples, path), [ImageSettings(modality)])
-        assert real_processor.count_image_tokens(*picture.shape[:2], image_tokens="anyres") == count
+        assert real_size.count_image_tokens(*picture.shape[:2], image_tokens="anyres") == count
         with torch.no_grad():
-            features = image_features(narrow_model, real_processor.pixels([picture], image_tokens="anyres"))
+            features = image_features(narrow_model, real_size.pixels([picture], image_tokens="anyres"))
         assert [len(tokens) for tokens in features.pooler_output] == [count]
