@@ -101,10 +101,9 @@ SPATIAL = {
 }
 STAGES = (
     Stage("grounding", {"teacher": 1200, "student": 900}, 2e-3),
-    Stage("spatial", {"teacher": 700, "student": 500}, 1e-3, 8, EVEN | SPATIAL | {"Caption": 1.0}),
+    Stage("spatial", {"teacher": 600, "student": 500}, 1e-3, 8, EVEN | SPATIAL | {"Caption": 1.0}),
     Stage("counting", {"teacher": 500, "student": 350}, 1e-3, 8, EVEN | SPATIAL | {"Count": 4.0, "Caption": 1.0}),
-    Stage("all", {"teacher": 1000, "student": 600}, 1e-3, 8, EVEN | {"Direction": 2.0, "Proximity": 2.0, "Proximity by color": 0.5}),
-    Stage("weak types", {"teacher": 800}, 1e-3, 8, EVEN | {"Count": 2.5, "Direction": 1.5, "Proximity": 2.5, "Proximity by color": 0.5}),
+    Stage("all", {"teacher": 1500, "student": 600}, 1e-3, 8, EVEN | {"Count": 2.0, "Direction": 2.0, "Proximity": 2.5, "Proximity by color": 0.5}),
 )  # fmt: skip
 BATCH = 32
 GROUNDING_WEIGHT = 0.3
@@ -397,7 +396,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Render, train, save; everything that is printed also goes to pretrain.log."""
     start = time.monotonic()
-    log = [f"commit {git_commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {vars(args)}"]
+    flags = ", ".join(f"{name} {value}" for name, value in vars(args).items() if name != "output")
+    log = [f"commit {git_commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {flags}"]
 
     def say(text: str) -> None:
         log.append(f"[{duration(time.monotonic() - start)}] {text}")
@@ -413,15 +413,13 @@ def main(args: argparse.Namespace) -> None:
         say(f"{name}: {model.num_parameters():,} parameters")
         grounding = Grounding(model, processor)
         for number, stage in enumerate(STAGES):
-            if name not in stage.steps:
-                continue
             steps = max(1, round(stage.steps[name] * args.steps_share))
             train_stage(model, grounding, Batches(rooms, processor), stage, steps=steps, seed=args.seed + number)
             scores = accuracy(model, Batches(held_out, processor))
             say(f"{name} after {stage.name} ({steps} steps): " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         model.to(torch.float16).save_pretrained(args.output / name)  # float16, as the real checkpoints are
         save_processor(processor, args.output / name)
-        say(f"wrote {args.output / name}")
+        say(f"wrote {name}/")
     with atomic_path(args.output / "pretrain.log") as part:
         part.write_text("\n".join(log) + "\n", encoding="utf-8")
 
