@@ -4,18 +4,19 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed-$(shell cksum requirements.txt | cut -d ' ' -f 1)
 DEMO ?= demo
+RUN := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 EVALUATE := $(PY) evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --miniature
 
 .PHONY: demo test lint clean
 
 demo: $(READY)
 	$(PY) dataset/miniature/world.py
-	$(PY) distillation/baseline_rgb7b/train2.py --miniature
-	$(PY) distillation/baseline_rgb05b/train.py --miniature
-	$(PY) distillation/baseline_depth/train.py --miniature
-	$(EVALUATE) --kd_model_type baseline_rgb7b --load_checkpoint --name "RGB teacher" --output $(DEMO)/rgb_teacher
-	$(EVALUATE) --kd_model_type baseline_rgb05b --load_checkpoint --name "RGB student" --output $(DEMO)/rgb_student
-	$(EVALUATE) --kd_model_type baseline_depth --load_checkpoint --name "depth student" --output $(DEMO)/depth_student
+	$(PY) distillation/baseline_rgb7b/train2.py --miniature --run_name $(RUN)
+	$(PY) distillation/baseline_rgb05b/train.py --miniature --run_name $(RUN)
+	$(PY) distillation/baseline_depth/train.py --miniature --run_name $(RUN)
+	$(EVALUATE) --kd_model_type baseline_rgb7b --ckpt_path miniature_$(RUN) --name "RGB teacher" --output $(DEMO)/rgb_teacher
+	$(EVALUATE) --kd_model_type baseline_rgb05b --ckpt_path miniature_$(RUN) --name "RGB student" --output $(DEMO)/rgb_student
+	$(EVALUATE) --kd_model_type baseline_depth --ckpt_path miniature_$(RUN) --name "depth student" --output $(DEMO)/depth_student
 	$(PY) evaluation/compare.py $(DEMO)/rgb_teacher $(DEMO)/rgb_student $(DEMO)/depth_student \
 		--baseline "depth student" --miniature --output $(DEMO)
 

@@ -77,6 +77,14 @@ def outputs_root(script_folder: Path) -> Path:
     return Path(value).expanduser().resolve().joinpath(*parts)
 
 
+def model_source(name: str) -> str:
+    """Where to load a model from: a folder of this repository from wherever the script runs, else `name` as it is.
+
+    Checkpoints record the models that come with the repository by their place in it, so that they load on any machine.
+    """
+    return str(ROOT / name) if (ROOT / name).is_dir() else name
+
+
 def hf_token() -> str | None:
     """The Hugging Face token of `.env`, for hub calls only: it is never a flag, a hyper-parameter or a log line."""
     return os.environ.get("hf_token") or None
@@ -94,15 +102,18 @@ class ProgressLine:
         self.every_s = 0.2 if self.live else every_s
         self.start = self.last = time.monotonic()
 
-    def update(self, done: int, extra: str = "") -> None:
-        """`done` of `total` items are finished; `extra` is shown behind the time left."""
+    def update(self, done: int, extra: Callable[[], str] | None = None) -> None:
+        """`done` of `total` items are finished; what `extra` returns is shown behind the time left.
+
+        It is called only when a line is written: reading a loss makes a GPU wait.
+        """
         now = time.monotonic()
         if done != self.total and now - self.last < self.every_s:
             return
         self.last = now
         rate = max(done - self.first, 1) / max(now - self.start, 1e-9)
         left = duration(max(self.total - done, 0) / rate)
-        line = f"{self.label}: {done}/{self.total} ({rate:.1f}/s, {left} left){extra}"
+        line = f"{self.label}: {done}/{self.total} ({rate:.1f}/s, {left} left){extra() if extra else ''}"
         end = "\n" if not self.live or done == self.total else ""
         print(f"\r{line}\x1b[K" if self.live else line, end=end, file=sys.stderr, flush=True)
 

@@ -10,7 +10,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
-from utils import UserError, hf_token, write_json
+from utils import UserError, hf_token, model_source, write_json
 
 IMAGE_TOKENS = ("anyres", "one_tile")
 
@@ -80,7 +80,7 @@ class ImageTextProcessor(LlavaOnevisionProcessor):
         return self._get_number_of_features(height, width, size["height"], size["width"])
 
 
-def load_processor(name: str, *, revision: str | None = None) -> ImageTextProcessor:
+def load_processor(name: str) -> ImageTextProcessor:
     """The processor of a hub model or a folder.
 
     Raises:
@@ -88,7 +88,7 @@ def load_processor(name: str, *, revision: str | None = None) -> ImageTextProces
     """
     try:
         processor = ImageTextProcessor.from_pretrained(
-            name, revision=revision, token=hf_token(), trust_remote_code=False, use_fast=False
+            model_source(name), token=hf_token(), trust_remote_code=False, use_fast=False
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: no LLaVA-OneVision processor can be loaded from there ({error})") from error

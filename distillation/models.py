@@ -1,5 +1,6 @@
 """Load student and teacher, LoRA, logits at answer positions. The only file that knows where things are in the model."""
 
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,21 +15,21 @@ from transformers.utils.logging import disable_progress_bar
 
 from dataset.processor import ImageTextProcessor, save_processor
 from dataset.prompts import answer_targets
-from utils import ROOT, UserError, hf_token
+from utils import UserError, hf_token, model_source
 
 STUDENT_NAME = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
 TEACHER_NAME = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
-MINIATURE_STUDENT = str(ROOT / "dataset" / "miniature" / "student")
-MINIATURE_TEACHER = str(ROOT / "dataset" / "miniature" / "teacher")
+MINIATURE_STUDENT = "dataset/miniature/student"
+MINIATURE_TEACHER = "dataset/miniature/teacher"
 
 
-def load_model(name: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None):
+def load_model(name: str, *, dtype: torch.dtype = torch.float32):
     """The stock LlavaOnevisionForConditionalGeneration in train() mode, all parameters that take part trainable.
 
     Args:
         name: hub id or folder.
-        dtype: of the weights; the checkpoints store float16, in which AdamW would round most updates away.
-        revision: commit or tag of a hub model.
+        dtype: of the weights. The checkpoints store float16, in which AdamW would round most updates away; bfloat16 halves
+            the memory of weights that stay frozen.
 
     Raises:
         UserError: nothing loadable there, or weights are missing.
@@ -37,9 +38,8 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, revision: str |
         disable_progress_bar()  # a log file would hold every redrawing of it
     try:
         model, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
-            name,
+            model_source(name),
             dtype=dtype,
-            revision=revision,
             attn_implementation="sdpa",  # the packed mask is boolean, which eager attention would misread
             token=hf_token(),
             trust_remote_code=False,
@@ -68,7 +68,8 @@ def _base(model: nn.Module) -> LlavaOnevisionForConditionalGeneration:
 def add_lora(model: nn.Module, *, rank: int, alpha: int) -> PeftModel:
     """Freeze the model and put trainable low-rank adapters on every linear layer of its language model.
 
-    The projector is trained in full: it is small, and it is where the pictures enter the language model.
+    The projector is trained in full: it is small, and it is where the pictures enter the language model. What trains is
+    float32, whatever the frozen weights are.
 
     Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; adapters on all linear layers follow Dettmers et al. 2023,
     https://arxiv.org/abs/2305.14314, section 4.
@@ -79,7 +80,13 @@ def add_lora(model: nn.Module, *, rank: int, alpha: int) -> PeftModel:
         target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
         modules_to_save=["multi_modal_projector"],
     )
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = (
+                parameter.data.float()
+            )  # where the frozen weights are bfloat16, updates must not round away
+    return model
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -177,14 +184,14 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Tensor], *, origin:
         )
 
 
-def restore_student(checkpoint: Mapping[str, Any], *, origin: str):
-    """The model of a checkpoint of ours: its pretrained weights, LoRA where it was used, and what was trained.
+def restore_student(checkpoint: Mapping[str, Any], *, origin: str, dtype: torch.dtype = torch.float32):
+    """The model of a checkpoint of ours: its pretrained weights (in `dtype`), LoRA where it was used, and what was trained.
 
     Raises:
         UserError: the pretrained model cannot be loaded or the weights do not fit it.
     """
     recorded = checkpoint["hyper_parameters"]
-    model = load_model(recorded["student_name"])
+    model = load_model(recorded["student_name"], dtype=dtype)
     if recorded.get("lora_rank"):
         model = add_lora(model, rank=recorded["lora_rank"], alpha=recorded["lora_alpha"])
     load_trained_state(model, student_state(checkpoint), origin=origin)
@@ -200,9 +207,16 @@ def student_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 def export_model(model: nn.Module, processor: ImageTextProcessor, folder: Path, *, dtype: torch.dtype = torch.float16):
     """Write a Hugging Face folder that stock transformers loads; LoRA adapters are merged into the weights.
 
-    The model's weights are converted in place; call it when training is over.
+    The model's weights are converted in place; call it when training is over. An interrupted export leaves no folder.
     """
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
-    model.to(dtype).save_pretrained(folder)
-    save_processor(processor, folder)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if isinstance(model, PeftModel):
+            model = model.merge_and_unload()
+        model.to(dtype).save_pretrained(part)
+        save_processor(processor, part)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

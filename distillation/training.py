@@ -64,6 +64,22 @@ MINIATURE_DEFAULTS = dict(
     num_workers=1,
 )
 
+LEAST = dict(  # smallest value that a flag takes
+    batch_size=1,
+    accumulate_grad_batches=1,
+    max_epochs=1,
+    questions_per_image=1,
+    num_workers=0,
+    lr=0,
+    vision_lr=0,
+    weight_decay=0,
+    warmup_share=0,
+    gradient_clip=0,
+    seed=0,
+    lora_rank=0,
+    lora_alpha=1,
+)
+
 
 def add_common_args(parser: argparse.ArgumentParser) -> None:
     """The flags that every training script has, with the defaults for real SUN RGB-D."""
@@ -82,36 +98,38 @@ def add_common_args(parser: argparse.ArgumentParser) -> None:
     # optimisation
     add("--batch_size", type=int, default=2, help="images per step and device")
     add("--accumulate_grad_batches", type=int, default=16, help="steps per optimizer update")
-    add("--max_epochs", type=int, default=5)
+    add("--max_epochs", type=int, default=5, help="passes over the training images")
     add("--max_steps", type=int, default=-1, help="stop after so many optimizer updates (-1: --max_epochs decides)")
     add("--lr", type=float, default=1e-5, help="peak learning rate")
     add("--vision_lr", type=float, default=2e-6, help="peak learning rate of the vision tower")
-    add("--weight_decay", type=float, default=0.0)
+    add("--weight_decay", type=float, default=0.0, help="AdamW's, on all weights that train")
     add("--warmup_share", type=float, default=0.03, help="share of the updates in which the rate rises")
     add("--gradient_clip", type=float, default=1.0, help="largest gradient norm; 0 = no clipping")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the order of the data, augmentation, adapters and dropout")
     # machine
     add("--precision", default="auto", help="a Lightning precision; auto = bf16-mixed where the GPU can, else 32-true")
     add("--accelerator", default="auto", help="a Lightning accelerator: auto, cpu, gpu, ...")
     add("--devices", default="auto", help="a Lightning device list or count")
-    add("--strategy", default="auto", help="a Lightning strategy: auto, ddp, fsdp, ...")
+    add("--strategy", default="auto", help="a Lightning strategy: auto, ddp, fsdp (with --gradient_clip 0), ...")
     # where from, where to
     add(
         "--load_checkpoint",
         nargs="?",
         const="best",
-        help="start from these weights; without a path: own best checkpoint",
+        help="start from these weights: a path or a run's name; without one: own best checkpoint",
     )
     add("--resume", help="continue an interrupted run exactly: auto (the newest, a new run if there is none) or a path")
     add("--run_name", help="name of the run's folders (the time it started)")
     add("--export", type=Path, help="write the best student as a Hugging Face folder")
-    add("--save_final_pt", type=Path, help="write the best student's weights as a plain state dict")
+    add(
+        "--save_final_pt", type=Path, help="write the best student's weights as a plain state dict (LoRA: the adapters)"
+    )
     add("--dry_run", action="store_true", help="say what would happen and what it costs; write nothing")
 
 
 def add_depth_args(parser: argparse.ArgumentParser) -> None:
     """The flags of every script whose student sees depth."""
-    parser.add_argument("--depth_encoding", choices=tuple(ENCODINGS), default="metric_log3")
+    parser.add_argument("--depth_encoding", choices=tuple(ENCODINGS), default="metric_log3", help="depth -> 3 channels")
     parser.add_argument("--depth_source", choices=DEPTH_SOURCES, default="raw", help="raw, or bfx = hole-filled")
 
 
@@ -121,19 +139,24 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
     if args.miniature:
         parser.set_defaults(**MINIATURE_DEFAULTS | miniature_defaults)
         args = parser.parse_args(argv)
-    for name in ("batch_size", "accumulate_grad_batches", "max_epochs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: give at least 1")
+    for name, least in LEAST.items():
+        value = getattr(args, name, None)
+        if value is not None and not value >= least:  # nan is no value either
+            parser.error(f"--{name} {value}: give at least {least}")
+    if args.max_steps != -1 and args.max_steps < 1:
+        parser.error(f"--max_steps {args.max_steps}: give at least 1, or -1 for no limit")
     if not 0 < args.subset_percentage <= 1:
         parser.error(f"--subset_percentage {args.subset_percentage}: give a share above 0 and at most 1")
-    if args.questions_per_image is not None and args.questions_per_image < 1:
-        parser.error(f"--questions_per_image {args.questions_per_image}: give at least 1")
+    if not args.warmup_share < 1:
+        parser.error(f"--warmup_share {args.warmup_share}: give a share below 1")
+    if args.strategy.startswith("fsdp") and args.gradient_clip:
+        parser.error(
+            "--strategy fsdp cannot clip the norm of gradients that are spread over devices: --gradient_clip 0"
+        )
     if args.resume and args.load_checkpoint:
         parser.error("--resume continues a run with its own weights; leave out --load_checkpoint")
     if args.resume and args.dry_run:
         parser.error("--dry_run says what a new run costs; leave out --resume")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed}: give 0 or more")
     for name in ("export", "save_final_pt"):
         path = getattr(args, name)
         if path is not None and path.exists():
@@ -168,6 +191,7 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
         UserError: there is no data, the run folder is in use, or there is nothing to resume.
     """
     data_root(args.miniature)  # before minutes are spent on loading a model
+    _world_size(args)
     pl.seed_everything(args.seed, verbose=False)  # before adapters are initialised
     path = Path(script).resolve()
     experiment = outputs_root(path.parent)
@@ -178,12 +202,40 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
     # Lightning starts this script once more for each further device; those processes join the run of the first.
     further = int(os.environ.get("LOCAL_RANK", "0")) > 0
     joined = os.environ.get(RUN_NAME_VARIABLE) if further else None
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not joined
+    if launched and not args.run_name:
+        raise UserError("--run_name: give one; processes that a launcher starts side by side cannot agree on a name")
     name = args.run_name or joined or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     os.environ[RUN_NAME_VARIABLE] = name
     run = Run(experiment, f"miniature_{name}" if args.miniature else name, record)
     if run.checkpoints.exists() and not args.dry_run and not further:
         raise UserError(f"--run_name {name}: {run.checkpoints} is there already; give another name, or --resume auto")
     return run
+
+
+def _world_size(args: argparse.Namespace) -> int:
+    """How many processes will train. Raises UserError when this machine cannot do what the flags ask for."""
+    quieten()
+    try:
+        trainer = pl.Trainer(
+            precision=resolve_precision(args.precision, args.accelerator),
+            accelerator=args.accelerator,
+            devices=args.devices,
+            strategy=args.strategy,
+            logger=False,
+            enable_checkpointing=False,
+        )
+    except Exception as error:  # Lightning raises many types for flags that it does not know or cannot combine
+        raise UserError(
+            f"--accelerator {args.accelerator} --devices {args.devices} --strategy {args.strategy} --precision "
+            f"{args.precision}: not possible here ({error})"
+        ) from error
+    return trainer.world_size
+
+
+def frozen_dtype(precision: str, accelerator: str = "auto") -> torch.dtype:
+    """Of weights that stay frozen: bfloat16 where the step computes in it anyway, which halves their memory."""
+    return torch.bfloat16 if resolve_precision(precision, accelerator) == "bf16-mixed" else torch.float32
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,6 +267,37 @@ def experiment_folder(name: str, phase: int | None = None) -> Path:
     return outputs_root(ROOT / "distillation" / EXPERIMENTS[name].format(phase=phase or 3))
 
 
+def find_checkpoint(name: str, folder: Path) -> Path:
+    """The checkpoint that a user's flag means: a path, a run's folder or bare name (its best one), or a bare file name.
+
+    Args:
+        name: what was given.
+        folder: bare names are looked up in the checkpoints folders below.
+
+    Raises:
+        UserError: nothing fits, or several do.
+    """
+    path = Path(name)
+    if path.name == name and not path.exists():
+        found = sorted(folder.rglob(f"checkpoints/{name}")) + sorted(folder.rglob(f"checkpoints/*/{name}"))
+        if len(found) != 1:
+            many = f"several have this name; give the path: {', '.join(map(str, found))}"
+            raise UserError(
+                f"{name}: " + (many if found else f"no such file, and no such run or checkpoint below {folder}")
+            )
+        path = found[0]
+    if not path.is_dir():
+        return path  # read_checkpoint says what is wrong with it
+    best = sorted(path.glob("best-*.ckpt"))
+    if not best:
+        raise UserError(f"{path}: no best-*.ckpt in this folder; give a checkpoint or the folder of a run")
+    return max(best, key=_val_accuracy)
+
+
+def _val_accuracy(checkpoint: Path) -> float:
+    return float(checkpoint.stem.rsplit("acc", 1)[1])
+
+
 def best_checkpoint(experiment: Path, *, miniature: bool) -> Path:
     """The checkpoint with the highest validation accuracy among all runs of an experiment.
 
@@ -230,7 +313,7 @@ def best_checkpoint(experiment: Path, *, miniature: bool) -> Path:
         raise UserError(
             f"no checkpoint below {experiment / 'checkpoints'}; make one with: {command}{' --miniature' * miniature}"
         )
-    return max(found, key=lambda p: (float(p.stem.rsplit("acc", 1)[1]), p.stat().st_mtime))
+    return max(found, key=lambda p: (_val_accuracy(p), p.stat().st_mtime))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -318,8 +401,8 @@ class FiniteGuard(Callback):
         """Raises UserError that names the step and the flags to change."""
         if trainer.precision == "16-mixed":
             return  # the gradient scaler skips such steps on purpose
-        norms = [p.grad.norm() for p in module.parameters() if p.grad is not None]
-        if norms and not bool(torch.isfinite(torch.stack(norms)).all()):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        if not bool(torch.isfinite(norm)):
             raise UserError(
                 f"the gradient is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}); nothing was "
                 "updated. Start again with a lower --lr or another --precision, from --load_checkpoint if one was saved."
@@ -379,14 +462,16 @@ class Progress(Callback):
         """Report."""
         self.done += 1
         loss = trainer.callback_metrics.get("train/loss", math.nan)
-        self.line.update(self.done, f", epoch {trainer.current_epoch + 1}, loss {float(loss):.3f}")
+        if trainer.is_global_zero:
+            self.line.update(self.done, lambda: f", epoch {trainer.current_epoch + 1}, loss {float(loss):.3f}")
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """One line per validation."""
         self.validated_step = trainer.global_step
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
-        print(f"epoch {trainer.current_epoch + 1}: {values}", flush=True)
+        if trainer.is_global_zero:
+            print(f"epoch {trainer.current_epoch + 1}: {values}", flush=True)
 
 
 def build_data(
@@ -397,6 +482,8 @@ def build_data(
 ) -> SUNRGBDDataModule:
     """The data module of a script's flags, read and checked. The miniature world is rendered on first use."""
     root = data_root(args.miniature)
+    if args.miniature and args.dry_run and not root.is_dir():
+        raise UserError("--dry_run writes nothing; make the miniature world first: python dataset/miniature/world.py")
     if args.miniature:
         ensure_world(root)
     data = SUNRGBDDataModule(
@@ -423,23 +510,27 @@ def train(module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, args: a
     """
     trainable, total = count_parameters(module.student)
     print(f"{run.record['script']}: {trainable:,} of {total:,} parameters train; {len(data.train)} training images")
-    if args.load_checkpoint:
-        path = Path(args.load_checkpoint)
-        path = best_checkpoint(run.experiment, miniature=args.miniature) if args.load_checkpoint == "best" else path
-        load_student(module.student, path, run.record)
+    if args.load_checkpoint == "best":
+        load_student(module.student, best_checkpoint(run.experiment, miniature=args.miniature), run.record)
+    elif args.load_checkpoint:
+        load_student(module.student, find_checkpoint(args.load_checkpoint, run.experiment), run.record)
     if args.dry_run:
         dry_run(module, data, args)
         return
     start = time.monotonic()
-    trainer = build_trainer(args, run)
     if run.resume_from:
         checkpoint = read_checkpoint(run.resume_from)
         check_same_run(checkpoint["hyper_parameters"], run)
         data.resume_batch = checkpoint["position"]["batch"]
     try:
+        trainer = build_trainer(args, run)
+        if trainer.is_global_zero:
+            write_json(run.logs / "run.json", run.record)
         trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
     except BaseException:
-        if not any(run.checkpoints.glob("*.ckpt")):  # a run that failed before it had anything to keep leaves no trace
+        if (
+            not any(run.checkpoints.glob("*.ckpt")) and not run.resume_from
+        ):  # a run that failed before it had anything to keep leaves no trace
             shutil.rmtree(run.checkpoints, ignore_errors=True)
             shutil.rmtree(run.logs, ignore_errors=True)
         raise
@@ -605,7 +696,7 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
         max_steps=2,
         precision=resolve_precision(args.precision, args.accelerator),
         accelerator=args.accelerator,
-        devices=1,
+        devices=1,  # what one of them will do
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -618,13 +709,15 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
     checkpoint_gib = (
         sum(v.numel() * v.element_size() for v in state.values()) / 2**30 * 3
     )  # weights and two Adam moments
-    batches = math.ceil(len(data.train) / args.batch_size) * args.max_epochs
+    world_size = _world_size(args)
+    batches = math.ceil(len(data.train) / (args.batch_size * world_size)) * args.max_epochs
     if args.max_steps > 0:
         batches = min(batches, args.max_steps * args.accumulate_grad_batches)
     print(
         f"tokens in the longest sequence of a batch: {timer.tokens}; image tokens: {timer.image_tokens}\n"
         f"peak memory: {peak_memory_gib():.2f} GiB\n"
-        f"one step of {args.batch_size} images: {timer.seconds:.2f} s; {batches} steps: {duration(batches * timer.seconds)}\n"
+        f"one step of {args.batch_size} images: {timer.seconds:.2f} s; {batches} steps on {world_size} devices: "
+        f"{duration(batches * timer.seconds)}\n"
         f"disk: 2 checkpoints of at most {checkpoint_gib:.2f} GiB"
     )
 
@@ -637,6 +730,8 @@ class _StepTimer(Callback):
         self.start = time.monotonic()
 
     def on_train_batch_end(self, *args: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the GPU computes on while Python is done
         self.seconds = time.monotonic() - self.start  # the second step's: the first one warms up
 
 

@@ -16,7 +16,7 @@ import torch
 from dataset.datamodule import questions_file
 from dataset.questions import read_questions
 from distillation import training
-from distillation.losses import answer_cross_entropy
+from distillation.models import add_lora, load_model
 from distillation.training import SafeCheckpointIO, plain, read_checkpoint
 from utils import ROOT, UserError
 
@@ -79,12 +79,18 @@ def test_a_run_leaves_what_it_promises(name, places, tiny_folder):
 
 
 @pytest.mark.parametrize(
-    ("stop_at", "more"), [(2, ()), (6, ("--augmentation",)), (9, ("--accumulate_grad_batches", "2"))]
+    ("name", "stop_at", "more"),
+    [
+        ("baseline_depth", 2, ()),
+        ("baseline_depth", 6, ("--augmentation",)),  # the last batch of an epoch
+        ("baseline_depth", 9, ("--accumulate_grad_batches", "2")),
+        ("baseline_rgb7b", 8, ("--num_workers", "1")),  # LoRA
+    ],
 )
-def test_an_interrupted_run_resumes_bit_exactly(places, tiny_folder, monkeypatch, stop_at, more):
+def test_an_interrupted_run_resumes_bit_exactly(places, tiny_folder, monkeypatch, name, stop_at, more):
     """SIGTERM in batch `stop_at` of 12: exit code 143, and the resumed run ends with the very same bytes of weights."""
-    train("baseline_depth", tiny_folder, *more)
-    done = read_checkpoint(places / "baseline_depth/checkpoints/t/last.ckpt")
+    train(name, tiny_folder, *more)
+    done = read_checkpoint(places / name / "checkpoints/t/last.ckpt")
     batches, start = 0, training.KeyedRandomness.on_train_batch_start
 
     def interrupt(self, *args):
@@ -96,25 +102,23 @@ def test_an_interrupted_run_resumes_bit_exactly(places, tiny_folder, monkeypatch
 
     monkeypatch.setattr(training.KeyedRandomness, "on_train_batch_start", interrupt)
     with pytest.raises(SystemExit) as stopped:
-        train("baseline_depth", tiny_folder, *more, "--run_name", "cut")
+        train(name, tiny_folder, *more, "--run_name", "cut")
     assert stopped.value.code == 143
     monkeypatch.setattr(training.KeyedRandomness, "on_train_batch_start", start)
-    train("baseline_depth", tiny_folder, *more, "--run_name", "cut", "--resume", "auto")
-    resumed = read_checkpoint(places / "baseline_depth/checkpoints/cut/last.ckpt")
+    train(name, tiny_folder, *more, "--run_name", "cut", "--resume", "auto")
+    resumed = read_checkpoint(places / name / "checkpoints/cut/last.ckpt")
     assert resumed["global_step"] == done["global_step"]
-    for name, value in done["state_dict"].items():
-        assert torch.equal(value, resumed["state_dict"][name]), name
+    for key, value in done["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][key]), key
     moments, expected = resumed["optimizer_states"][0]["state"], done["optimizer_states"][0]["state"]
     assert all(torch.equal(moments[i]["exp_avg"], expected[i]["exp_avg"]) for i in expected)
-    best = {
-        run: {p.name for p in (places / "baseline_depth/checkpoints" / run).glob("best*.ckpt")} for run in ("t", "cut")
-    }
+    best = {run: {p.name for p in (places / name / "checkpoints" / run).glob("best*.ckpt")} for run in ("t", "cut")}
     assert best["cut"] == best["t"]
-    logs = places / "baseline_depth/tensorboard_logs/cut"
+    logs = places / name / "tensorboard_logs/cut"
     validations = [value for path in logs.glob("metrics*.csv") for value in column(path, "val/exact_match") if value]
     assert len(validations) == 2  # those of before the interruption are kept
     with pytest.raises(UserError, match="was started with lr 0.001, now it is 0.5"):
-        train("baseline_depth", tiny_folder, *more, "--run_name", "cut", "--resume", "auto", "--lr", "0.5")
+        train(name, tiny_folder, *more, "--run_name", "cut", "--resume", "auto", "--lr", "0.5")
 
 
 def column(path: Path, name: str) -> list[str]:
@@ -147,10 +151,18 @@ def test_weights_are_handed_over(places, tiny_folder):
 def test_a_diverging_run_stops_and_saves_no_nan(places, tiny_folder):
     with pytest.raises(UserError, match="not finite"):
         train("baseline_depth", tiny_folder, "--lr", "1e30", "--warmup_share", "0", "--gradient_clip", "0")
-    for path in (places / "baseline_depth").rglob("*.ckpt"):
-        assert all(
-            torch.isfinite(v).all() for v in read_checkpoint(path)["state_dict"].values() if v.is_floating_point()
-        )
+    assert not list(places.rglob("*.ckpt"))  # it diverged before the first validation
+
+
+def test_weights_that_are_not_finite_are_never_saved(places, tiny_folder, monkeypatch):
+    """The gradient was finite and the update was not: the checkpoint before it stays, no other is written."""
+    train("baseline_depth", tiny_folder)
+    before = {path: path.read_bytes() for path in places.rglob("*.ckpt")}
+    monkeypatch.setattr(training.FiniteGuard, "on_before_optimizer_step", lambda *args: None)
+    with pytest.raises(UserError, match="not written, .* is not finite"):
+        more = ("--run_name", "more", "--lr", "1e38", "--warmup_share", "0", "--gradient_clip", "0")
+        train("baseline_depth", tiny_folder, "--load_checkpoint", "t", *more)
+    assert before == {path: path.read_bytes() for path in places.rglob("*.ckpt")}
 
 
 def test_dry_run_writes_nothing(places, tiny_folder, capsys):
@@ -207,6 +219,12 @@ def test_plain_values_only():
         (("--subset_percentage", "0"), "--subset_percentage"),
         (("--subset_percentage", "50"), "--subset_percentage"),
         (("--batch_size", "0"), "--batch_size"),
+        (("--max_steps", "0"), "--max_steps"),
+        (("--num_workers", "-1"), "--num_workers"),
+        (("--warmup_share", "1"), "--warmup_share"),
+        (("--gradient_clip", "-1"), "--gradient_clip"),
+        (("--lr", "nan"), "--lr"),
+        (("--strategy", "fsdp"), "--gradient_clip 0"),
         (("--depth_encoding", "rainbow"), "--depth_encoding"),
         (("--image_tokens", "many"), "--image_tokens"),
         (("--resume", "auto", "--load_checkpoint"), "--resume"),
@@ -217,6 +235,62 @@ def test_bad_flags_are_named(more, complaint, capsys):
     with pytest.raises(SystemExit) as stopped:
         load_script(SCRIPTS["baseline_depth"]).parse_args(list(more))
     assert stopped.value.code == 2 and complaint in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (("--vision_lr", "1e-6"), "leaves the vision tower frozen"),
+        (("--lora_rank", "0"), "give --lr and --vision_lr"),
+        (("--lora_rank", "0", "--vision_lr", "1e-6", "--lora_alpha", "8"), "no --lora_alpha"),
+        (("--lora_rank", "-1"), "--lora_rank"),
+    ],
+)
+def test_flags_that_lora_would_ignore_are_refused(more, complaint, capsys):
+    with pytest.raises(SystemExit):
+        load_script(SCRIPTS["baseline_rgb7b"]).parse_args(list(more))
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [("--strategy", "nonsense"), ("--precision", "7-true"), ("--devices", "many")])
+def test_what_the_machine_cannot_do_is_said_before_a_model_is_loaded(places, tmp_path, more):
+    with pytest.raises(UserError, match=f"{more[0]} {more[1]}.*not possible here"):
+        train("baseline_depth", tmp_path / "no model here", *more)
+    assert not places.exists()
+
+
+def test_processes_of_a_launcher_need_a_run_name(places, tiny_folder, monkeypatch):
+    script = load_script(SCRIPTS["baseline_depth"])
+    args = script.parse_args(flags(tiny_folder))
+    args.run_name = None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv(training.RUN_NAME_VARIABLE, raising=False)
+    with pytest.raises(UserError, match="--run_name"):
+        script.main(args)
+
+
+def test_checkpoints_are_found_by_run_name_and_path(tmp_path):
+    run = tmp_path / "baseline_depth/checkpoints/demo"
+    run.mkdir(parents=True)
+    for name in ("best-epoch00-acc0.5000.ckpt", "best-epoch02-acc0.7000.ckpt", "last.ckpt"):
+        (run / name).touch()
+    best = run / "best-epoch02-acc0.7000.ckpt"
+    for name in ("demo", str(run), best.name, str(best)):
+        assert training.find_checkpoint(name, tmp_path) == best
+    assert training.find_checkpoint("last.ckpt", tmp_path) == run / "last.ckpt"
+    shutil.copytree(run, tmp_path / "baseline_rgb05b/checkpoints/demo")
+    assert training.find_checkpoint("demo", tmp_path / "baseline_depth") == best
+    with pytest.raises(UserError, match="several have this name"):
+        training.find_checkpoint("demo", tmp_path)
+    with pytest.raises(UserError, match="no such run or checkpoint"):
+        training.find_checkpoint("absent", tmp_path)
+
+
+def test_lora_trains_float32_on_a_bfloat16_model(tiny_folder):
+    """Half the memory of the frozen 7B; and the weights that train do not lose small updates."""
+    model = add_lora(load_model(str(tiny_folder), dtype=torch.bfloat16), rank=4, alpha=8)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 def test_miniature_changes_defaults_and_explicit_flags_win():
@@ -261,17 +335,3 @@ def test_a_damaged_picture_as_a_subprocess(world, tiny_folder, tmp_path, workers
     assert line.startswith("error: ") and picture.name in line and "cannot be read" in line
     assert "Traceback" not in done.stderr
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-
-
-def test_cross_entropy_against_a_loop():
-    torch.manual_seed(0)
-    logits, targets = torch.randn(7, 11, dtype=torch.bfloat16, requires_grad=True), torch.randint(11, (7,))
-    expected = 0.0
-    for row, target in zip(logits.double(), targets, strict=True):
-        expected += torch.logsumexp(row, 0) - row[target]
-    assert answer_cross_entropy(logits=logits, targets=targets).item() == pytest.approx(expected.item() / 7, rel=1e-6)
-    nothing = answer_cross_entropy(logits=logits[:0], targets=targets[:0])
-    nothing.backward()
-    assert nothing.item() == 0 and logits.grad is not None
-    with pytest.raises(ValueError, match=r"\(7, 11\)"):
-        answer_cross_entropy(logits=logits, targets=targets[:3])

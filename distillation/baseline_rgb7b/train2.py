@@ -37,7 +37,7 @@ from distillation.models import (
     load_model,
     split_parameters,
 )
-from distillation.training import add_common_args, build_data, parse, start_run, train
+from distillation.training import add_common_args, build_data, frozen_dtype, parse, start_run, train
 
 
 class RGBLoRA(pl.LightningModule):
@@ -45,10 +45,12 @@ class RGBLoRA(pl.LightningModule):
 
     strict_loading = False  # checkpoints hold the student only
 
-    def __init__(self, *, student_name, lora_rank, lora_alpha, vocab_size, lr, vision_lr, weight_decay, warmup_share):
+    def __init__(
+        self, *, student_name, lora_rank, lora_alpha, frozen, vocab_size, lr, vision_lr, weight_decay, warmup_share
+    ):
         super().__init__()
-        self.save_hyperparameters()
-        self.student = load_model(student_name)
+        self.save_hyperparameters(ignore="frozen")
+        self.student = load_model(student_name, dtype=frozen if lora_rank else torch.float32)
         if lora_rank:
             self.student = add_lora(self.student, rank=lora_rank, alpha=lora_alpha)
 
@@ -82,11 +84,21 @@ class RGBLoRA(pl.LightningModule):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_args(parser)
-    parser.set_defaults(lr=1e-4)
+    parser.set_defaults(lr=1e-4, vision_lr=None)
     parser.add_argument("--student_name", default=TEACHER_NAME, help="hub id or folder of the model")
     parser.add_argument("--lora_rank", type=int, default=16, help="0 = train all weights")
-    parser.add_argument("--lora_alpha", type=int, default=32)
-    return parse(parser, argv, student_name=MINIATURE_TEACHER, max_epochs=1)
+    parser.add_argument(
+        "--lora_alpha", type=int, help="the adapters' weight is lora_alpha / lora_rank (twice the rank)"
+    )
+    args = parse(parser, argv, student_name=MINIATURE_TEACHER, max_epochs=1, vision_lr=None)
+    if args.lora_rank and args.vision_lr is not None:
+        parser.error("--vision_lr: LoRA leaves the vision tower frozen; leave it out, or train all with --lora_rank 0")
+    if not args.lora_rank and (args.vision_lr is None or args.lora_alpha is not None):
+        parser.error(
+            "--lora_rank 0 trains all weights: give --lr and --vision_lr (its siblings': 1e-5, 2e-6), no --lora_alpha"
+        )
+    args.lora_alpha = args.lora_alpha or 2 * args.lora_rank
+    return args
 
 
 def main(args):
@@ -98,9 +110,10 @@ def main(args):
         student_name=args.student_name,
         lora_rank=args.lora_rank,
         lora_alpha=args.lora_alpha,
+        frozen=frozen_dtype(args.precision, args.accelerator),
         vocab_size=len(processor.tokenizer),
         lr=args.lr,
-        vision_lr=args.vision_lr,
+        vision_lr=args.vision_lr or 0.0,
         weight_decay=args.weight_decay,
         warmup_share=args.warmup_share,
     )

@@ -64,6 +64,8 @@ from distillation.training import (
     EXPERIMENTS,
     best_checkpoint,
     experiment_folder,
+    find_checkpoint,
+    frozen_dtype,
     peak_memory_gib,
     read_checkpoint,
     resolve_precision,
@@ -82,7 +84,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--ckpt_path",
         "--student_ckpt_path",
         dest="ckpt_path",
-        help="a checkpoint, or its bare name in a checkpoints folder",
+        help="a checkpoint or a run's folder (its best one), or the bare name of either",
     )
     add("--load_checkpoint", action="store_true", help="the best checkpoint of --kd_model_type (and --phase_no)")
     add("--kd_model_type", choices=tuple(EXPERIMENTS), help="which experiment's checkpoints are meant")
@@ -92,13 +94,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     # what it sees
     add("--gts_type", choices=("val", "test"), default="test", help="split to score")
     add("--pixel_data_type", choices=MODALITIES, help="what it sees; blind = no image")
-    add("--depth_encoding", choices=tuple(ENCODINGS))
-    add("--depth_source", choices=DEPTH_SOURCES)
-    add("--image_tokens", choices=IMAGE_TOKENS)
+    add("--depth_encoding", choices=tuple(ENCODINGS), help="depth -> 3 channels (metric_log3)")
+    add("--depth_source", choices=DEPTH_SOURCES, help="raw, or bfx = hole-filled (raw)")
+    add("--image_tokens", choices=IMAGE_TOKENS, help="tiles of a grid, or one tile (anyres; miniature one_tile)")
     add("--miniature", action="store_true", help="the built-in world and tiny student")
     # running
     add("--batch_size", type=int, help="questions per generate call (8; miniature 64)")
-    add("--max_new_tokens", type=int, default=32)
+    add("--max_new_tokens", type=int, default=32, help="longest answer")
     add("--num_workers", type=int, default=0, help="data loading processes")
     add(
         "--precision",
@@ -107,7 +109,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="auto = bf16 on a GPU that has it",
     )
     add("--meteor", action="store_true", help="also METEOR, which needs Java")
-    add("--output", type=Path, help="results folder (evaluation/results/<name>_<split>)")
+    add("--output", type=Path, help="results folder (evaluation/results/<name>_<run>_<split>)")
     args = parser.parse_args(argv)
     if args.phase_no and args.kd_model_type != "double_trouble":
         parser.error("--phase_no goes with --kd_model_type double_trouble")
@@ -117,15 +119,16 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--kd_model_type says whose checkpoint is meant; add --load_checkpoint or --ckpt_path")
     if args.batch_size is None:
         args.batch_size = 64 if args.miniature else 8
-    if args.batch_size < 1:
-        parser.error(f"--batch_size {args.batch_size}: give at least 1")
+    for name, least in dict(batch_size=1, max_new_tokens=1, num_workers=0).items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: give at least {least}")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Answer all questions of the split, score, write."""
     start = time.monotonic()
-    path = find_checkpoint(args)
+    path = chosen_checkpoint(args)
     checkpoint = read_checkpoint(path) if path else None
     args.miniature |= bool(checkpoint and checkpoint["hyper_parameters"]["miniature"])
     root = data_root(args.miniature)
@@ -136,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     system, images, model, processor = load_system(args, path, checkpoint)
     output = args.output or outputs_root(ROOT / "evaluation") / "results" / _file_name(
-        f"{system['name']}_{args.gts_type}"
+        "_".join(["miniature"] * args.miniature + [system["name"]] + [path.parent.name] * bool(path) + [args.gts_type])
     )
     answers = answer_questions(model.to(device).eval(), processor, root, rows, images, args)
     predictions = [
@@ -172,6 +175,9 @@ def load_system(
     """
     if path is None:
         model_id = args.model_id or (MINIATURE_STUDENT if args.miniature else STUDENT_NAME)
+        for flag in ("depth_encoding", "depth_source"):
+            if getattr(args, flag) and args.pixel_data_type != "depth":
+                raise UserError(f"--{flag} {getattr(args, flag)}: goes with --pixel_data_type depth")
         images = ImageSettings(
             modality=args.pixel_data_type or "rgb",
             depth_encoding=args.depth_encoding or "metric_log3",
@@ -179,7 +185,7 @@ def load_system(
             image_tokens=args.image_tokens or ("one_tile" if args.miniature else "anyres"),
         )
         system = {"model_id": model_id, "checkpoint": None, "name": f"{Path(model_id).name} {images.modality}"}
-        model = load_model(model_id)
+        model = load_model(model_id, dtype=frozen_dtype(args.precision))
     else:
         recorded = checkpoint["hyper_parameters"]
         model_id = recorded["student_name"]
@@ -195,12 +201,12 @@ def load_system(
             "sha256": sha256(path),
             "name": f"{experiment}{blinded}",
         }
-        model = restore_student(checkpoint, origin=str(path))
+        model = restore_student(checkpoint, origin=str(path), dtype=frozen_dtype(args.precision))
     system |= {"name": args.name or system["name"], **dataclasses.asdict(images)}
     return system, images, model, load_processor(model_id)
 
 
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
+def chosen_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint that the flags mean; None = the stock model.
 
     Raises:
@@ -209,16 +215,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     folder = experiment_folder(args.kd_model_type, args.phase_no) if args.kd_model_type else None
     if args.ckpt_path is None:
         return best_checkpoint(folder, miniature=args.miniature) if args.load_checkpoint else None
-    path = Path(args.ckpt_path)
-    if path.is_file() or path.name != args.ckpt_path:
-        return path  # read_checkpoint says what is wrong with it
-    top = folder or outputs_root(ROOT / "distillation")
-    found = sorted(top.rglob(f"checkpoints/*/{path.name}"))
-    if len(found) != 1:
-        places = "".join(f"\n  {p}" for p in found) if found else f" below {top}"
-        many = "several checkpoints have this name; give the path:" if found else "no such file, and no such checkpoint"
-        raise UserError(f"--ckpt_path {args.ckpt_path}: {many}{places}".replace("\n  ", "  "))
-    return found[0]
+    return find_checkpoint(args.ckpt_path, folder or outputs_root(ROOT / "distillation"))
 
 
 def recorded_images(args: argparse.Namespace, recorded: dict[str, Any], path: Path) -> ImageSettings:
