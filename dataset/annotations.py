@@ -359,21 +359,26 @@ def _merge_split_objects(outlines: list[_Outline], boxes: list[_Box]) -> list[_O
     """Join the polygons of one `objects` entry that lie in the rectangle of one 3D box of their noun."""
     merged: dict[Any, _Outline] = {}
     for order, outline in enumerate(outlines):
-        siblings = sum(other.entry == outline.entry for other in outlines)
-        home = _home(outline, boxes) if siblings > 1 else None
+        siblings = [other for other in outlines if other.entry == outline.entry]
+        home = None
+        if len(siblings) > 1:  # a like object's smaller rectangle may cover one piece; that of the whole goes first
+            home = _home(siblings, boxes)
+            home = _home([outline], boxes) if home is None else home
         key = (outline.entry, home) if home is not None else (outline.entry, "alone", order)
         before = merged.get(key)
         merged[key] = outline._replace(mask=before.mask | outline.mask) if before else outline
     return list(merged.values())
 
 
-def _home(outline: _Outline, boxes: list[_Box]) -> int | None:
-    """Index of the smallest rectangle of the outline's noun that contains it."""
+def _home(outlines: list[_Outline], boxes: list[_Box]) -> int | None:
+    """Index of the smallest rectangle of the outlines' noun that contains each of them."""
     inside = []
     for index, box in enumerate(boxes):
         x0, y0, x1, y1 = box.rectangle
-        window = outline.mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))]
-        if box.noun == outline.noun and window.sum() >= SAME_RECTANGLE_SHARE * outline.mask.sum():
+        window = np.s_[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))]
+        if box.noun == outlines[0].noun and all(
+            outline.mask[window].sum() >= SAME_RECTANGLE_SHARE * outline.mask.sum() for outline in outlines
+        ):
             inside.append(((x1 - x0) * (y1 - y0), index))
     return min(inside)[1] if inside else None
 

@@ -4,21 +4,30 @@ A batch (tensors; B images, T tokens, S the vision tower's image size):
 
     text            input_ids, position_ids, labels (B, T) int64, attention_mask (B, 1, T, T) bool: see dataset.prompts
     student_images  pixel_values (B, tiles, 3, S, S) float32, image_sizes (B, 2), batch_num_images; {} for a blind student
-    teacher_images  the same for the teacher; absent without a teacher
+    teacher         with a teacher, what it said about these images (`TeacherOutputs`):
+        hidden      (n, H) its last hidden states, row by row for the n answer tokens of the batch
+        gold        (n,) bool, whether the token is of a gold answer; the others are the teacher's own
+        patches     (B, P, Dv) its vision features of the overview tiles
+        measured    (B, P) float32 in [0, 1], how much of each patch has depth: 0 in holes and padding
+        bank_rows   (B,) int64, the images' rows in the bank of InfoNCE; -1 for validation images, which have none
     question_ids    B lists of ids, in the order of the blocks; image_paths: B paths
 
-`--batch_size` counts images; an image brings up to `questions_per_image` questions.
+`--batch_size` counts images; an image brings up to `questions_per_image` gold questions and, with a teacher, up to
+`teacher_questions` without a gold answer.
 """
 
+import math
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.augmentation import augment
@@ -39,8 +48,20 @@ class ImageSettings:
 
     modality: str  # one of MODALITIES
     depth_encoding: str = "metric_log3"
-    depth_source: str = "raw"  # "raw" with holes, or "bfx", the data set's hole-filled 8-bit version
+    depth_source: str = "raw"  # "raw" with holes, or "bfx", hole-filled (see `Frame`)
     image_tokens: str = "anyres"
+
+
+class TeacherOutputs(Protocol):
+    """What the data module needs of a teacher; `distillation.teacher_cache.TeacherCache` is one."""
+
+    rows: dict[str, int]  # image path -> row in the bank
+
+    def answer(self, row: QuestionRow, *, gold: bool) -> tuple[list[int], Tensor]:
+        """Tokens of the gold or the teacher's own answer, and the (len(tokens), H) hidden states that predict them."""
+
+    def patches(self, image_path: str) -> Tensor:
+        """(P, Dv) vision features of the overview tile."""
 
 
 def load_images(
@@ -54,7 +75,7 @@ def load_images(
         augment_rng: augment with this generator; None = as recorded.
 
     Returns:
-        Per entry: (H, W, 3) uint8 RGB, float32 encoded depth in [0, 1] with nan holes, or None for a blind model.
+        Per entry: (H, W, 3) uint8 RGB, float32 encoded depth in [1/255, 1] with nan holes, or None for a blind model.
     """
     modalities = {settings.modality for settings in wanted}
     sources = {settings.depth_source for settings in wanted if settings.modality == "depth"}
@@ -93,14 +114,17 @@ class SUNRGBDDataset(Dataset):
         rows: list[QuestionRow],
         *,
         student: ImageSettings,
-        teacher: ImageSettings | None = None,
         questions_per_image: int | None = None,
+        unanswered: list[QuestionRow] | None = None,
+        unanswered_per_image: int = 0,
         augmentation: bool = False,
         seed: int = 0,
     ) -> None:
         self.root = root
         self.images: list[list[QuestionRow]] = group_by_image(rows)
-        self.views = [student] if teacher is None else [student, teacher]
+        self.unanswered = {group[0].image_path: group for group in group_by_image(unanswered or [])}
+        self.unanswered_per_image = unanswered_per_image
+        self.student = student
         self.questions_per_image = questions_per_image
         self.augmentation = augmentation
         self.seed = seed
@@ -112,12 +136,18 @@ class SUNRGBDDataset(Dataset):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         rows = self.images[index]
-        if self.questions_per_image is not None and len(rows) > self.questions_per_image:
-            chosen = rng.choice(len(rows), self.questions_per_image, replace=False)
-            rows = [rows[i] for i in sorted(chosen)]
         frame = read_frame(self.root, frame_path(rows[0]))
-        images = load_images(frame, self.views, augment_rng=rng.spawn(1)[0] if self.augmentation else None)
-        return {"rows": rows, "images": images}
+        augment_rng = rng.spawn(1)[0] if self.augmentation else None
+        (image,) = load_images(frame, [self.student], augment_rng=augment_rng)
+        further = self.unanswered.get(rows[0].image_path, [])
+        rows = _some(rows, self.questions_per_image, rng) + _some(further, self.unanswered_per_image, rng)
+        return {"rows": rows, "image": image}
+
+
+def _some(rows: list[QuestionRow], most: int | None, rng: np.random.Generator) -> list[QuestionRow]:
+    if most is None or len(rows) <= most:
+        return rows
+    return [rows[i] for i in sorted(rng.choice(len(rows), most, replace=False))]
 
 
 def frame_path(row: QuestionRow) -> str:
@@ -149,33 +179,78 @@ def subset_of_images(rows: list[QuestionRow], share: float, *, seed: int) -> lis
     return [row for i in kept for row in images[i]]
 
 
+def hide_labels(rows: list[QuestionRow], share: float, *, seed: int) -> list[QuestionRow]:
+    """The rows with gold answers for a random `share` of them only; what a smaller share keeps, a larger one keeps too.
+
+    Raises:
+        UserError: the share is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise UserError(
+            f"--label_fraction {share}: give a share above 0 and at most 1 (0.1 = a tenth of the questions)"
+        )
+    order = np.random.default_rng((seed, 2)).permutation(len(rows))
+    kept = set(order[: max(1, round(share * len(rows)))].tolist())
+    return [row if i in kept else replace(row, answer="") for i, row in enumerate(rows)]
+
+
+def measured_share(depth: np.ndarray, *, grid: int, image_tokens: str) -> np.ndarray:
+    """How much of each patch of the overview tile has a depth measurement: 0 in holes and in padding.
+
+    Args:
+        depth: (H, W, 3) encoded depth, nan = no measurement.
+        grid: patches per side of the tile.
+        image_tokens: "one_tile" pads the picture to a square, "anyres" stretches it.
+
+    Returns:
+        (grid * grid,) float32 in [0, 1], row by row.
+    """
+    measured = np.isfinite(depth[..., 0]).astype(np.float32)
+    if image_tokens == "one_tile":
+        height, width = measured.shape
+        side = max(height, width)
+        top, left = (side - height) // 2, (side - width) // 2
+        measured = np.pad(measured, ((top, side - height - top), (left, side - width - left)))
+    return np.asarray(Image.fromarray(measured).resize((grid, grid), Image.Resampling.BOX)).reshape(-1)
+
+
 class ResumableBatchSampler(Sampler):
     """Shuffled batches of (epoch, index) as a pure function of seed, epoch and position.
 
     With `start` it begins the next epoch at that batch, which is how an interrupted run goes on without reading an image
     twice. Ranks take turns over the batches of one global order; the order is wrapped around so that all ranks take the
-    same number of steps.
+    same number of steps. An epoch of `epoch_size` above n draws images again: runs on fewer images take as many steps.
     """
 
     def __init__(
-        self, n: int, batch_size: int, *, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1
+        self,
+        n: int,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        epoch_size: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
+        self.epoch_size = epoch_size or n
         self.rank, self.world_size = rank, world_size
         self.epoch = self.start = 0
 
     def __len__(self) -> int:  # constant even when resuming: Lightning ends the epoch by its own count of batches
-        return -(-self.n // (self.batch_size * self.world_size))
+        return -(-self.epoch_size // (self.batch_size * self.world_size))
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = (
-            np.random.default_rng((self.seed, 0, self.epoch)).permutation(self.n) if self.shuffle else np.arange(self.n)
-        )
-        batches = [order[i : i + self.batch_size] for i in range(0, self.n, self.batch_size)]
+        rng = np.random.default_rng((self.seed, 0, self.epoch))
+        rounds = -(-self.epoch_size // self.n)
+        order = np.concatenate([rng.permutation(self.n) if self.shuffle else np.arange(self.n) for _ in range(rounds)])
+        order = order[: self.epoch_size]
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         first, self.start = self.start, 0
         for step in range(first, len(self)):
             batch = batches[(step * self.world_size + self.rank) % len(batches)]
@@ -202,20 +277,24 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         root: Path,
         processor: ImageTextProcessor,
         student: ImageSettings,
-        teacher: ImageSettings | None = None,
         batch_size: int = 1,
         questions_per_image: int | None = None,
+        teacher_questions: int = 0,
         subset_percentage: float = 1.0,
+        label_fraction: float = 1.0,
         augmentation: bool = False,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.root, self.processor, self.student, self.teacher = root, processor, student, teacher
+        self.root, self.processor, self.student = root, processor, student
         self.batch_size, self.questions_per_image = batch_size, questions_per_image
+        self.teacher_questions, self.label_fraction = teacher_questions, label_fraction
         self.subset_percentage, self.augmentation = subset_percentage, augmentation
         self.num_workers, self.seed = num_workers, seed
         self.resume_batch = 0  # set when a run continues in the middle of an epoch
+        self.teacher: TeacherOutputs | None = None  # set by `use_teacher`
+        self.images_per_epoch: int | None = None
         self.train: SUNRGBDDataset | None = None
         self.val: SUNRGBDDataset | None = None
 
@@ -223,25 +302,50 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         """Read and check the question files, once. Raises UserError that names file and row."""
         if self.train is not None:
             return
-        train_rows = subset_of_images(self.rows("train"), self.subset_percentage, seed=self.seed)
-        self.train = self._dataset(
-            train_rows, questions_per_image=self.questions_per_image, augmentation=self.augmentation
-        )
+        rows = subset_of_images(self.rows("train"), self.subset_percentage, seed=self.seed)
+        self.images_per_epoch = len(group_by_image(rows))
+        answered = [row for row in hide_labels(rows, self.label_fraction, seed=self.seed) if row.answer]
+        self.train = self._train_set(answered)
         self.val = self._dataset(self.rows("val"))
+
+    def use_teacher(self, teacher: TeacherOutputs) -> None:
+        """Train on all images that the teacher has seen: what has no gold answer is answered by the teacher."""
+        rows = subset_of_images(self.rows("train"), self.subset_percentage, seed=self.seed)
+        rows = hide_labels(rows, self.label_fraction, seed=self.seed)
+        self.teacher = teacher
+        self.train = self._train_set(
+            [row for row in rows if row.image_path in teacher.rows],
+            unanswered=self.unanswered_rows() if self.teacher_questions else None,
+            unanswered_per_image=self.teacher_questions,
+        )
 
     def rows(self, split: str) -> list[QuestionRow]:
         """All questions of `train`, `val` or `test`."""
         return read_questions(questions_file(self.root, split), root=self.root)
 
+    def unanswered_rows(self) -> list[QuestionRow]:
+        """Questions about training images that have no gold answer."""
+        return read_questions(unanswered_file(self.root), root=self.root, answered=False)
+
+    def _train_set(self, rows: list[QuestionRow], **options: Any) -> SUNRGBDDataset:
+        options |= {"questions_per_image": self.questions_per_image, "augmentation": self.augmentation}
+        return self._dataset(rows, **options)
+
     def _dataset(self, rows: list[QuestionRow], **options: Any) -> SUNRGBDDataset:
-        return SUNRGBDDataset(self.root, rows, student=self.student, teacher=self.teacher, seed=self.seed, **options)
+        return SUNRGBDDataset(self.root, rows, student=self.student, seed=self.seed, **options)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, resumable."""
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         sampler = ResumableBatchSampler(
-            len(self.train), self.batch_size, seed=self.seed, shuffle=True, rank=rank, world_size=world_size
+            len(self.train),
+            self.batch_size,
+            seed=self.seed,
+            shuffle=True,
+            epoch_size=self.images_per_epoch,
+            rank=rank,
+            world_size=world_size,
         )
         sampler.start = self.resume_batch % len(sampler)
         self.resume_batch = 0
@@ -267,27 +371,49 @@ class SUNRGBDDataModule(pl.LightningDataModule):
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Items of the data set -> a batch, see the module."""
-        names = ["student_images"] if self.teacher is None else ["student_images", "teacher_images"]
-        views = [self.student] if self.teacher is None else [self.student, self.teacher]
-        batch: dict[str, Any] = {
-            "question_ids": [[row.id for row in item["rows"]] for item in items],
-            "image_paths": [item["rows"][0].image_path for item in items],
-        }
-        for v, (name, settings) in enumerate(zip(names, views, strict=True)):
-            blind = settings.modality == "blind"
-            images = [item["images"][v] for item in items]
-            batch[name] = {} if blind else self.processor.pixels(images, image_tokens=settings.image_tokens)
+        images = [item["image"] for item in items]
+        rows = [item["rows"] for item in items]
+        blind = self.student.modality == "blind"
+        said = [[self._answer(row) for row in group] for group in rows]
         prompts = [
             pack_questions(
                 self.processor,
-                [row.question for row in item["rows"]],
-                [row.answer for row in item["rows"]],
-                n_image_tokens=image_placeholders(self.processor, item["images"][0], self.student),
+                [row.question for row in group],
+                [tokens for tokens, _ in answers],
+                n_image_tokens=image_placeholders(self.processor, image, self.student),
             )
-            for item in items
+            for image, group, answers in zip(images, rows, said, strict=True)
         ]
-        batch["text"] = collate_prompts(prompts, pad_token_id=self.processor.tokenizer.pad_token_id)
+        batch = {
+            "question_ids": [[row.id for row in group] for group in rows],
+            "image_paths": [group[0].image_path for group in rows],
+            "text": collate_prompts(prompts, pad_token_id=self.processor.tokenizer.pad_token_id),
+            "student_images": {} if blind else self.processor.pixels(images, image_tokens=self.student.image_tokens),
+        }
+        if self.teacher is not None:
+            batch["teacher"] = self._teacher_outputs(images, rows, [hidden for group in said for _, hidden in group])
         return batch
+
+    def _answer(self, row: QuestionRow) -> tuple[str | list[int], Tensor | None]:
+        """Gold answer or the teacher's own, and the teacher's hidden states that predict it."""
+        if self.teacher is None:
+            return row.answer, None
+        return self.teacher.answer(row, gold=bool(row.answer))
+
+    def _teacher_outputs(
+        self, images: list[np.ndarray], rows: list[list[QuestionRow]], hidden: list[Tensor]
+    ) -> dict[str, Tensor]:
+        grid = math.isqrt(self.processor.num_image_tokens)
+        gold = [bool(row.answer) for group in rows for row in group]
+        paths = [group[0].image_path for group in rows]
+        measured = [measured_share(image, grid=grid, image_tokens=self.student.image_tokens) for image in images]
+        return {
+            "hidden": torch.cat(hidden),
+            "gold": torch.tensor(gold).repeat_interleave(torch.tensor([len(states) for states in hidden])),
+            "patches": torch.stack([self.teacher.patches(path) for path in paths]),
+            "measured": torch.from_numpy(np.stack(measured)),
+            "bank_rows": torch.tensor([self.teacher.rows.get(path, -1) for path in paths]),
+        }
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
@@ -306,3 +432,8 @@ def image_placeholders(processor: ImageTextProcessor, image: np.ndarray | None, 
 def questions_file(root: Path, split: str) -> Path:
     """`csv_data/{train,val,test}_dataset.csv` below the data root."""
     return root / "SUNRGBD" / "csv_data" / f"{split}_dataset.csv"
+
+
+def unanswered_file(root: Path) -> Path:
+    """`csv_data/train_unanswered.csv`: questions about training images whose Answers are left empty, for the teacher."""
+    return root / "SUNRGBD" / "csv_data" / "train_unanswered.csv"

@@ -72,8 +72,9 @@ def encode_depth(depth_m: np.ndarray, *, encoding: str, intrinsics: np.ndarray, 
         tilt: (3, 3) rotation from the camera to the gravity frame.
 
     Returns:
-        (H, W, 3) float32 in [0, 1]; nan = no measurement. The holes stay nan until the image has been resized (see
-        `dataset.processor`), so that no interpolation mixes them with depth.
+        (H, W, 3) float32 in [1/255, 1]; nan = no measurement. The holes stay nan until the image has been resized (see
+        `dataset.processor`), so that no interpolation mixes them with depth; there they become 0, which no measured
+        pixel has in any channel.
 
     Raises:
         UserError: unknown encoding.
@@ -82,7 +83,7 @@ def encode_depth(depth_m: np.ndarray, *, encoding: str, intrinsics: np.ndarray, 
         raise UserError(f"--depth_encoding {encoding}: choose one of {', '.join(ENCODINGS)}")
     holes = depth_m == 0
     clipped = np.clip(np.where(holes, np.nan, depth_m), MIN_DEPTH_M, MAX_DEPTH_M)
-    channels = ENCODINGS[encoding](clipped, intrinsics, tilt).astype(np.float32)
+    channels = (1 + 254 * ENCODINGS[encoding](clipped, intrinsics, tilt).astype(np.float32)) / 255  # 0 is for holes
     channels[holes] = np.nan
     return channels
 

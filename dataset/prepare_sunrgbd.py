@@ -1,7 +1,8 @@
 """Build the question files of a SUN RGB-D tree.
 
 Reads   ROOT_DATA_DIR/SUNRGBD (pictures and annotations) and the official split in ROOT_DATA_DIR/SUNRGBDtoolbox
-Writes  ROOT_DATA_DIR/SUNRGBD/csv_data/{train,val,test}_dataset.csv, and questions.json, which says how they were made
+Writes  ROOT_DATA_DIR/SUNRGBD/csv_data/{train,val,test}_dataset.csv; train_unanswered.csv, further questions about the training
+        frames without their answers, for a teacher; and questions.json, which says how they were made
 
     python dataset/prepare_sunrgbd.py            # build
     python dataset/prepare_sunrgbd.py --check    # write nothing, list every frame that cannot be used
@@ -37,6 +38,7 @@ from dataset.questions import (
     QuestionRow,
     frame_candidates,
     select_questions,
+    select_unanswered,
     write_questions,
 )
 from dataset.sunrgbd import Frame, find_frames, official_split, read_rgb
@@ -54,7 +56,13 @@ class FrameReport(NamedTuple):
 
 
 def build_csv_data(
-    root: Path, *, seed: int = 0, workers: int | None = None, train_per_frame: int = 2, eval_per_frame: int = 8
+    root: Path,
+    *,
+    seed: int = 0,
+    workers: int | None = None,
+    train_per_frame: int = 2,
+    eval_per_frame: int = 8,
+    unanswered_per_frame: int = 8,
 ) -> dict[str, Any]:
     """Write the question files of all splits, and `questions.json` beside them.
 
@@ -64,6 +72,7 @@ def build_csv_data(
         workers: processes; default: one per core.
         train_per_frame: questions per training frame at most; the published data set has one to two.
         eval_per_frame: the same for val and test.
+        unanswered_per_frame: further questions per training frame at most, without answers.
 
     Returns:
         What `questions.json` holds: version, seed, margins; questions per split, type and sensor; what was left out and why.
@@ -82,23 +91,32 @@ def build_csv_data(
         candidates = [(frame, questions) for frame, questions in usable if split[frame.path] == name]
         per_frame = train_per_frame if name == "train" else eval_per_frame
         rows[name] = select_questions(candidates, seed=seed + number, per_frame=per_frame)
+        if name == "train":
+            gold = {row.id for row in rows[name]}
+            unanswered = select_unanswered(candidates, gold=gold, seed=seed, per_frame=unanswered_per_frame)
     if not any(rows.values()):
         raise UserError(f"{root / 'SUNRGBD'}: no question can be asked about its {len(usable)} usable frames")
     summary = {
         "generator_version": GENERATOR_VERSION,
         "seed": seed,
-        "per_frame": {"train": train_per_frame, "val": eval_per_frame, "test": eval_per_frame},
+        "per_frame": {
+            "train": train_per_frame,
+            "val": eval_per_frame,
+            "test": eval_per_frame,
+            "train_unanswered": unanswered_per_frame,
+        },
         "margins": MARGINS,
         "largest_answer_share": ANSWER_SHARE,
         "frames": dict(Counter(split[frame.path] for frame, _ in usable)),
         "frames_outside_the_official_split": len(frames) - len(listed),
-        "questions": {name: _counts(rows[name]) for name in SPLITS},
+        "questions": {name: _counts(rows[name]) for name in SPLITS} | {"train_unanswered": _counts(unanswered)},
         "dropped_annotations": dict(sum((report.drops for report in reports), Counter()).most_common()),
         "unusable_frames": dict(sorted(unusable)),
     }
     folder = root / "SUNRGBD" / "csv_data"
     for name in SPLITS:
         write_questions(folder / f"{name}_dataset.csv", rows[name])
+    write_questions(folder / "train_unanswered.csv", unanswered)
     write_json(folder / "questions.json", summary)
     return summary
 
@@ -176,11 +194,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=None, help="processes (default: one per core)")
     add("--seed", type=int, default=0, help="decides which questions are kept")
     add("--train_per_frame", type=int, default=2, help="questions per training frame at most")
+    add(
+        "--unanswered_per_frame",
+        type=int,
+        default=8,
+        help="further questions per training frame, for a teacher to answer",
+    )
     add("--eval_per_frame", type=int, default=8, help="questions per val or test frame at most")
     args = parser.parse_args(argv)
     if args.root and args.miniature:
         parser.error("--root and --miniature name two data sets; give one")
-    for flag in ("workers", "train_per_frame", "eval_per_frame"):
+    for flag in ("workers", "train_per_frame", "eval_per_frame", "unanswered_per_frame"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: give at least 1")
     if args.seed < 0:
@@ -202,6 +226,7 @@ def main(args: argparse.Namespace) -> None:
         workers=args.workers,
         train_per_frame=args.train_per_frame,
         eval_per_frame=args.eval_per_frame,
+        unanswered_per_frame=args.unanswered_per_frame,
     )
     for name, counts in summary["questions"].items():
         types = ", ".join(f"{kind} {n}" for kind, n in counts["types"].items())

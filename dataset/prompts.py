@@ -47,7 +47,7 @@ def render_question(processor: ImageTextProcessor, question: str, *, with_image:
 def pack_questions(
     processor: ImageTextProcessor,
     questions: Sequence[str],
-    answers: Sequence[str] | None,
+    answers: Sequence[str | Sequence[int] | None] | None,
     *,
     n_image_tokens: int,
 ) -> PackedPrompt:
@@ -56,7 +56,8 @@ def pack_questions(
     Args:
         processor: renders the chat template and tokenizes.
         questions: K >= 1 questions about the image.
-        answers: K answers, or None for generation prompts that end where the answer starts.
+        answers: K answers, each a text, token ids (the end of the turn included), or None: a prompt that ends where the
+            answer starts; None instead of a list = none of them has an answer.
         n_image_tokens: image placeholders in the prefix; 0 = the model sees no image.
     """
     tokenize = processor.tokenizer
@@ -68,7 +69,10 @@ def pack_questions(
     for k, (_, block_text) in enumerate(parts):
         # The answer is tokenized apart from its prompt, as it is when the model generates it.
         prompt = tokenize(block_text, add_special_tokens=False).input_ids
-        answer = [] if answers is None else tokenize(answers[k], add_special_tokens=False).input_ids + [end_of_turn]
+        answer = [] if answers is None or answers[k] is None else answers[k]
+        if isinstance(answer, str):
+            answer = tokenize(answer, add_special_tokens=False).input_ids + [end_of_turn]
+        answer = list(answer)
         ids += prompt + answer
         labels += [IGNORE] * len(prompt) + answer
         segments += [k + 1] * (len(prompt) + len(answer))
@@ -80,7 +84,8 @@ def collate_prompts(prompts: Sequence[PackedPrompt], *, pad_token_id: int) -> di
     """Left-pad packed prompts to one length.
 
     Returns:
-        input_ids, position_ids, labels: (B, T) int64; attention_mask: (B, 1, T, T) bool, True where row i may see column j.
+        input_ids, position_ids, labels, segments: (B, T) int64; attention_mask: (B, 1, T, T) bool, True where row i may see
+        column j.
     """
     length = max(len(prompt.input_ids) for prompt in prompts)
 
@@ -88,11 +93,13 @@ def collate_prompts(prompts: Sequence[PackedPrompt], *, pad_token_id: int) -> di
         rows = [[fill] * (length - len(row)) + list(row) for row in (getattr(prompt, name) for prompt in prompts)]
         return torch.tensor(rows, dtype=torch.long)
 
+    segments = padded("segments", PADDING_SEGMENT)
     return {
         "input_ids": padded("input_ids", pad_token_id),
         "position_ids": padded("positions", 0),
         "labels": padded("labels", IGNORE),
-        "attention_mask": packed_attention_mask(padded("segments", PADDING_SEGMENT)),
+        "segments": segments,
+        "attention_mask": packed_attention_mask(segments),
     }
 
 
@@ -108,10 +115,14 @@ def packed_attention_mask(segments: Tensor) -> Tensor:
         (B, 1, T, T) bool, True = may attend. Meant for sdpa; eager attention needs an additive float mask.
     """
     T = segments.shape[1]
-    own, other = segments[:, :, None], segments[:, None, :]
     causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
-    visible = (own == other) | ((other == PREFIX_SEGMENT) & (own != PADDING_SEGMENT))
-    return (visible & causal)[:, None]
+    return (visible_segments(segments, segments) & causal)[:, None]
+
+
+def visible_segments(own: Tensor, other: Tensor) -> Tensor:
+    """(B, Q), (B, K) segments -> (B, Q, K) bool: its own block and the prefix are visible, padding sees padding only."""
+    own, other = own[:, :, None], other[:, None, :]
+    return (own == other) | ((other == PREFIX_SEGMENT) & (own != PADDING_SEGMENT))
 
 
 def answer_targets(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -111,6 +111,8 @@ COLUMNS = {
     "pair_id": "pair_id", "target_box": "target_box",
 }  # fmt: skip
 REQUIRED_COLUMNS = tuple(COLUMNS)[:6]
+# The control tokens of LLaVA-OneVision's tokenizer. As part of a question they would be read as such: another image, another turn.
+CONTROL_TOKENS = ("<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
 def frame_candidates(
@@ -406,6 +408,35 @@ def select_questions(
     return [row for (frame, _), questions in zip(candidates, kept, strict=True) for row in _rows(frame, questions)]
 
 
+def select_unanswered(
+    candidates: Sequence[tuple[Frame, Sequence[Question]]], *, gold: Collection[str], seed: int, per_frame: int
+) -> list[QuestionRow]:
+    """Further questions about frames, for a teacher to answer: their own answers are withheld and play no part in the choice.
+
+    So they are not balanced, as nothing can be whose answers nobody knows; types take turns within a frame.
+
+    Args:
+        candidates: frames and what `frame_candidates` found in them.
+        gold: ids of the questions that have a gold answer already.
+        seed: decides which are kept.
+        per_frame: questions that a frame keeps at most.
+
+    Returns:
+        Rows with an empty answer, in the order of the frames.
+    """
+    rng = np.random.default_rng((seed, 3))
+    chosen = []
+    for frame, questions in candidates:
+        by_type: dict[str, list[QuestionRow]] = {}
+        for i in rng.permutation(len(questions)):
+            (row,) = _rows(frame, [questions[i]])
+            if row.id not in gold:
+                by_type.setdefault(row.type, []).append(replace(row, answer="", target_box=None))
+        turns = itertools.zip_longest(*(by_type[kind] for kind in QUESTION_TYPES if kind in by_type))
+        chosen += [row for row in itertools.chain.from_iterable(turns) if row is not None][:per_frame]
+    return chosen
+
+
 def _keys(question: Question, sensor: str) -> Iterator[tuple]:
     """The sets of questions that look alike, in each of which no answer may be common: from the type down to the wording.
 
@@ -522,16 +553,17 @@ def _cell(value: object) -> str:
     return "" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def read_questions(path: Path, *, root: Path | None = None) -> list[QuestionRow]:
+def read_questions(path: Path, *, root: Path | None = None, answered: bool = True) -> list[QuestionRow]:
     """Read a question file; columns after the required six may be missing.
 
     Args:
         path: a CSV file as `write_questions` makes it; a byte order mark and CRLF line ends do no harm.
-        root: the data root; given, every picture that the file names must exist below it.
+        answered: every row must have an answer; False: none may, as `select_unanswered` makes them.
+        root: the data root; given, every picture that the file names must exist below it, where its frame has it.
 
     Raises:
-        UserError: a required column or value is missing, an id occurs twice, a picture is missing or its path leaves the data
-            root; names file and line.
+        UserError: a required column or value is missing, an id occurs twice, a question or an answer contains a control
+            token, a picture is missing, belongs to another frame, or its path leaves the data root; names file and line.
     """
     rows, lines = [], {}
     try:
@@ -541,7 +573,7 @@ def read_questions(path: Path, *, root: Path | None = None) -> list[QuestionRow]
             if missing:
                 raise UserError(f"{path}:1: required column {', '.join(missing)} is missing")
             for cells in reader:
-                row = _parse(cells, where=f"{path}:{reader.line_num}")
+                row = _parse(cells, where=f"{path}:{reader.line_num}", answered=answered)
                 if row.id in lines:
                     raise UserError(
                         f"{path}:{reader.line_num}: Question_Id {row.id} is already in line {lines[row.id]}"
@@ -559,11 +591,17 @@ def read_questions(path: Path, *, root: Path | None = None) -> list[QuestionRow]
     return rows
 
 
-def _parse(cells: dict[str, str | None], *, where: str) -> QuestionRow:
+def _parse(cells: dict[str, str | None], *, where: str, answered: bool) -> QuestionRow:
     values = {field: (cells.get(column) or "").strip() for column, field in COLUMNS.items()}
     for column in REQUIRED_COLUMNS:
-        if not values[COLUMNS[column]]:
+        if not values[COLUMNS[column]] and (answered or column != "Answers"):
             raise UserError(f"{where}: {column} is empty")
+    if values["answer"] and not answered:
+        raise UserError(f"{where}: Answers must be empty in a file of unanswered questions, got {values['answer']!r}")
+    for column in ("Questions", "Answers"):
+        found = [token for token in CONTROL_TOKENS if token in values[COLUMNS[column]]]
+        if found:
+            raise UserError(f"{where}: {column} contains {found[0]}, a control token of the model; take it out")
     for column in ("Image_Path", "Depth_Path"):
         if not _stays_inside(values[COLUMNS[column]]):
             raise UserError(
@@ -587,6 +625,13 @@ def _stays_inside(path: str) -> bool:
 def _check_pictures(path: Path, rows: Sequence[QuestionRow], lines: dict[str, int], root: Path) -> None:
     seen = set()
     for row in rows:
+        image, depth = PurePosixPath(row.image_path), PurePosixPath(row.depth_path)
+        # Pictures are read from these two folders, which hold one file each: a row must not promise another one.
+        if image.parent.name != "image" or depth.parent != image.parent.with_name("depth"):
+            raise UserError(
+                f"{path}:{lines[row.id]}: Image_Path and Depth_Path must lie in image/ and depth/ of one frame, got {image} and "
+                f"{depth}; hole-filled depth is chosen with --depth_source bfx"
+            )
         for picture in {row.image_path, row.depth_path} - seen:
             seen.add(picture)
             if not (root / picture).is_file():

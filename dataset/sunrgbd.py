@@ -32,8 +32,8 @@ class Frame:
     root: Path
     path: str  # SUNRGBD/kv1/b3dodata/img_0063
     image_path: str
-    depth_path: str  # raw 16-bit depth
-    depth_bfx_path: str | None  # hole-filled 16-bit depth
+    depth_path: str  # raw depth, 16-bit words
+    depth_bfx_path: str | None  # holes filled; 16-bit words as well, but of some 250 distinct levels
     intrinsics: np.ndarray  # (3, 3), pixels of the cropped image
     tilt: np.ndarray  # (3, 3) rotation, camera to gravity frame
     scene: str

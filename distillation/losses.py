@@ -1,10 +1,26 @@
-"""Loss primitives: pure, keyword-only functions that compute in float32 and return a scalar.
+"""Loss primitives: pure, keyword-only functions of student and teacher tensors. The weighted sum stays in each script.
 
-Axes: n answer tokens of a batch (rows kept by `dataset.prompts.answer_targets`), V vocabulary.
+Axes
+    n  answer tokens of a batch, the rows that `dataset.prompts.answer_targets` keeps (the causal shift happens there)
+    V  vocabulary, cropped to the tokenizer's length by `distillation.models.answer_logits`
+    K  kept classes of a teacher's distribution
+    B  images of a batch
+    P  patches (image tokens) of an image
+    D  width of a feature
+    N  rows of the bank of teacher features
+
+Everything is computed in float32, also under autocast; float64 stays float64. Inputs must be finite, except in rows and
+patches that a mask or a weight of 0 leaves out: those may hold anything. The teacher is a constant: no gradient flows
+into it. A mean over nothing is 0, with a gradient path, so that a batch without answers or valid depth can be stepped.
+A loss softened by a temperature T is multiplied by T**2, which keeps the size of its gradient about constant in T
+(Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2).
 """
+
+import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def answer_cross_entropy(*, logits: Tensor, targets: Tensor) -> Tensor:
@@ -20,9 +36,465 @@ def answer_cross_entropy(*, logits: Tensor, targets: Tensor) -> Tensor:
     Raises:
         ValueError: the numbers of rows differ.
     """
+    _check_targets(logits, targets)
+    return F.cross_entropy(_wide(logits), targets, reduction="sum") / max(len(targets), 1)
+
+
+def forward_kl(
+    *, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """T**2 * KL(teacher || student): the student has to cover everything that the teacher holds possible.
+
+    Args:
+        student_logits: (n, V), any float dtype.
+        teacher_logits: (n, V).
+        temperature: T > 0, divides both logits.
+        mask: (n,) bool, the rows that count; None = all.
+
+    Returns:
+        Scalar, nats, summed over V, mean over the rows that count.
+
+    Raises:
+        ValueError: shapes or vocabularies differ, or the temperature is not positive.
+
+    Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2.
+    """
+    student, teacher = _log_probs(student_logits, teacher_logits, temperature, mask)
+    return temperature**2 * _mean_kl(teacher, student)
+
+
+def reverse_kl(
+    *, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """T**2 * KL(student || teacher): the student may keep to one of the teacher's modes.
+
+    Arguments, reduction and errors are those of `forward_kl`.
+
+    Source: Gu et al. 2024 (MiniLLM), https://arxiv.org/abs/2306.08543, section 2.1. Differs: on gold answers, not on
+    sequences that the student sampled.
+    """
+    student, teacher = _log_probs(student_logits, teacher_logits, temperature, mask)
+    return temperature**2 * _mean_kl(student, teacher)
+
+
+def jensen_shannon(
+    *,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """T**2 * (beta KL(teacher || m) + (1 - beta) KL(student || m)), where m = beta teacher + (1 - beta) student.
+
+    Bounded by T**2 * ln 2 at beta = 0.5. Divided by beta it tends to the forward KL for beta -> 0, divided by 1 - beta
+    to the reverse KL for beta -> 1.
+
+    Args:
+        student_logits: (n, V), any float dtype.
+        teacher_logits: (n, V).
+        temperature: T > 0, divides both logits.
+        beta: the teacher's share of the mixture, in (0, 1).
+        mask: (n,) bool, the rows that count; None = all.
+
+    Returns:
+        Scalar, nats, summed over V, mean over the rows that count.
+
+    Raises:
+        ValueError: as `forward_kl`, or beta outside (0, 1).
+
+    Source: Agarwal et al. 2024 (GKD), https://arxiv.org/abs/2306.13649, generalised Jensen-Shannon divergence.
+    Differs: times T**2.
+    """
+    _check_fraction("beta", beta)
+    student, teacher = _log_probs(student_logits, teacher_logits, temperature, mask)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return temperature**2 * (beta * _mean_kl(teacher, mixture) + (1 - beta) * _mean_kl(student, mixture))
+
+
+def top_k_kl(
+    *, student_logits: Tensor, teacher_log_probs: Tensor, teacher_indices: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """T**2 * KL(teacher || student) over the K kept classes and one further class that stands for all others.
+
+    A lower bound of `forward_kl` (merging classes cannot raise a divergence) and equal to it at K = V. Renormalising
+    over the kept classes instead would leave the student free to put any mass elsewhere.
+
+    Args:
+        student_logits: (n, V), any float dtype.
+        teacher_log_probs: (n, K) log-probabilities at `temperature`, normalised over all V; keep them in float32.
+        teacher_indices: (n, K) int64, the classes they belong to, distinct within a row.
+        temperature: T > 0, divides the student's logits.
+
+    Returns:
+        Scalar, nats, mean over rows.
+
+    Raises:
+        ValueError: shapes do not fit, the temperature is not positive, or a row's probabilities exceed 1 in sum.
+    """
+    _check_positive("temperature", temperature)
+    kept_shape = teacher_log_probs.shape
+    if (
+        student_logits.ndim != 2
+        or len(kept_shape) != 2
+        or kept_shape != teacher_indices.shape
+        or kept_shape[0] != student_logits.shape[0]
+        or not 1 <= kept_shape[1] <= student_logits.shape[1]
+    ):
+        raise ValueError(
+            "expected student_logits (n, V), teacher_log_probs and teacher_indices (n, K) with K <= V, got "
+            f"{tuple(student_logits.shape)}, {tuple(kept_shape)} and {tuple(teacher_indices.shape)}"
+        )
+    student = F.log_softmax(_wide(student_logits) / temperature, dim=-1)
+    teacher = _wide(teacher_log_probs.detach())
+    kept = student.gather(1, teacher_indices)
+    if kept_shape[1] < student_logits.shape[1]:
+        # The student's rest is summed directly: as 1 - kept it would cancel, and lose its gradient, once kept is near 1.
+        rest = student.scatter(1, teacher_indices, -math.inf).logsumexp(dim=1, keepdim=True)
+        kept, teacher = torch.cat([kept, rest], dim=1), _with_rest(teacher)
+    return temperature**2 * _mean_kl(teacher, kept)
+
+
+def loca_logits(
+    *,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    alpha: float = 0.9,
+    temperature: float = 1.0,
+    calibrate_unsure: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """LoCa: teacher logits whose most likely class is the gold token, all else in proportion. Feed them to a KL at T.
+
+    In a row whose best class k is not the target, every non-target probability is scaled by s = alpha / (1 - p_gt + p_k)
+    and the target gets the mass set free, which puts it ahead of k by exactly 1 - alpha. In logits only the target's
+    moves. Rows that are right stay as they are: the same formula would lower a target that is already ahead by more.
+
+    Args:
+        teacher_logits: (n, V), any float dtype.
+        targets: (n,) int64, gold tokens. A target that ties with the best class counts as right.
+        alpha: in (0, 1); 1 - alpha is the margin.
+        temperature: T > 0 of the KL that follows; the probabilities above are those at T.
+        calibrate_unsure: also give right rows whose margin at T is below 1 - alpha that margin (an extension, s <= 1).
+
+    Returns:
+        Calibrated logits (n, V), float32 and without gradient, rows that are not calibrated bit-identical; and
+        corrected (n,) bool, the calibrated rows. Without `calibrate_unsure` these do not depend on T.
+
+    Raises:
+        ValueError: shapes do not fit, alpha outside (0, 1), or the temperature is not positive.
+
+    Source: Yang et al. 2024, https://arxiv.org/abs/2409.04778. Differs: written as a shift of one logit, which needs no
+    probability of the target and so survives its underflow. The paper does not say whether it calibrates before or
+    after the temperature; here after, so that its guarantees hold for the distribution that is distilled.
+    """
+    _check_targets(teacher_logits, targets)
+    _check_fraction("alpha", alpha)
+    _check_positive("temperature", temperature)
+    logits = _wide(teacher_logits.detach())
+    column = targets[:, None]
+    target_logit = logits.gather(1, column)
+    rival_logit = logits.scatter(1, column, -math.inf).amax(dim=1, keepdim=True)
+    log_z = (logits / temperature).logsumexp(dim=1, keepdim=True)
+    p_target = (target_logit / temperature - log_z).exp()
+    p_rival = (rival_logit / temperature - log_z).exp()
+    corrected = target_logit < rival_logit
+    if calibrate_unsure:
+        corrected |= p_target - p_rival < 1 - alpha
+    log_s = math.log(alpha) - torch.log1p(p_rival - p_target)
+    # Over s, because the other logits stay: softmax then divides the row by sum exp(z / T) / s.
+    shifted = temperature * (torch.log((1 - alpha) + log_s.exp() * p_rival) - log_s + log_z)
+    return logits.scatter(1, column, torch.where(corrected, shifted, target_logit)), corrected.squeeze(1)
+
+
+def entropy(*, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of the next-token distribution, a diagnostic: near ln V nothing is known, near 0 nothing is left to soften.
+
+    Args:
+        logits: (n, V), any float dtype.
+        temperature: T > 0, divides the logits.
+
+    Returns:
+        Scalar, nats, mean over rows.
+
+    Raises:
+        ValueError: logits are not (n, V), or the temperature is not positive.
+    """
+    _check_positive("temperature", temperature)
+    if logits.ndim != 2:
+        raise ValueError(f"expected logits (n, V), got {tuple(logits.shape)}")
+    log_probs = F.log_softmax(_wide(logits) / temperature, dim=-1)
+    return -(log_probs.exp() * log_probs).sum() / max(len(logits), 1)
+
+
+def info_nce(
+    *,
+    queries: Tensor,
+    bank: Tensor,
+    positives: Tensor,
+    excluded: Tensor | None = None,
+    temperature: float = 0.07,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tell the teacher's feature of the same image from those of other images, by cosine similarity.
+
+    One direction (student -> teacher) is all there is: the bank's rows are constants of a frozen teacher, so they are
+    exact however old they are, and any batch size sees all N. The other direction would need student features of N
+    images.
+
+    Args:
+        queries: (B, D) student features, any float dtype and length.
+        bank: (N, D) teacher features, any length.
+        positives: (B,) int64, the bank row of each query's own image.
+        excluded: (B, N) bool, rows that are no fair negatives (same scene); never the positive. None = none.
+        temperature: > 0, divides the cosines. The loss is not multiplied by its square: it softens no target.
+
+    Returns:
+        Loss: scalar, nats, mean over queries; chance is the mean log of candidates.
+        Accuracy: scalar without gradient, share of queries whose nearest candidate is the positive.
+        Candidates: (B,) int64, rows that a query is compared with, the positive included.
+
+    Raises:
+        ValueError: shapes do not fit, the temperature is not positive, a positive is excluded or no row of the bank, or
+            a query has fewer than 2 candidates, which would make its loss 0 whatever the student does.
+
+    Source: van den Oord et al. 2018, https://arxiv.org/abs/1807.03748, equation 4; a bank of negatives as in He et al.
+    2020 (MoCo), https://arxiv.org/abs/1911.05722, equation 1, and Tian et al. 2020 (CRD),
+    https://arxiv.org/abs/1910.10699. Differs: no queue, no momentum encoder, no sampling of negatives.
+    """
+    _check_positive("temperature", temperature)
+    if queries.ndim != 2 or bank.ndim != 2 or queries.shape[1] != bank.shape[1] or positives.shape != queries.shape[:1]:
+        raise ValueError(
+            "expected queries (B, D), bank (N, D) and positives (B,), got "
+            f"{tuple(queries.shape)}, {tuple(bank.shape)} and {tuple(positives.shape)}"
+        )
+    shape = (len(queries), len(bank))
+    excluded = torch.zeros(shape, dtype=torch.bool, device=queries.device) if excluded is None else excluded
+    if excluded.shape != shape or excluded.dtype != torch.bool:
+        raise ValueError(f"expected excluded {shape} bool, got {tuple(excluded.shape)} {excluded.dtype}")
+    if ((positives < 0) | (positives >= len(bank))).any():
+        raise ValueError(f"positives must be rows of the bank, 0 to {len(bank) - 1}, got {positives.tolist()}")
+    if excluded.gather(1, positives[:, None]).any():
+        raise ValueError("a query's positive is among its excluded rows")
+    candidates = (~excluded).sum(dim=1)
+    if (candidates < 2).any():
+        raise ValueError(f"every query needs 2 candidates or more, got {candidates.tolist()}")
+    similarities = (_cosines(queries, bank.detach()) / temperature).masked_fill(excluded, -math.inf)
+    loss = F.cross_entropy(similarities, positives, reduction="sum") / max(len(queries), 1)
+    hits = similarities.detach().argmax(dim=1) == positives
+    return loss, hits.to(loss.dtype).sum() / max(len(queries), 1), candidates
+
+
+def patch_cosine(*, student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """1 - cosine similarity of the features at the same place in the depth and in the RGB picture.
+
+    Args:
+        student: (B, P, D), any float dtype.
+        teacher: (B, P, D).
+        weights: (B, P) in [0, 1], share of a patch that was measured: 0 = padding or a hole. None = all 1.
+
+    Returns:
+        Scalar in [0, 2], mean over the patches of the batch by weight.
+
+    Raises:
+        ValueError: shapes differ, or a weight outside [0, 1].
+
+    Source: Gupta et al. 2016, https://arxiv.org/abs/1507.00448, supervise depth by the RGB network's features of the
+    paired image. Differs: by angle instead of squared distance, on tokens, weighted by what the sensor saw.
+    """
+    student, teacher, weights = _measured_patches(student, teacher, weights)
+    return _weighted_mean(1 - (_unit(student) * _unit(teacher)).sum(dim=-1), weights)
+
+
+def patch_smooth_l1(*, student: Tensor, teacher: Tensor, weights: Tensor | None = None, beta: float = 1.0) -> Tensor:
+    """Smooth L1 distance of the features at the same place: squared (over 2 beta) below beta, absolute above.
+
+    Args:
+        student: (B, P, D), any float dtype.
+        teacher: (B, P, D).
+        weights: (B, P) in [0, 1], see `patch_cosine`.
+        beta: > 0, in units of the feature; the few huge channels of a transformer pull no more than linearly.
+
+    Returns:
+        Scalar, mean over D, then over the patches of the batch by weight.
+
+    Raises:
+        ValueError: shapes differ, a weight outside [0, 1], or beta is not positive.
+
+    Source: Girshick 2015, https://arxiv.org/abs/1504.08083, equation 3 (there beta = 1).
+    """
+    _check_positive("beta", beta)
+    student, teacher, weights = _measured_patches(student, teacher, weights)
+    return _weighted_mean(F.smooth_l1_loss(student, teacher, beta=beta, reduction="none").mean(dim=-1), weights)
+
+
+def relational(*, student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Squared difference of the cosine similarities between any two patches of an image; the widths may differ.
+
+    Args:
+        student: (B, P, D), any float dtype.
+        teacher: (B, P, another D).
+        weights: (B, P) in [0, 1], see `patch_cosine`; a pair weighs the product of its two.
+
+    Returns:
+        Scalar in [0, 4], mean over the pairs of distinct patches of the batch by weight.
+
+    Raises:
+        ValueError: B or P differ, or a weight outside [0, 1].
+
+    Source: Tung & Mori 2019, https://arxiv.org/abs/1907.09682, section 3. Differs: patches of one image instead of images
+    of a batch, cosines instead of row-normalised inner products, without the diagonal, which is always 1.
+    LLaVA-KD, https://arxiv.org/abs/2410.16236, compares two such matrices by their cosine as a whole.
+    """
+    if student.ndim != 3 or teacher.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f"expected student and teacher (B, P, any D), got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    weights = _patch_weights(student, weights)
+    left_out = (weights == 0)[..., None]
+    student, teacher = (x.masked_fill(left_out, 0) for x in (student, teacher.detach()))
+    others = ~torch.eye(weights.shape[1], dtype=torch.bool, device=weights.device)
+    pairs = weights[:, :, None] * weights[:, None, :] * others  # (B, P, P)
+    return _weighted_mean((_cosines(student, student) - _cosines(teacher, teacher)).square(), pairs)
+
+
+def hidden_state_loss(*, student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error of hidden states, each row first brought to mean 0 and variance 1.
+
+    What reads a hidden state normalises it first, so its scale means nothing; unnormalised, the few rows and layers with
+    huge activations would be the whole loss. Equals 2 - 2 * Pearson correlation of the two rows.
+
+    Args:
+        student: (n, D), any float dtype, after the caller's learned map to the teacher's width.
+        teacher: (n, D).
+
+    Returns:
+        Scalar in [0, 4], mean over D and rows.
+
+    Raises:
+        ValueError: shapes differ.
+
+    Source: Jiao et al. 2020 (TinyBERT), https://arxiv.org/abs/1909.10351, hidden-state loss. Differs: normalised rows.
+    """
+    _check_same_shape(student, teacher, "n, D")
+    student, teacher = (
+        F.layer_norm(_wide(x), x.shape[1:], eps=1e-8)  # small against any state, enough for a constant row
+        for x in (student, teacher.detach())
+    )
+    return (student - teacher).square().mean(dim=1).sum() / max(len(student), 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(_wide(x), dim=-1, eps=1e-6)
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of every row of a with every row of b; autocast would round the products to half precision."""
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = _unit(a), _unit(b)
+        return a @ b.to(a.dtype).mT
+
+
+def _log_probs(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities at a temperature, of the rows that count."""
+    _check_positive("temperature", temperature)
+    if student.ndim == teacher.ndim == 2 and student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"the vocabularies of student ({student.shape[1]}) and teacher ({teacher.shape[1]}) differ; "
+            "crop both to the tokenizer's length"
+        )
+    _check_same_shape(student, teacher, "n, V")
+    if mask is not None:
+        if mask.shape != student.shape[:1] or mask.dtype != torch.bool:
+            raise ValueError(f"expected mask ({len(student)},) bool, got {tuple(mask.shape)} {mask.dtype}")
+        student, teacher = student[mask], teacher[mask]  # selected, not multiplied: 0 * nan is nan
+    return tuple(F.log_softmax(_wide(x) / temperature, dim=-1) for x in (student, teacher.detach()))
+
+
+def _mean_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q), summed over classes, mean over rows."""
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / max(len(log_p), 1)
+
+
+def _with_rest(log_probs: Tensor) -> Tensor:
+    """Append the log of the mass that a row of log-probabilities leaves over."""
+    log_mass = log_probs.logsumexp(dim=1, keepdim=True)
+    if (log_mass > 0.01).any():
+        raise ValueError(
+            f"teacher_log_probs add up to exp({log_mass.max().item():.3g}) > 1; they must be normalised over all V"
+        )
+    log_mass = log_mass.clamp(max=0)  # beyond 1 by rounding
+    rest = torch.log(-torch.expm1(log_mass)).clamp(min=torch.finfo(log_mass.dtype).min)  # finite: 0 * -inf is nan
+    return torch.cat([log_probs, rest], dim=1)
+
+
+def _measured_patches(student: Tensor, teacher: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The m patches of a batch with a weight above 0: (m, D), (m, D) and (m,)."""
+    _check_same_shape(student, teacher, "B, P, D")
+    weights = _patch_weights(student, weights)
+    keep = weights > 0
+    return _wide(student[keep]), _wide(teacher.detach()[keep]), weights[keep]
+
+
+def _patch_weights(features: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return torch.ones(features.shape[:2], device=features.device)
+    if weights.shape != features.shape[:2]:
+        raise ValueError(f"expected weights {tuple(features.shape[:2])}, got {tuple(weights.shape)}")
+    weights = _wide(weights.detach())
+    if not ((weights >= 0) & (weights <= 1)).all():
+        raise ValueError(f"weights must be in [0, 1], got {weights.min().item()} to {weights.max().item()}")
+    return weights
+
+
+def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    total = weights.sum()
+    return (values * weights).sum() / torch.where(total > 0, total, 1)
+
+
+def _check_same_shape(student: Tensor, teacher: Tensor, axes: str) -> None:
+    if student.shape != teacher.shape or student.ndim != len(axes.split(", ")):
+        raise ValueError(
+            f"expected student and teacher of one shape ({axes}), got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+
+
+def _check_targets(logits: Tensor, targets: Tensor) -> None:
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(
             f"expected logits (n, V) and targets (n,), got {tuple(logits.shape)} and {tuple(targets.shape)}"
         )
-    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return losses / max(len(targets), 1)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must be in (0, 1), got {value}")
+
+
+@torch.no_grad()
+def answer_diagnostics(
+    *, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, gold: Tensor
+) -> dict[str, Tensor]:
+    """What explains most failures of a distillation: how sure both models are, and how well the teacher knows gold answers.
+
+    Args:
+        student_logits: (n, V).
+        teacher_logits: (n, V).
+        targets: (n,) int64.
+        gold: (n,) bool, tokens of gold answers.
+
+    Returns:
+        Scalars to log, nats.
+    """
+    return {
+        "train/student_entropy": entropy(logits=student_logits),
+        "train/teacher_entropy": entropy(logits=teacher_logits),
+        "train/teacher_ce": answer_cross_entropy(logits=teacher_logits[gold], targets=targets[gold]),
+    }

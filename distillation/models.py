@@ -2,7 +2,8 @@
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import LlavaOnevisionForConditionalGeneration
+from transformers import DynamicCache, LlavaOnevisionForConditionalGeneration
+from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 from transformers.utils.logging import disable_progress_bar
 
 from dataset.processor import ImageTextProcessor, save_processor
-from dataset.prompts import answer_targets
+from dataset.prompts import PADDING_SEGMENT, answer_targets, visible_segments
 from utils import UserError, hf_token, model_source
 
 STUDENT_NAME = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
@@ -89,6 +91,17 @@ def add_lora(model: nn.Module, *, rank: int, alpha: int) -> PeftModel:
     return model
 
 
+def set_trainable(model: nn.Module, *, vision: bool, projector: bool, language: bool) -> None:
+    """Choose which parts train: the tower up to what the projector reads; the projector with the newline; the language model."""
+    base = _base(model).model
+    base.vision_tower.requires_grad_(vision)
+    base.vision_tower.post_layernorm.requires_grad_(False)
+    base.multi_modal_projector.requires_grad_(projector)
+    base.image_newline.requires_grad_(projector)
+    base.language_model.requires_grad_(language)
+    _base(model).lm_head.requires_grad_(language)
+
+
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters of the vision tower, and all other trainable ones; every parameter in exactly one list."""
     vision = {id(p) for p in vision_tower(model).parameters()}
@@ -102,38 +115,78 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def answer_logits(
-    model: nn.Module, text: Mapping[str, Tensor], images: Mapping[str, Tensor], *, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    """Next-token logits at the positions that predict answer tokens, and those tokens.
-
-    Only these n of B*T rows go through the output layer. Vocabularies are cropped to the tokenizer's length: the padding
-    rows behind it differ between the 0.5B (152,000) and the 7B (152,128) and mean nothing.
+def answer_states(model: nn.Module, text: Mapping[str, Tensor], images: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Last hidden states at the positions that predict answer tokens, and those tokens.
 
     Args:
         model: student or teacher.
         text: input_ids, position_ids, labels (B, T) and attention_mask (B, 1, T, T) of a batch.
-        images: pixel_values, image_sizes, batch_num_images; empty for a blind model.
-        vocab_size: the tokenizer's length.
+        images: pixel_values, image_sizes, batch_num_images; or mm_encoder_outputs = {"image": image_features(...)}; empty for
+            a blind model.
 
     Returns:
-        logits (n, vocab_size) in the model's dtype and targets (n,) int64.
+        hidden (n, H) in the model's dtype and targets (n,) int64.
     """
     keep, targets = answer_targets(text["labels"])
-    logits = model(
+    states = _base(model).model(
         input_ids=text["input_ids"],
         position_ids=text["position_ids"],
         attention_mask=text["attention_mask"],
-        logits_to_keep=keep,
         use_cache=False,
         **images,
-    ).logits
-    return logits[:, :vocab_size], targets
+    )
+    return states.last_hidden_state[keep], targets
+
+
+def output_logits(model: nn.Module, hidden: Tensor, *, vocab_size: int) -> Tensor:
+    """(n, H) last hidden states -> (n, vocab_size) next-token logits.
+
+    Vocabularies are cropped to the tokenizer's length: the padding rows behind it differ between the 0.5B (152,000) and the
+    7B (152,128) and mean nothing.
+    """
+    return _base(model).lm_head(hidden)[:, :vocab_size]
+
+
+def answer_logits(
+    model: nn.Module, text: Mapping[str, Tensor], images: Mapping[str, Any], *, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Next-token logits (n, vocab_size) at the positions that predict answer tokens, and those tokens (n,).
+
+    Only these n of B*T rows go through the output layer. Arguments: see `answer_states` and `output_logits`.
+    """
+    hidden, targets = answer_states(model, text, images)
+    return output_logits(model, hidden, vocab_size=vocab_size), targets
 
 
 def image_features(model: nn.Module, images: Mapping[str, Tensor]):
     """The vision tower's output for a batch; `pooler_output` is a list with the (N, D) image tokens of each picture."""
     return _base(model).get_image_features(**images, return_dict=True)
+
+
+def overview_patches(model: nn.Module, images: Mapping[str, Tensor], features=None) -> Tensor:
+    """(B, P, D) vision features of each picture's first tile, which shows the whole picture.
+
+    "Vision features" are the tensor that the projector reads. The converted checkpoints have dropped the last SigLIP layer,
+    so that is the last of the hidden states, before the tower's final layer norm, which the language model never sees.
+
+    Args:
+        model: whose tower looks.
+        images: pixel_values (B, tiles, 3, S, S), image_sizes, batch_num_images.
+        features: `image_features` of these images where they are there already; None = only the first tiles are computed.
+    """
+    layer = _base(model).config.vision_feature_layer
+    if features is None:
+        return vision_tower(model)(images["pixel_values"][:, 0], output_hidden_states=True).hidden_states[layer]
+    counts = torch.tensor([_count_tiles(model, size, images) for size in images["image_sizes"].tolist()])
+    tiles = features.hidden_states[layer]
+    return tiles[(counts.cumsum(0) - counts).to(tiles.device)]
+
+
+def _count_tiles(model: nn.Module, size: list[int], images: Mapping[str, Tensor]) -> int:
+    if int(images["batch_num_images"][0]) > 1:
+        return 1  # several images in one sequence: one tile each
+    config = _base(model).config
+    return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
 
 def answers_right(logits: Tensor, text: Mapping[str, Tensor]) -> Tensor:
@@ -154,6 +207,87 @@ def answers_right(logits: Tensor, text: Mapping[str, Tensor]) -> Tensor:
     right = torch.ones(int(first.sum()), dtype=torch.int8, device=logits.device)
     hits = (logits.argmax(-1) == targets).to(torch.int8)
     return right.scatter_reduce(0, question, hits, reduce="amin").bool()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of a batch of packed prompts, all on the model's device."""
+
+    tokens: list[list[list[int]]]  # per row and block: token ids, the end of the turn included when it was reached
+    hidden: list[list[Tensor]]  # per row and block: (len(tokens), D), the last hidden states that predict these tokens
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: nn.Module,
+    text: Mapping[str, Tensor],
+    images: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    end_of_turn: int,
+    max_new_tokens: int,
+    forbidden: Sequence[int] = (),
+) -> Answers:
+    """Greedy answers of all question blocks of a packed batch at once; the image prefix is computed once for all of them.
+
+    A block that already has its answer (labels) keeps it: its hidden states are those of teacher forcing.
+
+    Args:
+        model: student or teacher.
+        text: a batch of `collate_prompts`, blocks without an answer end where the answer starts.
+        images: see `answer_logits`.
+        vocab_size: the tokenizer's length.
+        end_of_turn: token that ends an answer.
+        max_new_tokens: longest answer.
+        forbidden: tokens that are no words (image placeholders).
+    """
+    base = _base(model)
+    head = base.lm_head.weight[:vocab_size]
+    barred = torch.zeros(vocab_size, device=head.device)
+    barred[list(forbidden)] = -torch.inf
+
+    def run(**inputs: Any) -> Tensor:
+        return base.model(past_key_values=cache, use_cache=True, **inputs).last_hidden_state
+
+    cache = DynamicCache(config=base.config.text_config)
+    hidden = run(
+        input_ids=text["input_ids"],
+        position_ids=text["position_ids"],
+        attention_mask=text["attention_mask"],
+        **images,
+    )
+    cached, (keep, targets) = text["segments"], answer_targets(text["labels"])
+    n_rows, n_blocks = len(cached), int(cached.max())
+    tokens = [[[] for _ in range(int(row.max()))] for row in cached]
+    states = [[[] for _ in row] for row in tokens]
+    for (row, place), token in zip(keep.nonzero().tolist(), targets.tolist(), strict=True):
+        block = int(cached[row, place]) - 1
+        tokens[row][block].append(token)
+        states[row][block].append(hidden[row, place])
+    # One open position per block: the last of a prompt, later the token that was chosen last.
+    blocks = torch.arange(1, n_blocks + 1, device=cached.device)
+    places = torch.arange(cached.shape[1], device=cached.device)
+    last = torch.where(cached[:, None] == blocks[:, None], places, -1).amax(-1)  # (B, blocks)
+    answered = torch.tensor(
+        [[bool(t) for t in row] + [True] * (n_blocks - len(row)) for row in tokens], device=cached.device
+    )
+    segments = torch.where((last < 0) | answered, PADDING_SEGMENT, blocks)
+    rows = torch.arange(n_rows, device=cached.device)[:, None]
+    newest = hidden[rows, last.clamp(min=0)]  # (B, blocks, D)
+    positions = text["position_ids"].gather(1, last.clamp(min=0))
+    for step in range(max_new_tokens):
+        chosen = (newest @ head.to(newest.dtype).T + barred.to(newest.dtype)).argmax(-1)  # (B, blocks)
+        for row, block in (segments != PADDING_SEGMENT).nonzero().tolist():
+            tokens[row][block].append(int(chosen[row, block]))
+            states[row][block].append(newest[row, block])
+        segments = torch.where(chosen == end_of_turn, PADDING_SEGMENT, segments)
+        if step + 1 == max_new_tokens or bool((segments == PADDING_SEGMENT).all()):
+            break
+        positions = positions + 1
+        cached = torch.cat([cached, segments], dim=1)
+        mask = visible_segments(segments, cached)
+        newest = run(input_ids=chosen, position_ids=positions, attention_mask=mask[:, None])
+    return Answers(tokens, [[torch.stack(block) for block in row] for row in states])
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

@@ -31,7 +31,14 @@ from dataset.datamodule import DEPTH_SOURCES, ImageSettings, SUNRGBDDataModule
 from dataset.depth import ENCODINGS
 from dataset.miniature.world import ensure_world
 from dataset.processor import IMAGE_TOKENS, ImageTextProcessor
-from distillation.models import count_parameters, export_model, load_trained_state, student_state, trained_state
+from distillation.models import (
+    TEACHER_NAME,
+    count_parameters,
+    export_model,
+    load_trained_state,
+    student_state,
+    trained_state,
+)
 from utils import (
     ROOT,
     ProgressLine,
@@ -69,6 +76,7 @@ LEAST = dict(  # smallest value that a flag takes
     accumulate_grad_batches=1,
     max_epochs=1,
     questions_per_image=1,
+    teacher_questions=0,
     num_workers=0,
     lr=0,
     vision_lr=0,
@@ -81,12 +89,22 @@ LEAST = dict(  # smallest value that a flag takes
 )
 
 
-def add_common_args(parser: argparse.ArgumentParser) -> None:
-    """The flags that every training script has, with the defaults for real SUN RGB-D."""
-    add = parser.add_argument
+def add_common_args(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = ()) -> None:
+    """The flags that every training script has, with the defaults for real SUN RGB-D, but those that it could not obey."""
+
+    def add(flag: str, **options: Any) -> None:
+        if flag not in leave_out:
+            parser.add_argument(flag, **options)
+
     # data
     add("--miniature", action="store_true", help="the built-in world and tiny models, with sizes that suit them")
     add("--subset_percentage", type=float, default=1.0, help="share of the training images, in (0, 1]")
+    add(
+        "--label_fraction",
+        type=float,
+        default=1.0,
+        help="share of the training questions with a gold answer, in (0, 1]",
+    )
     add("--questions_per_image", type=int, default=None, help="at most so many questions of an image per step (all)")
     add(
         "--augmentation",
@@ -133,6 +151,24 @@ def add_depth_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depth_source", choices=DEPTH_SOURCES, default="raw", help="raw, or bfx = hole-filled")
 
 
+def add_teacher_args(parser: argparse.ArgumentParser) -> None:
+    """The flags of every script that distils: which teacher, what it is asked."""
+    add = parser.add_argument
+    add("--teacher_name", default=TEACHER_NAME, help="hub id or folder of a stock teacher")
+    add(
+        "--teacher_checkpoint",
+        nargs="?",
+        const="best",
+        help="a teacher fine-tuned by baseline_rgb7b: a path or a run's name; without one: the best",
+    )
+    add(
+        "--teacher_questions",
+        type=int,
+        default=0,
+        help="per image and step so many further questions, answered by the teacher",
+    )
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniature_defaults: Any) -> argparse.Namespace:
     """Parse and check; --miniature changes the defaults, and what is given explicitly still wins."""
     args = parser.parse_args(argv)
@@ -145,8 +181,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
             parser.error(f"--{name} {value}: give at least {least}")
     if args.max_steps != -1 and args.max_steps < 1:
         parser.error(f"--max_steps {args.max_steps}: give at least 1, or -1 for no limit")
-    if not 0 < args.subset_percentage <= 1:
-        parser.error(f"--subset_percentage {args.subset_percentage}: give a share above 0 and at most 1")
+    for name in ("subset_percentage", "label_fraction"):
+        if not 0 < getattr(args, name) <= 1:
+            parser.error(f"--{name} {getattr(args, name)}: give a share above 0 and at most 1")
     if not args.warmup_share < 1:
         parser.error(f"--warmup_share {args.warmup_share}: give a share below 1")
     if args.strategy.startswith("fsdp") and args.gradient_clip:
@@ -162,6 +199,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
         if path is not None and path.exists():
             parser.error(f"--{name} {path}: is there already; give a new path")
     return args
+
+
+def need_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, experiment: str) -> None:
+    """Stop unless it is said which checkpoint of `experiment` (a folder below distillation/) this phase starts from."""
+    if not (args.load_checkpoint or args.resume):
+        parser.error(
+            f"--load_checkpoint is needed: this script starts from a checkpoint of {experiment}; alone it takes the best one. "
+            f"To make one: python distillation/{experiment}/train_online_kd.py{' --miniature' * args.miniature}"
+        )
 
 
 @dataclass(frozen=True)
@@ -278,8 +324,9 @@ def find_checkpoint(name: str, folder: Path) -> Path:
         UserError: nothing fits, or several do.
     """
     path = Path(name)
-    if path.name == name and not path.exists():
+    if path.name == name and not path.is_file():
         found = sorted(folder.rglob(f"checkpoints/{name}")) + sorted(folder.rglob(f"checkpoints/*/{name}"))
+        found = found or [path] * path.is_dir()
         if len(found) != 1:
             many = f"several have this name; give the path: {', '.join(map(str, found))}"
             raise UserError(
@@ -291,15 +338,15 @@ def find_checkpoint(name: str, folder: Path) -> Path:
     best = sorted(path.glob("best-*.ckpt"))
     if not best:
         raise UserError(f"{path}: no best-*.ckpt in this folder; give a checkpoint or the folder of a run")
-    return max(best, key=_val_accuracy)
+    return max(best, key=_score)
 
 
-def _val_accuracy(checkpoint: Path) -> float:
-    return float(checkpoint.stem.rsplit("acc", 1)[1])
+def _score(checkpoint: Path) -> float:
+    return float(checkpoint.stem.rsplit("score", 1)[1])
 
 
 def best_checkpoint(experiment: Path, *, miniature: bool) -> Path:
-    """The checkpoint with the highest validation accuracy among all runs of an experiment.
+    """The checkpoint with the highest validation score among all runs of an experiment.
 
     Raises:
         UserError: there is none; names the command that makes one.
@@ -313,7 +360,7 @@ def best_checkpoint(experiment: Path, *, miniature: bool) -> Path:
         raise UserError(
             f"no checkpoint below {experiment / 'checkpoints'}; make one with: {command}{' --miniature' * miniature}"
         )
-    return max(found, key=lambda p: (_val_accuracy(p), p.stat().st_mtime))
+    return max(found, key=lambda p: (_score(p), p.stat().st_mtime))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -478,7 +525,6 @@ def build_data(
     args: argparse.Namespace,
     processor: ImageTextProcessor,
     student: ImageSettings,
-    teacher: ImageSettings | None = None,
 ) -> SUNRGBDDataModule:
     """The data module of a script's flags, read and checked. The miniature world is rendered on first use."""
     root = data_root(args.miniature)
@@ -490,10 +536,11 @@ def build_data(
         root=root,
         processor=processor,
         student=student,
-        teacher=teacher,
         batch_size=args.batch_size,
         questions_per_image=args.questions_per_image,
+        teacher_questions=getattr(args, "teacher_questions", 0),
         subset_percentage=args.subset_percentage,
+        label_fraction=args.label_fraction,
         augmentation=args.augmentation,
         num_workers=args.num_workers,
         seed=args.seed,
@@ -502,18 +549,39 @@ def build_data(
     return data
 
 
-def train(module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, args: argparse.Namespace) -> None:
+def train(
+    module: pl.LightningModule,
+    data: SUNRGBDDataModule,
+    run: Run,
+    args: argparse.Namespace,
+    *,
+    monitor: str = "val/exact_match",
+    builds_on: str | None = None,
+) -> None:
     """Fit, keep the best and the last checkpoint, write what --export and --save_final_pt ask for.
+
+    Args:
+        module: has the student as `student`.
+        data: with the teacher's outputs where the module needs them.
+        run: folders and record.
+        args: of the common flags.
+        monitor: logged in validation; the best checkpoint is where it is highest.
+        builds_on: experiment whose checkpoint this one starts from (a folder below distillation/); None = its own, if any.
 
     Raises:
         UserError: bad input; the run's earlier checkpoints stay.
     """
     trainable, total = count_parameters(module.student)
-    print(f"{run.record['script']}: {trainable:,} of {total:,} parameters train; {len(data.train)} training images")
-    if args.load_checkpoint == "best":
-        load_student(module.student, best_checkpoint(run.experiment, miniature=args.miniature), run.record)
-    elif args.load_checkpoint:
-        load_student(module.student, find_checkpoint(args.load_checkpoint, run.experiment), run.record)
+    print(
+        f"{run.record['script']}: {trainable:,} of {total:,} parameters train; {data.images_per_epoch} images per epoch"
+    )
+    if args.load_checkpoint:
+        source = outputs_root(ROOT / "distillation" / builds_on) if builds_on else run.experiment
+        best = args.load_checkpoint == "best"
+        path = (
+            best_checkpoint(source, miniature=args.miniature) if best else find_checkpoint(args.load_checkpoint, source)
+        )
+        load_student(module.student, path, run.record, builds_on=builds_on)
     if args.dry_run:
         dry_run(module, data, args)
         return
@@ -523,7 +591,7 @@ def train(module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, args: a
         check_same_run(checkpoint["hyper_parameters"], run)
         data.resume_batch = checkpoint["position"]["batch"]
     try:
-        trainer = build_trainer(args, run)
+        trainer = build_trainer(args, run, monitor)
         if trainer.is_global_zero:
             write_json(run.logs / "run.json", run.record)
         trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
@@ -534,10 +602,10 @@ def train(module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, args: a
             shutil.rmtree(run.checkpoints, ignore_errors=True)
             shutil.rmtree(run.logs, ignore_errors=True)
         raise
-    best, accuracy = best_of_run(trainer, module, data, run)
+    best, score = best_of_run(trainer, module, data, run, monitor)
     summary = {
         "best": str(best),
-        "val_exact_match": accuracy,
+        monitor: score,
         "optimizer_steps": trainer.global_step,
         "seconds": round(time.monotonic() - start, 1),
         "peak_memory_gib": round(peak_memory_gib(), 2),
@@ -546,7 +614,7 @@ def train(module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, args: a
         write_json(run.logs / "run.json", run.record | summary)
         print(
             f"{trainer.global_step} updates in {duration(summary['seconds'])}, peak memory {summary['peak_memory_gib']} GiB; "
-            f"best: {best} (val exact match {summary['val_exact_match']:.4f})"
+            f"best: {best} ({monitor} {score:.4f})"
         )
         write_outputs(module, data.processor, best, args)
 
@@ -568,31 +636,41 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
 
 
 def best_of_run(
-    trainer: pl.Trainer, module: pl.LightningModule, data: SUNRGBDDataModule, run: Run
+    trainer: pl.Trainer, module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, monitor: str
 ) -> tuple[Path, float]:
-    """The best checkpoint and its validation accuracy.
+    """The best checkpoint and its score.
 
     --max_steps may end a run inside an epoch, after the last validation; then what it ended with is validated now.
     """
     kept = trainer.checkpoint_callback
-    best, accuracy = Path(kept.best_model_path), float(-1 if kept.best_model_score is None else kept.best_model_score)
+    none = kept.best_model_score is None
+    best, score = Path(kept.best_model_path), -math.inf if none else float(kept.best_model_score)
     validated = [callback.validated_step for callback in trainer.callbacks if isinstance(callback, Progress)]
     if validated == [trainer.global_step]:
-        return best, accuracy
+        return best, score
     epoch = trainer.current_epoch
     (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
     trainer.save_checkpoint(run.checkpoints / "last.ckpt")
-    if metrics["val/exact_match"] > accuracy:
-        accuracy = metrics["val/exact_match"]
-        best = run.checkpoints / f"best-epoch{epoch:02d}-acc{accuracy:.4f}.ckpt"
+    if metrics[monitor] > score:
+        score = metrics[monitor]
+        best = run.checkpoints / f"best-epoch{epoch:02d}-score{score:.4f}.ckpt"
         trainer.save_checkpoint(best)
-    return best, accuracy
+    return best, score
 
 
-def load_student(student: torch.nn.Module, path: Path, record: Mapping[str, Any]) -> None:
-    """Put a checkpoint's weights into the student, refusing one of another student or other image settings."""
+def load_student(
+    student: torch.nn.Module, path: Path, record: Mapping[str, Any], *, builds_on: str | None = None
+) -> None:
+    """Put a checkpoint's weights into the student.
+
+    Raises:
+        UserError: it is of another student, of other image settings, or not of the experiment that this one builds on.
+    """
     checkpoint = read_checkpoint(path)
     theirs = checkpoint["hyper_parameters"]
+    origin = Path(theirs["script"]).parent.relative_to("distillation").as_posix()
+    if builds_on and origin != builds_on:
+        raise UserError(f"--load_checkpoint {path}: is of {origin}; this script builds on {builds_on}")
     for name in (
         "student_name", "lora_rank", "lora_alpha", "modality", "depth_encoding", "depth_source", "image_tokens",
     ):  # fmt: skip
@@ -604,15 +682,15 @@ def load_student(student: torch.nn.Module, path: Path, record: Mapping[str, Any]
     print(f"starting from {path}")
 
 
-def build_trainer(args: argparse.Namespace, run: Run) -> pl.Trainer:
+def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Trainer:
     """Loggers, checkpoints and callbacks, the same for every experiment."""
     quieten()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     best = ModelCheckpoint(
         dirpath=run.checkpoints,
-        filename="best-epoch{epoch:02d}-acc{val/exact_match:.4f}",
+        filename=f"best-epoch{{epoch:02d}}-score{{{monitor}:.4f}}",
         auto_insert_metric_name=False,
-        monitor="val/exact_match",
+        monitor=monitor,
         mode="max",
         enable_version_counter=False,
         save_on_train_epoch_end=False,  # with the validation, before StopOnSignal may end the epoch
@@ -710,7 +788,7 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
         sum(v.numel() * v.element_size() for v in state.values()) / 2**30 * 3
     )  # weights and two Adam moments
     world_size = _world_size(args)
-    batches = math.ceil(len(data.train) / (args.batch_size * world_size)) * args.max_epochs
+    batches = math.ceil(data.images_per_epoch / (args.batch_size * world_size)) * args.max_epochs
     if args.max_steps > 0:
         batches = min(batches, args.max_steps * args.accumulate_grad_batches)
     print(

@@ -36,6 +36,7 @@ from evaluation.metrics import CAPTION_TYPE, evaluate_rows, exact_match, group_b
 REQUIRED_COLUMNS = ("Question_Id", "Questions", "Question_Type", "Answers", "Model_Answer", "Image_Path", "Depth_Path")
 QUESTION_COLUMNS = ("Question_Id", "Questions", "Question_Type", "Answers")
 OVERALL = "Overall"
+DEPTH = "By depth"  # questions that depth can answer
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the marker repeats the distinction.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -181,7 +182,10 @@ def comparison_table(results: Sequence[Results], baseline: str | None = None) ->
 
 
 def _accuracies(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, float | None]]:
-    cells = {OVERALL: metrics["overall"]} | metrics["per_type"]
+    cells = {OVERALL: metrics["overall"]}
+    if "depth_answerable" in metrics and metrics["depth_answerable"] != metrics["overall"]:
+        cells[DEPTH] = metrics["depth_answerable"]
+    cells |= metrics["per_type"]
     return {name: cell["exact_match"] for name, cell in cells.items()}
 
 
@@ -254,7 +258,8 @@ def explanation(results: Sequence[Results], baseline: str | None = None) -> str:
         f"Share of right answers in % (normalised exact match) to {len(rows)} questions about "
         f"{len({row['Image_Path'] for row in rows})} images, with 95 % intervals that resample images. "
         f"Difference: points above {baseline or results[0].name} on the same questions; p: exact McNemar test. "
-        "Blind baselines see no image. Depth shows no color: that column measures guessing from priors."
+        "By depth: questions that depth can answer. Blind baselines see no image. Depth shows no color: that column measures "
+        "guessing from priors."
     )
     return "\n".join([*textwrap.wrap(text, 110), *(f"Note: {line}" for line in collapses(results))]) + "\n"
 

@@ -219,6 +219,18 @@ def test_polygons_of_one_entry_are_one_object_only_inside_one_box(make_frame):
     assert len(frame_instances(make_frame(**layers))) == 3  # two entries are two objects
 
 
+def test_a_smaller_rectangle_of_another_object_does_not_split_an_entry(make_frame):
+    """A chair in two pieces, one of which also lies in the rectangle of the chair in front of it."""
+    shapes = [rectangle(10, 30, 25, 80, 0), rectangle(60, 30, 75, 80, 0), rectangle(55, 50, 100, 110, 1)]
+    shapes[1]["y"] = [60, 60, 80, 80]
+    entries = [box3d("chair", (-0.5, 0.5, 3.0), (1.5, 1.0, 0.5)), box3d("chair", (0.1, 0.6, 2.0), (0.5, 0.9, 0.5))]
+    links = [rectangle(9, 29, 76, 81, 0), rectangle(54, 49, 101, 111, 1)]
+    layers = {"annotation": polygons(["chair", "chair"], shapes), "annotation2D3D": boxes(entries, links)}
+    behind, front = frame_instances(make_frame(**layers))
+    assert behind.mask[50, 20] and behind.mask[70, 70] and not behind.mask[70, 40]
+    np.testing.assert_allclose([behind.center_m, front.center_m], [(-0.5, 0.5, 3.0), (0.1, 0.6, 2.0)])
+
+
 def test_an_object_outlined_twice_counts_once(make_frame):
     shapes = [rectangle(10, 10, 60, 60, 0), rectangle(11, 11, 61, 60, 1), rectangle(10, 10, 60, 60, 2)]
     drops = Counter()

@@ -35,22 +35,22 @@ def module(world, processor, **options) -> SUNRGBDDataModule:
 
 @pytest.mark.parametrize("student", [RGB, DEPTH, BLIND])
 def test_batch_is_as_documented(world, processor, student):
-    batch = next(iter(module(world, processor, student=student, teacher=RGB).train_dataloader()))
+    batch = next(iter(module(world, processor, student=student).train_dataloader()))
     B, T = batch["text"]["input_ids"].shape
     assert B == 3 == len(batch["question_ids"]) == len(batch["image_paths"])
     for name in ("input_ids", "position_ids", "labels"):
         assert batch["text"][name].shape == (B, T) and batch["text"][name].dtype == torch.int64
     assert batch["text"]["attention_mask"].shape == (B, 1, T, T) and batch["text"]["attention_mask"].dtype == torch.bool
-    for name in ("student_images", "teacher_images"):
-        if name == "student_images" and student is BLIND:
-            assert batch[name] == {}
-            continue
-        assert batch[name]["pixel_values"].shape == (B, 1, 3, 128, 128)
-        assert batch[name]["pixel_values"].dtype == torch.float32 and torch.isfinite(batch[name]["pixel_values"]).all()
-        assert batch[name]["image_sizes"].tolist() == [[128, 128]] * B
+    images = batch["student_images"]
+    if student is BLIND:
+        assert images == {}
+    else:
+        assert images["pixel_values"].shape == (B, 1, 3, 128, 128)
+        assert images["pixel_values"].dtype == torch.float32 and torch.isfinite(images["pixel_values"]).all()
+        assert images["image_sizes"].tolist() == [[128, 128]] * B
     placeholders = (batch["text"]["input_ids"] == processor.image_token_id).sum(1).tolist()
     assert placeholders == [0 if student is BLIND else 65] * B
-    assert "teacher_images" not in next(iter(module(world, processor).train_dataloader()))
+    assert "teacher" not in batch
 
 
 def test_every_image_once_per_epoch_and_no_image_in_two_splits(world, processor):
@@ -102,11 +102,11 @@ def test_order_is_a_function_of_position(world_size):
 
 def test_augmentation_is_keyed_by_epoch_and_image(world, processor):
     data = module(world, processor, augmentation=True)
-    first, again, other = (data.train[key]["images"][0] for key in ((0, 1), (0, 1), (1, 1)))
+    first, again, other = (data.train[key]["image"] for key in ((0, 1), (0, 1), (1, 1)))
     np.testing.assert_array_equal(first, again)
     assert first.shape != other.shape or not np.array_equal(first, other, equal_nan=True)
     plain = module(world, processor)
-    np.testing.assert_array_equal(plain.train[0, 1]["images"][0], plain.train[7, 1]["images"][0])
+    np.testing.assert_array_equal(plain.train[0, 1]["image"], plain.train[7, 1]["image"])
 
 
 def test_augmentation_keeps_rgb_and_depth_registered():

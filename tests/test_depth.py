@@ -24,6 +24,11 @@ def encode(depth_m, encoding, tilt=UPRIGHT):
     return encode_depth(depth_m, encoding=encoding, intrinsics=INTRINSICS, tilt=tilt)
 
 
+def shown(value):
+    """A channel's value as the network sees it: 0 is left to holes."""
+    return 1 / 255 + value * 254 / 255
+
+
 def wall(distance_m: float) -> np.ndarray:
     return np.full((48, 64), distance_m, np.float32)
 
@@ -77,7 +82,7 @@ def test_range_holes_and_metric_scale(encoding):
     channels = encode(np.minimum(depth_m, MAX_DEPTH_M), encoding)
     assert channels.shape == (48, 64, 3) and channels.dtype == np.float32
     assert (np.isnan(channels) == holes[..., None]).all()
-    assert np.nanmin(channels) >= 0 and np.nanmax(channels) <= 1
+    assert np.nanmin(channels) >= np.float32(1 / 255) and np.nanmax(channels) <= 1
     # No per-image scaling: a wall looks the same whatever else is in the picture (hha measures height above the floor,
     # which is a property of the picture).
     near, far = wall(2.0), wall(2.0)
@@ -85,6 +90,19 @@ def test_range_holes_and_metric_scale(encoding):
     compared = encode(near, encoding)[5:40, 5:35], encode(far, encoding)[5:40, 5:35]
     for channel in (0, 2) if encoding == "hha" else (0, 1, 2):
         np.testing.assert_allclose(compared[0][..., channel], compared[1][..., channel], atol=1e-6)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_only_holes_reach_the_network_as_zero(encoding, processor):
+    """Not even a wall at either end of the range, nor one that faces the camera, looks like a hole in any channel."""
+    depth_m = np.kron(np.array([[0.3, 8.0, 0.3, 0.0], [8.0, 0.3, 2.0, 8.0]], np.float32), np.ones((64, 32), np.float32))
+    depth_m[70:90, 10:20] = 0
+    channels = encode(depth_m, encoding)
+    pixels = processor.pixels([channels], image_tokens="one_tile")["pixel_values"][0, 0].numpy()
+    assert ((pixels == -1) == (depth_m == 0)).all()  # -1 is what a 0 becomes
+    resized = processor.pixels([channels[::3, ::3]], image_tokens="one_tile")["pixel_values"][0, 0].numpy()
+    holes = resized == -1
+    assert holes.any() and (holes == holes[0]).all() and resized[~holes].min() > -1 + 2 / 255 - 1e-5
 
 
 @pytest.mark.parametrize("encoding", ["metric_log3", "grey", "inverse", "turbo"])
@@ -116,19 +134,19 @@ def test_height_channel_follows_gravity():
     depth_m = (height / (rays @ tilt[1])).astype(np.float32)
     seen = (depth_m > 0.3) & (depth_m < 8)
     channel = encode(np.where(seen, depth_m, 0), "metric_log3", tilt)[..., 2][seen]
-    np.testing.assert_allclose(channel, 0.5 - height / 4, atol=1e-3)
+    np.testing.assert_allclose(channel, shown(0.5 - height / 4), atol=1e-3)
     upright = encode(np.where(seen, depth_m, 0), "metric_log3")[..., 2][seen]
     assert np.ptp(upright) > 0.1
 
 
 def test_seed_gradient_is_a_bounded_vector_without_wrap():
     flat = encode(wall(2), "seed")[5:-5, 5:-5]
-    np.testing.assert_allclose(flat[..., 1:], 0.5, atol=1e-6)
+    np.testing.assert_allclose(flat[..., 1:], shown(0.5), atol=1e-6)
     step = wall(2)
     step[:, 32:] = 4
     across = encode(step, "seed")
-    assert across[24, 31, 1] > 0.99 and across[24, 31, 2] == pytest.approx(0.5)
-    np.testing.assert_allclose(encode(step[:, ::-1], "seed")[:, ::-1, 1], 1 - across[..., 1], atol=1e-6)
+    assert across[24, 31, 1] > 0.99 and across[24, 31, 2] == pytest.approx(shown(0.5))
+    np.testing.assert_allclose(encode(step[:, ::-1], "seed")[:, ::-1, 1], 2 * shown(0.5) - across[..., 1], atol=1e-6)
 
 
 def test_real_frames(samples):

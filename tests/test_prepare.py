@@ -62,7 +62,26 @@ def test_the_seed_decides_and_the_number_of_workers_does_not(tree):
     assert files(tree) == first
     build_csv_data(tree, seed=4, workers=1)
     assert files(tree)["train_dataset.csv"] != first["train_dataset.csv"]
-    assert set(first) == {"train_dataset.csv", "val_dataset.csv", "test_dataset.csv", "questions.json"}
+    splits = {"train_dataset.csv", "val_dataset.csv", "test_dataset.csv"}
+    assert set(first) == splits | {"train_unanswered.csv", "questions.json"}
+
+
+def test_unanswered_questions_are_further_ones_about_training_images(tree):
+    summary = build_csv_data(tree, seed=3, workers=1, unanswered_per_frame=5)
+    folder = tree / "SUNRGBD" / "csv_data"
+    gold = read_questions(folder / "train_dataset.csv", root=tree)
+    further = read_questions(folder / "train_unanswered.csv", root=tree, answered=False)
+    assert further and not any(row.answer for row in further)
+    assert not {row.id for row in further} & {row.id for row in gold}
+    assert {row.image_path for row in further} <= {frame.image_path for frame in find_frames(tree)[0]}
+    held_out = {row.image_path for name in ("val", "test") for row in read_questions(folder / f"{name}_dataset.csv")}
+    assert not {row.image_path for row in further} & held_out
+    assert max(Counter(row.image_path for row in further).values()) == 5
+    assert summary["questions"]["train_unanswered"]["all"] == len(further)
+    with pytest.raises(UserError, match="train_unanswered.csv:2: Answers is empty"):
+        read_questions(folder / "train_unanswered.csv")
+    with pytest.raises(UserError, match="train_dataset.csv:2: Answers must be empty"):
+        read_questions(folder / "train_dataset.csv", answered=False)
 
 
 def test_a_frame_does_not_depend_on_the_others(tree):

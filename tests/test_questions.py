@@ -11,6 +11,7 @@ from dataset.annotations import Instance
 from dataset.questions import (
     ANSWER_SHARE,
     COLUMNS,
+    CONTROL_TOKENS,
     QUESTION_TYPES,
     REQUIRED_COLUMNS,
     TYPE_EXCESS,
@@ -20,6 +21,7 @@ from dataset.questions import (
     frame_candidates,
     read_questions,
     select_questions,
+    select_unanswered,
     write_questions,
 )
 from utils import UserError
@@ -331,6 +333,22 @@ def test_pair_ids_stand_for_pairs_that_are_complete(leaky):
         assert first.image_path == second.image_path and first.answer != second.answer
 
 
+def test_what_is_left_unanswered_does_not_depend_on_the_answers():
+    """The same questions with all answers exchanged: the same choice, or the answers would shine through."""
+
+    def asked(answer):
+        kinds = [(kind, k) for kind in QUESTION_TYPES for k in range(4)]
+        return [(frame(i), [Question(f"{kind} {k}?", answer, kind, "t") for kind, k in kinds]) for i in range(5)]
+
+    options = dict(gold=(), seed=1, per_frame=7)
+    chosen = select_unanswered(asked("a"), **options)
+    assert chosen == select_unanswered(asked("b"), **options) != select_unanswered(asked("a"), **options | {"seed": 2})
+    per_type = Counter((row.image_path, row.type) for row in chosen)
+    assert len(chosen) == 35 and max(per_type.values()) == 2 and not any(row.answer for row in chosen)
+    gold = {row.id for row in chosen}
+    assert not gold & {row.id for row in select_unanswered(asked("a"), **options | {"gold": gold})}
+
+
 def test_selection_of_nothing_is_empty():
     assert select_questions([], seed=0, per_frame=2) == [] == select_questions([(frame(0), [])], seed=0, per_frame=2)
     only_yes = [(frame(i), [Question("Is there a bed?", "yes", "Yes/No", "Is there {a}?", ("bed",))]) for i in range(9)]
@@ -372,19 +390,21 @@ def test_bom_crlf_quotes_and_missing_columns_are_read(tmp_path):
         ("Answers", " ", "Answers is empty"), ("Question_Id", "", "Question_Id is empty"), ("Question_Id", "a", "already in line 2"),
         ("Image_Path", "/etc/passwd", "stay inside"), ("Depth_Path", "a/../../b.png", "stay inside"),
         ("Image_Path", "C:\\x.jpg", "stay inside"), ("depth_answerable", "yes", "0 or 1"), ("target_box", "1 2 3", "four"),
-        ("Image_Path", "a/none.jpg", "does not exist"),
+        ("Image_Path", "a/image/none.jpg", "does not exist"), ("Depth_Path", "a/depth_bfx/c.png", "of one frame.*--depth_source"),
+        ("Depth_Path", "z/depth/c.png", "of one frame"), ("Image_Path", "a/fullres/b.jpg", "of one frame"),
+        ("Questions", "Is <image> it?", "Questions contains <image>"), ("Answers", "no<|im_end|>", r"Answers contains <\|im_end\|>"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_named(tmp_path, column, value, message):
-    (tmp_path / "a").mkdir()
-    for name in ("b.jpg", "c.png"):
-        (tmp_path / "a" / name).touch()
+    for name in ("a/image/b.jpg", "a/fullres/b.jpg", "a/depth/c.png", "a/depth_bfx/c.png", "z/depth/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
     good = {
         "Question_Id": "a",
         "Questions": "Is it?",
         "Answers": "yes",
-        "Image_Path": "a/b.jpg",
-        "Depth_Path": "a/c.png",
+        "Image_Path": "a/image/b.jpg",
+        "Depth_Path": "a/depth/c.png",
     }
     good |= {"Question_Type": "Yes/No", "depth_answerable": "1", "target_box": "1 2 3 4"}
     path = tmp_path / "q.csv"
@@ -398,6 +418,10 @@ def test_bad_rows_are_named(tmp_path, column, value, message):
                 read_questions(path, root=tmp_path)
         else:
             assert len(read_questions(path, root=tmp_path)) == 2
+
+
+def test_every_control_token_of_the_tokenizer_is_known(processor):
+    assert set(CONTROL_TOKENS) == set(processor.tokenizer.get_added_vocab())
 
 
 @pytest.mark.parametrize("content", [b"", b"Question_Id,Questions\n1,a\n", b"\xff\xfe\x00", None])

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def train(name: str, tiny_folder, *more: str) -> None:
 def test_a_run_leaves_what_it_promises(name, places, tiny_folder):
     train(name, tiny_folder, "--save_final_pt", str(places / "final.pt"), "--export", str(places / "export"))
     folder, logs = places / name / "checkpoints" / "t", places / name / "tensorboard_logs" / "t"
-    (best,) = folder.glob("best-epoch*-acc*.ckpt")
+    (best,) = folder.glob("best-epoch*-score*.ckpt")
     for path in (best, folder / "last.ckpt"):
         checkpoint = torch.load(path, weights_only=True)
         assert all(key.startswith("student.") for key in checkpoint["state_dict"])
@@ -78,19 +79,9 @@ def test_a_run_leaves_what_it_promises(name, places, tiny_folder):
         assert all("lora" in key or "projector" in key for key in saved)
 
 
-@pytest.mark.parametrize(
-    ("name", "stop_at", "more"),
-    [
-        ("baseline_depth", 2, ()),
-        ("baseline_depth", 6, ("--augmentation",)),  # the last batch of an epoch
-        ("baseline_depth", 9, ("--accumulate_grad_batches", "2")),
-        ("baseline_rgb7b", 8, ("--num_workers", "1")),  # LoRA
-    ],
-)
-def test_an_interrupted_run_resumes_bit_exactly(places, tiny_folder, monkeypatch, name, stop_at, more):
-    """SIGTERM in batch `stop_at` of 12: exit code 143, and the resumed run ends with the very same bytes of weights."""
-    train(name, tiny_folder, *more)
-    done = read_checkpoint(places / name / "checkpoints/t/last.ckpt")
+@contextmanager
+def interrupted(stop_at: int):
+    """SIGTERM arrives in the `stop_at`-th batch; the run has to leave with the exit code of a signal."""
     batches, start = 0, training.KeyedRandomness.on_train_batch_start
 
     def interrupt(self, *args):
@@ -100,11 +91,27 @@ def test_an_interrupted_run_resumes_bit_exactly(places, tiny_folder, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
         start(self, *args)
 
-    monkeypatch.setattr(training.KeyedRandomness, "on_train_batch_start", interrupt)
-    with pytest.raises(SystemExit) as stopped:
-        train(name, tiny_folder, *more, "--run_name", "cut")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(training.KeyedRandomness, "on_train_batch_start", interrupt)
+        yield
     assert stopped.value.code == 143
-    monkeypatch.setattr(training.KeyedRandomness, "on_train_batch_start", start)
+
+
+@pytest.mark.parametrize(
+    ("name", "stop_at", "more"),
+    [
+        ("baseline_depth", 2, ()),
+        ("baseline_depth", 6, ("--augmentation",)),  # the last batch of an epoch
+        ("baseline_depth", 9, ("--accumulate_grad_batches", "2")),
+        ("baseline_rgb7b", 8, ("--num_workers", "1")),  # LoRA
+    ],
+)
+def test_an_interrupted_run_resumes_bit_exactly(places, tiny_folder, name, stop_at, more):
+    """SIGTERM in batch `stop_at` of 12: exit code 143, and the resumed run ends with the very same bytes of weights."""
+    train(name, tiny_folder, *more)
+    done = read_checkpoint(places / name / "checkpoints/t/last.ckpt")
+    with interrupted(stop_at):
+        train(name, tiny_folder, *more, "--run_name", "cut")
     train(name, tiny_folder, *more, "--run_name", "cut", "--resume", "auto")
     resumed = read_checkpoint(places / name / "checkpoints/cut/last.ckpt")
     assert resumed["global_step"] == done["global_step"]
@@ -160,7 +167,7 @@ def test_weights_that_are_not_finite_are_never_saved(places, tiny_folder, monkey
     before = {path: path.read_bytes() for path in places.rglob("*.ckpt")}
     monkeypatch.setattr(training.FiniteGuard, "on_before_optimizer_step", lambda *args: None)
     with pytest.raises(UserError, match="not written, .* is not finite"):
-        more = ("--run_name", "more", "--lr", "1e38", "--warmup_share", "0", "--gradient_clip", "0")
+        more = ("--run_name", "more", "--lr", "1e36", "--warmup_share", "0", "--gradient_clip", "0")
         train("baseline_depth", tiny_folder, "--load_checkpoint", "t", *more)
     assert before == {path: path.read_bytes() for path in places.rglob("*.ckpt")}
 
@@ -272,9 +279,9 @@ def test_processes_of_a_launcher_need_a_run_name(places, tiny_folder, monkeypatc
 def test_checkpoints_are_found_by_run_name_and_path(tmp_path):
     run = tmp_path / "baseline_depth/checkpoints/demo"
     run.mkdir(parents=True)
-    for name in ("best-epoch00-acc0.5000.ckpt", "best-epoch02-acc0.7000.ckpt", "last.ckpt"):
+    for name in ("best-epoch00-score0.5000.ckpt", "best-epoch02-score0.7000.ckpt", "last.ckpt"):
         (run / name).touch()
-    best = run / "best-epoch02-acc0.7000.ckpt"
+    best = run / "best-epoch02-score0.7000.ckpt"
     for name in ("demo", str(run), best.name, str(best)):
         assert training.find_checkpoint(name, tmp_path) == best
     assert training.find_checkpoint("last.ckpt", tmp_path) == run / "last.ckpt"

@@ -1,0 +1,248 @@
+"""What the README claims about distillation, from nothing: train every arm over several seeds, write the tables.
+
+All arms of a seed start from the same student and see as many images in as many optimizer steps, with the same precision, batch
+size and schedule rules; they differ in the loss and in what they may read. A seed decides the order of the data, which labels
+are kept, and the student's start (the shipped weights with 2 % of noise). Choices were made on the validation split; the tables
+show the test split. What is finished is kept: an interrupted call goes on where it was.
+
+Writes  <output>/runs.json, a record per arm, label fraction and seed; <output>/README.md, the tables
+
+    make reproduce
+    python benchmarks/reproduce.py [--seeds 5] [--work DIR] [--output benchmarks/reproduce]
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import duration, git_commit, run_script, write_json  # first: loads .env
+
+# isort: split
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from scipy.stats import t as student_t
+
+from dataset.processor import load_processor, save_processor
+from distillation.models import MINIATURE_STUDENT, load_model
+from evaluation.metrics import QUESTION_TYPES
+
+EPOCHS = 6  # of 5,000 images in batches of 32: 942 optimizer steps, whatever the arm
+FRACTIONS = (1.0, 0.1, 0.05)
+TROUBLE = "knowledge_distillation7b_double_trouble"
+TEACHER = ["--teacher_checkpoint", "miniature_teacher"]
+ASK = ["--teacher_questions", "8"]
+CONTROL = "label-only"
+START_NOISE = 0.02
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training script of an arm."""
+
+    script: str  # folder below distillation/
+    epochs: int
+    flags: tuple[str, ...] = ()
+    labels: bool = True  # whether it reads gold answers; without them it is shared by all label fractions
+
+
+THREE_PHASES = (
+    Stage(f"{TROUBLE}/phase1", 2, labels=False),
+    Stage(f"{TROUBLE}/phase2", 2, tuple(ASK)),
+    Stage(f"{TROUBLE}/phase3", 2, tuple(ASK)),
+)
+ARMS = {  # name -> stages; the first is what all others are measured against
+    CONTROL: (Stage("baseline_depth", EPOCHS),),
+    "double trouble": THREE_PHASES,
+}
+FULL_LABEL_ARMS = {  # with all labels only
+    "double trouble, gold questions only": tuple(
+        Stage(stage.script, stage.epochs, labels=stage.labels) for stage in THREE_PHASES
+    ),
+    "logit-based": (Stage("knowledge_distillation7b_logit_based", EPOCHS, tuple(ASK)),),
+    "logit-based, gold questions only": (Stage("knowledge_distillation7b_logit_based", EPOCHS),),
+    "feature-based": (Stage("knowledge_distillation7b_feature_based", EPOCHS, tuple(ASK)),),
+}
+
+
+def load_script(path: str):
+    """A training or evaluation script as a module: nothing runs at import."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_once(script: str, argv: Sequence[str], work: Path, *, name: str) -> Path:
+    """Train unless this run is finished already; returns its checkpoints folder."""
+    folder = work / script / "checkpoints" / f"miniature_{name}"
+    record = work / script / "tensorboard_logs" / f"miniature_{name}" / "run.json"
+    if record.is_file() and "best" in json.loads(record.read_text(encoding="utf-8")):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)  # a run is minutes: an unfinished one starts again
+    (path,) = (ROOT / "distillation" / script).glob("train*.py")
+    module = load_script(path.relative_to(ROOT).as_posix())
+    print(f"--- {script} {name}", flush=True)
+    module.main(module.parse_args(["--miniature", "--run_name", name, *argv]))
+    gc.collect()
+    return folder
+
+
+def evaluate(checkpoint: Path, output: Path) -> dict[str, Any]:
+    """Test accuracies of a checkpoint: `metrics.json` of the evaluation script."""
+    if not (output / "metrics.json").is_file():
+        script = load_script("evaluation/onevisionv3/sunrgbd/evaluate_onevision.py")
+        script.main(script.parse_args(["--miniature", "--ckpt_path", str(checkpoint), "--output", str(output)]))
+    return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+
+
+def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy by depth, overall and per type."""
+    cells = {"By depth": metrics["depth_answerable"], "Overall": metrics["overall"]} | metrics["per_type"]
+    return {name: cell["exact_match"]["value"] for name, cell in cells.items()}
+
+
+def student_start(work: Path, seed: int) -> Path:
+    """The shipped student with noise on every weight: another start for every seed."""
+    folder = work / "students" / f"seed{seed}"
+    if not (folder / "model.safetensors").is_file():
+        model = load_model(MINIATURE_STUDENT)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight *= 1 + START_NOISE * torch.randn(weight.shape, generator=generator)
+        model.save_pretrained(folder)
+        save_processor(load_processor(MINIATURE_STUDENT), folder)
+    return folder
+
+
+def run_arm(name: str, stages: Sequence[Stage], *, fraction: float, seed: int, work: Path) -> dict[str, Any]:
+    """Train the stages of an arm one after the other and score its end on the test split."""
+    start, seconds = None, time.monotonic()
+    key = name.replace(",", "").replace(" ", "_")
+    for stage in stages:
+        run_name = f"{key}_{fraction}_seed{seed}" if stage.labels else f"all_seed{seed}"
+        argv = [
+            "--max_epochs",
+            str(stage.epochs),
+            "--seed",
+            str(seed),
+            "--student_name",
+            str(student_start(work, seed)),
+        ]
+        argv += ["--label_fraction", str(fraction)] * stage.labels + list(stage.flags)
+        argv += TEACHER if stage.script != "baseline_depth" else []
+        argv += ["--load_checkpoint", str(start)] if start else []
+        start = run_once(stage.script, argv, work, name=run_name)
+    results = work / "results" / f"{key}_{fraction}_seed{seed}"
+    (best,) = start.glob("best-*.ckpt")
+    found = scores(evaluate(best, results / "best"))
+    if name == CONTROL:  # early stopping or not, whichever turns out better for it
+        found = max(found, scores(evaluate(start / "last.ckpt", results / "last")), key=lambda s: s["By depth"])
+    return {"arm": name, "fraction": fraction, "seed": seed, "seconds": time.monotonic() - seconds, "scores": found}
+
+
+def table(runs: Sequence[Mapping[str, Any]], fraction: float) -> list[str]:
+    """Markdown rows: mean and standard deviation over seeds, paired difference from the control with its 95 % interval."""
+    columns = ["By depth", "Overall", *QUESTION_TYPES]
+    lines = [
+        f"| {100 * fraction:g} % of the labels | {' | '.join(c.removesuffix(' Identification') for c in columns)} | Gain by depth |",
+        "| --- |" + " ---: |" * (len(columns) + 1),
+    ]
+    chosen = [run for run in runs if run["fraction"] == fraction]
+    control = {run["seed"]: run["scores"] for run in chosen if run["arm"] == CONTROL}
+    for arm in dict.fromkeys(run["arm"] for run in chosen):
+        own = {run["seed"]: run["scores"] for run in chosen if run["arm"] == arm}
+        cells = [spread([100 * found[column] for found in own.values()]) for column in columns]
+        gains = [100 * (own[seed]["By depth"] - control[seed]["By depth"]) for seed in own if seed in control]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {interval(gains) if arm != CONTROL else ''} |")
+    return lines
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean with the 95 % interval of Student's t over seeds."""
+    if len(values) < 2:
+        return f"{mean(values):+.1f}"
+    half = student_t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):+.1f} [{mean(values) - half:+.1f}, {mean(values) + half:+.1f}]"
+
+
+def write_tables(output: Path, runs: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any], seconds: float) -> None:
+    """The tables with what they are about; and runs.json, from which they can be made again."""
+    blind = max(scores(found)["By depth"] for found in teacher["blind"].values())
+    ceiling = scores(teacher)["By depth"]
+    text = [
+        "# Distillation on the miniature world",
+        "",
+        f"{date.today()}, commit {git_commit()}, {torch.get_num_threads()} CPU threads, {duration(seconds)} in all. Share of right answers "
+        f"in % on the test split, mean ± standard deviation over seeds; gain: paired difference from {CONTROL} of the same seed and "
+        f"labels, with the 95 % interval over seeds. All arms of a table see as many images in as many optimizer steps. By depth: all "
+        f"questions but those about colour. The RGB teacher has {100 * ceiling:.1f} by depth, the best blind baseline {100 * blind:.1f}.",
+        "",
+    ]
+    for fraction in FRACTIONS:
+        text += [*table(runs, fraction), ""]
+    done = [run["scores"]["By depth"] for run in runs if run["arm"] == "double trouble" and run["fraction"] == 1.0]
+    share = 100 * (mean(done) - blind) / (ceiling - blind)
+    text += [f"With all labels, double trouble closes {share:.0f} % of the gap between blind and the RGB teacher.", ""]
+    (output / "README.md").write_text("\n".join(text), encoding="utf-8")
+    write_json(output / "runs.json", {"runs": list(runs), "teacher": scores(teacher), "blind": blind})
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="repetitions of every arm")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "benchmarks" / "reproduce.work", help="checkpoints and results"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "reproduce", help="tables")
+    args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: give at least 1")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Seed by seed, so that an interrupted study has whole comparisons."""
+    started, work = time.monotonic(), args.work.resolve()
+    os.environ["MAIN_ROOT_DATA_DIR"] = str(work)  # apart from the user's own runs
+    folder = run_once("baseline_rgb7b", [], work, name="teacher")
+    (best,) = folder.glob("best-*.ckpt")
+    teacher = evaluate(best, work / "results" / "teacher")
+    runs = []
+    args.output.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.seeds):
+        jobs = [(name, stages, fraction) for fraction in FRACTIONS for name, stages in ARMS.items()]
+        jobs += [(name, stages, 1.0) for name, stages in FULL_LABEL_ARMS.items()]
+        for name, stages, fraction in jobs:
+            path = work / "results" / f"{name}_{fraction}_seed{seed}.json"
+            if not path.is_file():
+                write_json(path, run_arm(name, stages, fraction=fraction, seed=seed, work=work))
+            runs.append(json.loads(path.read_text(encoding="utf-8")))
+        seconds = sum(run["seconds"] for run in runs)
+        write_tables(args.output, runs, teacher, seconds)
+        print(f"seed {seed}: {len(jobs)} arms done, {duration(time.monotonic() - started)} so far", flush=True)
+    print((args.output / "README.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

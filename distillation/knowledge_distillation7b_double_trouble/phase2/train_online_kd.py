@@ -1,0 +1,165 @@
+"""Double trouble, phase 2: the language model learns to read the aligned depth features, from gold answers and the teacher.
+
+Loss    cross-entropy of gold tokens + kl_weight * T^2 * KL(LoCa-calibrated teacher || student) over all answer tokens
+Trains  projector and language model; the vision tower stays as phase 1 left it
+Reads   phase 1's checkpoint (--load_checkpoint); the teacher's outputs (computed once); SUNRGBD/csv_data
+Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/
+Rates   as in baseline_depth; LoCa (https://arxiv.org/abs/2409.04778) with alpha 0.9: where the teacher is wrong about a gold
+        token, that token gets a lead of 0.1 and the other proportions stay
+
+    python distillation/knowledge_distillation7b_double_trouble/phase2/train_online_kd.py --batch_size 2 --load_checkpoint
+    python distillation/knowledge_distillation7b_double_trouble/phase2/train_online_kd.py --miniature --load_checkpoint
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT))
+
+from utils import run_script  # first: loads .env before transformers reads it
+
+# isort: split
+import argparse
+
+import pytorch_lightning as pl
+import torch
+from transformers import get_cosine_schedule_with_warmup
+
+from dataset.datamodule import ImageSettings
+from dataset.processor import load_processor
+from distillation.losses import answer_cross_entropy, answer_diagnostics, forward_kl, loca_logits
+from distillation.models import (
+    MINIATURE_STUDENT,
+    MINIATURE_TEACHER,
+    STUDENT_NAME,
+    answer_logits,
+    answers_right,
+    load_model,
+    set_trainable,
+)
+from distillation.teacher_cache import open_teacher
+from distillation.training import (
+    add_common_args,
+    add_depth_args,
+    add_teacher_args,
+    build_data,
+    need_checkpoint,
+    parse,
+    start_run,
+    train,
+)
+
+PHASE_1 = "knowledge_distillation7b_double_trouble/phase1"
+
+
+class CalibratedDistillation(pl.LightningModule):
+    """A depth student with aligned vision whose language model learns from gold answers and a calibrated teacher."""
+
+    strict_loading = False  # checkpoints hold the student only
+
+    def __init__(
+        self,
+        *,
+        student_name,
+        teacher,
+        kl_weight,
+        temperature,
+        loca_alpha,
+        vocab_size,
+        lr,
+        weight_decay,
+        warmup_share,
+    ):
+        super().__init__()
+        self.save_hyperparameters(ignore="teacher")
+        self.student = load_model(student_name)
+        set_trainable(self.student, vision=False, projector=True, language=True)
+        self.register_buffer("teacher_head", teacher.head(), persistent=False)
+
+    def forward_student(self, batch):
+        """-> logits (n, V) that predict the n answer tokens, and those tokens (n,)."""
+        return answer_logits(self.student, batch["text"], batch["student_images"], vocab_size=self.hparams.vocab_size)
+
+    def forward_teacher(self, batch):
+        """-> logits (n, V) for the same tokens, from the cached hidden states through the teacher's frozen output layer."""
+        hidden = batch["teacher"]["hidden"]
+        return hidden.to(self.teacher_head.dtype) @ self.teacher_head.T
+
+    def training_step(self, batch, batch_idx):
+        logits, targets = self.forward_student(batch)
+        teacher_logits = self.forward_teacher(batch)
+        gold = batch["teacher"]["gold"]
+
+        calibrated, corrected = loca_logits(
+            teacher_logits=teacher_logits,
+            targets=targets,
+            alpha=self.hparams.loca_alpha,
+            temperature=self.hparams.temperature,
+        )
+
+        ce = answer_cross_entropy(logits=logits[gold], targets=targets[gold])
+        kl = forward_kl(student_logits=logits, teacher_logits=calibrated, temperature=self.hparams.temperature)
+        loss = ce + self.hparams.kl_weight * kl
+
+        self.log_dict({"train/loss": loss, "train/ce": ce, "train/kl": kl, "train/corrected": corrected.float().mean()})
+        self.log_dict(
+            answer_diagnostics(student_logits=logits, teacher_logits=teacher_logits, targets=targets, gold=gold)
+        )
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        logits, targets = self.forward_student(batch)
+        right = answers_right(logits, batch["text"])
+        self.log(
+            "val/ce", answer_cross_entropy(logits=logits, targets=targets), batch_size=len(targets), sync_dist=True
+        )
+        self.log("val/exact_match", right.float().mean(), batch_size=len(right), sync_dist=True)
+
+    def configure_optimizers(self):
+        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=self.hparams.lr, betas=(0.9, 0.98), weight_decay=self.hparams.weight_decay
+        )
+        updates = self.trainer.estimated_stepping_batches
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(self.hparams.warmup_share * updates), updates)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_args(parser, leave_out=["--vision_lr"])
+    add_depth_args(parser)
+    add_teacher_args(parser)
+    parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
+    parser.add_argument("--kl_weight", type=float, default=1.0, help="of the divergence from the teacher")
+    parser.add_argument("--temperature", type=float, default=1.0, help="T, softens both distributions")
+    parser.add_argument("--loca_alpha", type=float, default=0.9, help="a corrected token leads by 1 - alpha")
+    args = parse(parser, argv, student_name=MINIATURE_STUDENT, teacher_name=MINIATURE_TEACHER)
+    need_checkpoint(parser, args, PHASE_1)
+    return args
+
+
+def main(args):
+    images = ImageSettings("depth", args.depth_encoding, args.depth_source, args.image_tokens)
+    run = start_run(args, __file__, images)
+    processor = load_processor(args.student_name)
+    data = build_data(args, processor, student=images)
+    teacher = open_teacher(args, data, run)
+    data.use_teacher(teacher)
+    module = CalibratedDistillation(
+        student_name=args.student_name,
+        teacher=teacher,
+        kl_weight=args.kl_weight,
+        temperature=args.temperature,
+        loca_alpha=args.loca_alpha,
+        vocab_size=len(processor.tokenizer),
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        warmup_share=args.warmup_share,
+    )
+    train(module, data, run, args, builds_on=PHASE_1)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,405 @@
+"""The five distillation scripts and the teacher cache, on a small world with tiny models."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.datamodule import ImageSettings, SUNRGBDDataModule, hide_labels, measured_share
+from dataset.processor import load_processor, save_processor
+from dataset.prompts import collate_prompts, pack_questions
+from distillation import teacher_cache
+from distillation.models import (
+    answer_logits,
+    greedy_answers,
+    image_features,
+    load_model,
+    overview_patches,
+    set_trainable,
+)
+from distillation.teacher_cache import same_recording
+from distillation.training import read_checkpoint, start_run
+from tests.test_training import flags, interrupted, load_script
+from tests.test_training import train as train_baseline
+from utils import UserError
+
+TROUBLE = "knowledge_distillation7b_double_trouble"
+SCRIPTS = {
+    "phase1": f"{TROUBLE}/phase1",
+    "phase2": f"{TROUBLE}/phase2",
+    "phase3": f"{TROUBLE}/phase3",
+    "feature": "knowledge_distillation7b_feature_based",
+    "logit": "knowledge_distillation7b_logit_based",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(processor, tmp_path_factory):
+    """A random teacher: the student's tower and tokenizer, a wider language model."""
+    from dataset.miniature.pretrain import Size, build_model
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    model = build_model(Size(16, 1, 24, 2, 2), processor)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.25)
+        model.lm_head.weight[processor.tokenizer.eos_token_id] *= 2.5  # some of its answers end, some do not
+    model.save_pretrained(folder)
+    save_processor(processor, folder)
+    return folder
+
+
+@pytest.fixture
+def places(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROOT_DATA_DIR", str(world))
+    monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(tmp_path / "out"))
+    monkeypatch.setattr(teacher_cache, "IMAGES_PER_SHARD", 10)
+    return tmp_path / "out"
+
+
+def train(name, tiny_folder, tiny_teacher, *more):
+    script = load_script(f"distillation/{SCRIPTS[name]}/train_online_kd.py")
+    argv = flags(tiny_folder, "--teacher_name", str(tiny_teacher), *more)
+    if name == "phase1":  # it has no --lr, only the tower trains
+        del argv[argv.index("--lr") : argv.index("--lr") + 2]
+    script.main(script.parse_args(argv))
+
+
+def data_module(world, tiny_folder, **options):
+    data = SUNRGBDDataModule(
+        root=world,
+        processor=load_processor(str(tiny_folder)),
+        student=ImageSettings("depth", image_tokens="one_tile"),
+        batch_size=4,
+        **options,
+    )
+    data.setup()
+    return data
+
+
+def teacher_of(data, tiny_folder, tiny_teacher, *more):
+    script = load_script(f"distillation/{SCRIPTS['logit']}/train_online_kd.py")
+    args = script.parse_args(flags(tiny_folder, "--teacher_name", str(tiny_teacher), *more))
+    return teacher_cache.open_teacher(args, data, start_run(args, script.__file__, data.student))
+
+
+# what trains
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (dict(vision=True, projector=False, language=False), {"vision_tower"}),
+        (
+            dict(vision=False, projector=True, language=True),
+            {"multi_modal_projector", "image_newline", "language_model"},
+        ),
+    ],
+)
+def test_trainable_parts(tiny_folder, parts, expected):
+    model = load_model(str(tiny_folder))
+    set_trainable(model, **parts)
+    trains = {name.removeprefix("model.").split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trains == expected
+    assert not any("post_layernorm" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_the_three_phases_hand_over_and_move_only_their_parts(places, tiny_folder, tiny_teacher, capsys):
+    stock = load_model(str(tiny_folder)).state_dict()
+    weights = {}
+    for name, more in (("phase1", ()), ("phase2", ("--load_checkpoint",)), ("phase3", ("--load_checkpoint",))):
+        train(name, tiny_folder, tiny_teacher, "--teacher_questions", "2", *more)
+        (best,) = (places / SCRIPTS[name] / "checkpoints/t").glob("best*.ckpt")
+        state = read_checkpoint(best)["state_dict"]
+        assert all(key.startswith("student.") for key in state)
+        weights[name] = {key.removeprefix("student."): value for key, value in state.items()}
+
+    def moved(before, after):
+        changed = {key for key in after if not torch.equal(before[key], after[key])}
+        return {key.removeprefix("model.").split(".")[0] for key in changed} - {"lm_head"}
+
+    assert moved(stock, weights["phase1"]) == {"vision_tower"}
+    assert moved(weights["phase1"], weights["phase2"]) == {"multi_modal_projector", "image_newline", "language_model"}
+    assert moved(weights["phase2"], weights["phase3"]) >= {"vision_tower", "multi_modal_projector", "language_model"}
+    logged = (places / SCRIPTS["phase3"] / "tensorboard_logs/t/metrics.csv").read_text().splitlines()[0]
+    for term in ("ce", "kl", "patch", "contrastive", "contrastive_accuracy", "contrastive_chance", "corrected"):
+        assert f"train/{term}" in logged.split(",")
+    for term in ("student_entropy", "teacher_entropy", "teacher_ce"):
+        assert f"train/{term}" in logged.split(",")
+    assert "starting from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["feature", "logit"])
+def test_single_stage_strategies(places, tiny_folder, tiny_teacher, name):
+    train(name, tiny_folder, tiny_teacher, "--export", str(places / "export"), "--label_fraction", "0.5")
+    (best,) = (places / SCRIPTS[name] / "checkpoints/t").glob("best*.ckpt")
+    others = {key for key in read_checkpoint(best)["state_dict"] if not key.startswith("student.")}
+    assert others == ({"hidden_map.weight", "hidden_map.bias"} if name == "feature" else set())
+    exported = load_model(str(places / "export")).state_dict()  # the map is not part of the student
+    assert exported.keys() == load_model(str(tiny_folder)).state_dict().keys()
+
+
+def test_a_phase_needs_the_checkpoint_of_the_phase_before(places, tiny_folder, tiny_teacher, capsys):
+    with pytest.raises(SystemExit):
+        train("phase2", tiny_folder, tiny_teacher)
+    assert f"distillation/{TROUBLE}/phase1/train_online_kd.py" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"make one with: python distillation/{TROUBLE}/phase1/train_online_kd.py"):
+        train("phase2", tiny_folder, tiny_teacher, "--load_checkpoint")
+    train_baseline("baseline_depth", tiny_folder, "--max_steps", "1")
+    with pytest.raises(UserError, match=f"is of baseline_depth; this script builds on {TROUBLE}/phase1"):
+        train("phase2", tiny_folder, tiny_teacher, "--load_checkpoint", str(places / "baseline_depth/checkpoints/t"))
+    train("phase1", tiny_folder, tiny_teacher, "--depth_encoding", "grey", "--max_steps", "1")
+    with pytest.raises(UserError, match="depth_encoding grey, this run has metric_log3"):
+        train("phase2", tiny_folder, tiny_teacher, "--load_checkpoint")
+
+
+def test_an_interrupted_distillation_resumes_bit_exactly(places, tiny_folder, tiny_teacher):
+    """Further questions are drawn anew for every image and epoch; the feature-based script has weights beside the student."""
+    more = ("--teacher_questions", "1", "--label_fraction", "0.5")
+    train("feature", tiny_folder, tiny_teacher, *more)
+    with interrupted(8):
+        train("feature", tiny_folder, tiny_teacher, *more, "--run_name", "cut")
+    train("feature", tiny_folder, tiny_teacher, *more, "--run_name", "cut", "--resume", "auto")
+    runs = places / SCRIPTS["feature"] / "checkpoints"
+    done, resumed = (read_checkpoint(runs / run / "last.ckpt")["state_dict"] for run in ("t", "cut"))
+    assert done.keys() == resumed.keys() and all(torch.equal(done[key], resumed[key]) for key in done)
+    with pytest.raises(UserError, match="label_fraction"):
+        train("feature", tiny_folder, tiny_teacher, *more[:2], "--run_name", "cut", "--resume", "auto")
+
+
+# the teacher cache
+
+
+def test_cached_outputs_are_the_teachers(places, world, tiny_folder, tiny_teacher):
+    """Logits and patches read back equal those of the teacher itself looking at the RGB pictures."""
+    data = data_module(world, tiny_folder, teacher_questions=2)
+    teacher = teacher_of(data, tiny_folder, tiny_teacher)
+    data.use_teacher(teacher)
+    items = [data.train[0, index] for index in range(4)]
+    batch = data.collate(items)
+    model = load_model(str(tiny_teacher)).eval()
+    rgb = SUNRGBDDataModule(root=world, processor=data.processor, student=ImageSettings("rgb", image_tokens="one_tile"))
+    rgb.setup()
+    by_path = {group[0].image_path: i for i, group in enumerate(rgb.train.images)}
+    pictures = [rgb.train[0, by_path[path]]["image"] for path in batch["image_paths"]]
+    images = data.processor.pixels(pictures, image_tokens="one_tile")
+    with torch.no_grad():
+        logits, targets = answer_logits(model, batch["text"], images, vocab_size=len(data.processor.tokenizer))
+        patches = overview_patches(model, images)
+    cached = batch["teacher"]["hidden"] @ teacher.head().T
+    assert len(targets) == len(batch["teacher"]["gold"]) == len(cached)
+    torch.testing.assert_close(cached, logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batch["teacher"]["patches"], patches, atol=1e-5, rtol=1e-5)
+    own = ~batch["teacher"]["gold"]
+    assert own.any() and batch["teacher"]["gold"].any()
+    forbidden = [data.processor.image_token_id, data.processor.video_token_id]
+    logits[:, forbidden] = -torch.inf
+    assert (logits.argmax(-1) == targets)[own].all()  # its own answers are what it holds most likely
+    bank = teacher.bank()
+    mean, std = teacher.statistics()
+    for i, row in enumerate(batch["teacher"]["bank_rows"]):
+        torch.testing.assert_close(bank[row], ((patches[i] - mean) / std).mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_the_teacher_looks_once(places, world, tiny_folder, tiny_teacher, monkeypatch):
+    """Kill after two shards, damage one: only what is missing or damaged is computed again; then no model is loaded at all."""
+    looked, look = [], teacher_cache._look
+
+    def counting(model, processor, root, groups, images, precision):
+        looked.extend(rows[0].image_path for rows in groups)
+        if len(looked) > 20 and not (places / "go_on").exists():
+            raise KeyboardInterrupt
+        return look(model, processor, root, groups, images, precision)
+
+    monkeypatch.setattr(teacher_cache, "_look", counting)
+    data = data_module(world, tiny_folder)
+    with pytest.raises(KeyboardInterrupt):
+        teacher_of(data, tiny_folder, tiny_teacher)
+    (places / "go_on").touch()
+    looked.clear()
+    teacher = teacher_of(data, tiny_folder, tiny_teacher)
+    images = len(data.train.images) + len(data.val.images)
+    assert len(looked) == images - 20
+    shard = teacher.shards[1]
+    before = shard.read_bytes()
+    shard.write_bytes(before[:100] + bytes([before[100] ^ 1]) + before[101:])
+    looked.clear()
+    teacher_of(data, tiny_folder, tiny_teacher)
+    assert len(looked) == 10 and shard.read_bytes() == before
+    monkeypatch.setattr(teacher_cache, "load_model", None)
+    again = teacher_of(data, tiny_folder, tiny_teacher)
+    assert again.shards == teacher.shards
+
+
+def test_other_pictures_or_questions_are_other_shards(world, tiny_folder, tmp_path):
+    data = data_module(world, tiny_folder)
+    groups = data.train.images
+    before = teacher_cache.shard_paths(tmp_path, world, groups)
+    reworded = [[*groups[0][:-1], type(groups[0][0])(**{**_fields(groups[0][-1]), "question": "What?"})], *groups[1:]]
+    assert teacher_cache.shard_paths(tmp_path, world, reworded) != before
+    copy = tmp_path / "world"
+    for row in {rows[0].image_path for rows in groups}:
+        (copy / row).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(world / row, copy / row)
+    assert teacher_cache.shard_paths(tmp_path, copy, groups) == before
+    picture = copy / groups[0][0].image_path
+    picture.write_bytes(picture.read_bytes() + b"0")
+    assert teacher_cache.shard_paths(tmp_path, copy, groups) != before
+
+
+def _fields(row):
+    return {name: getattr(row, name) for name in row.__dataclass_fields__}
+
+
+def test_unfit_teachers_are_refused(places, world, tiny_folder, tiny_teacher, tmp_path):
+    data = data_module(world, tiny_folder)
+    with pytest.raises(UserError, match="no LLaVA-OneVision processor"):
+        teacher_of(data, tiny_folder, tmp_path)
+    train_baseline("baseline_depth", tiny_folder, "--max_steps", "1")
+    run = places / "baseline_depth/checkpoints/t"
+    with pytest.raises(UserError, match="has modality depth, a teacher here needs rgb"):
+        teacher_of(data, tiny_folder, tiny_teacher, "--teacher_checkpoint", str(run))
+    other = tmp_path / "other"
+    shutil.copytree(tiny_teacher, other)
+    config = json.loads((other / "tokenizer.json").read_text())
+    vocab = config["model"]["vocab"]
+    first, second = list(vocab)[:2]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (other / "tokenizer.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="the tokenizer of teacher"):
+        teacher_of(data, tiny_folder, other)
+
+
+def test_a_fine_tuned_teacher_is_taken(places, world, tiny_folder, tiny_teacher):
+    train_baseline("baseline_rgb7b", tiny_teacher, "--lr", "1e-2")
+    data = data_module(world, tiny_folder)
+    stock = teacher_of(data, tiny_folder, tiny_teacher)
+    tuned = teacher_of(data, tiny_folder, tiny_teacher, "--teacher_checkpoint")
+    row = data.train.images[0][0]
+    assert stock.folder != tuned.folder
+    assert not torch.equal(stock.answer(row, gold=True)[1], tuned.answer(row, gold=True)[1])
+    scores = tuned.accuracy([row for rows in data.val.images for row in rows])
+    assert 0 <= scores["all"] <= 1 and set(scores) > {"all"}
+
+
+def test_greedy_answers_of_packed_blocks_equal_one_by_one(places, world, tiny_folder):
+    """Some blocks have their answer already, rows have different numbers of blocks, answers different lengths."""
+    processor, model = load_processor(str(tiny_folder)), load_model(str(tiny_folder)).eval()
+    data = data_module(world, tiny_folder)
+    groups = [rows for rows in data.val.images if len(rows) > 2][:3]
+    groups = [rows[: 3 + i] for i, rows in enumerate(groups)]
+    images = processor.pixels(
+        [data.val[0, data.val.images.index(_whole(data, g))]["image"] for g in groups], image_tokens="one_tile"
+    )
+    n = processor.num_image_tokens + 1
+    options = dict(vocab_size=len(processor.tokenizer), end_of_turn=processor.tokenizer.eos_token_id, max_new_tokens=7)
+
+    def ask(questions, answers, pictures):
+        prompts = [pack_questions(processor, q, a, n_image_tokens=n) for q, a in zip(questions, answers, strict=True)]
+        text = collate_prompts(prompts, pad_token_id=processor.tokenizer.pad_token_id)
+        return greedy_answers(model, text, pictures, **options)
+
+    questions = [[row.question for row in rows] for rows in groups]
+    gold = [[row.answer if i == 1 else None for i, row in enumerate(rows)] for rows in groups]
+    packed = ask(questions, gold, images)
+    for i, rows in enumerate(groups):
+        picture = {k: v[i : i + 1] if k != "batch_num_images" else v for k, v in images.items()}
+        for k in range(len(rows)):
+            alone = ask([[questions[i][k]]], [[gold[i][k]]], picture)
+            assert packed.tokens[i][k] == alone.tokens[0][0]
+            torch.testing.assert_close(packed.hidden[i][k], alone.hidden[0][0], atol=1e-4, rtol=1e-4)
+    lengths = {len(tokens) for row in packed.tokens for tokens in row}
+    assert len(lengths) > 1 and len({tuple(t) for row in packed.tokens for t in row}) > 3
+
+
+def _whole(data, rows):
+    (found,) = (group for group in data.val.images if group[0].image_path == rows[0].image_path)
+    return found
+
+
+def test_the_tensor_that_the_projector_reads(places, world, tiny_folder, processor):
+    """In both ways of cutting a picture: the projected patches are the image tokens that the language model gets."""
+    model = load_model(str(tiny_folder)).eval()
+    rng = np.random.default_rng(0)
+    pictures = [
+        rng.integers(0, 255, (100, 180, 3), dtype=np.uint8),
+        rng.integers(0, 255, (128, 128, 3), dtype=np.uint8),
+    ]
+    for mode in ("anyres", "one_tile"):
+        images = processor.pixels(pictures, image_tokens=mode)
+        features = image_features(model, images)
+        patches = overview_patches(model, images, features)
+        torch.testing.assert_close(patches, overview_patches(model, images))
+        projected = model.model.multi_modal_projector(patches)
+        for i in range(2):
+            torch.testing.assert_close(projected[i], features.pooler_output[i][:64])
+
+
+# labels and masks
+
+
+def test_label_fractions_are_nested_and_only_take_answers_away(world, tiny_folder):
+    rows = data_module(world, tiny_folder).rows("train")
+    kept = {f: {r.id for r in hide_labels(rows, f, seed=3) if r.answer} for f in (0.05, 0.1, 0.5, 1.0)}
+    assert kept[0.05] <= kept[0.1] <= kept[0.5] <= kept[1.0] == {r.id for r in rows}
+    assert len(kept[0.5]) == round(len(rows) / 2)
+    assert [r.id for r in hide_labels(rows, 0.1, seed=3)] == [r.id for r in rows]
+    with pytest.raises(UserError, match="--label_fraction"):
+        hide_labels(rows, 0, seed=0)
+
+
+def test_label_only_training_sees_labelled_images_and_as_many_of_them(world, tiny_folder):
+    full, few = data_module(world, tiny_folder), data_module(world, tiny_folder, label_fraction=0.1)
+    assert len(few.train) < len(full.train) and all(row.answer for rows in few.train.images for row in rows)
+    drawn = [key for batch in few.train_dataloader().batch_sampler for key in batch]
+    assert len(drawn) == len(full.train)
+    counts = np.bincount([index for _, index in drawn])
+    assert counts.max() - counts.min() <= 1  # repeated evenly
+
+
+def test_hidden_labels_never_reach_a_batch(places, world, tiny_folder, tiny_teacher):
+    data = data_module(world, tiny_folder, label_fraction=0.3, teacher_questions=3)
+    data.use_teacher(teacher_of(data, tiny_folder, tiny_teacher))
+    answered = {row.id for rows in data.train.images for row in rows if row.answer}
+    everything = {row.id: row for row in data.rows("train")}
+    assert 0 < len(answered) < len(everything)
+    end = data.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    gold_seen = 0
+    for index in range(len(data.train)):
+        item = data.train[0, index]
+        batch = data.collate([item])
+        assert len(item["rows"]) <= len(data.train.images[index]) + 3
+        tokens = batch["text"]["labels"][batch["text"]["labels"] != -100]
+        gold_seen += int((tokens[batch["teacher"]["gold"]] == end).sum())
+    assert gold_seen == len(answered)
+
+
+def test_measured_share_of_patches():
+    depth = np.full((64, 128, 3), 0.5, np.float32)
+    depth[:, :32] = np.nan
+    share = measured_share(depth, grid=4, image_tokens="anyres").reshape(4, 4)
+    assert np.allclose(share, [[0, 1, 1, 1]] * 4)
+    padded = measured_share(depth, grid=4, image_tokens="one_tile").reshape(4, 4)
+    assert np.allclose(padded, [[0] * 4, [0, 1, 1, 1], [0, 1, 1, 1], [0] * 4])
+    depth[:, 32:48] = np.nan
+    assert measured_share(depth, grid=4, image_tokens="anyres").reshape(4, 4)[0, 1] == pytest.approx(0.5)
+
+
+def test_images_of_one_recording_are_no_negatives():
+    mask = same_recording(torch.tensor([0, 0, 1, 0]), torch.tensor([0, 2]))
+    assert mask.tolist() == [[False, True, False, True], [False] * 4]
+
+
+def test_a_bank_of_one_recording_is_refused(places, tiny_folder, tiny_teacher):
+    with pytest.raises(UserError, match="at least 2 recordings"):
+        train("phase1", tiny_folder, tiny_teacher, "--subset_percentage", "0.01")
+
+
+def test_dry_run_of_a_distillation_writes_nothing(places, tiny_folder, tiny_teacher, capsys):
+    train("logit", tiny_folder, tiny_teacher, "--dry_run", "--teacher_questions", "2")
+    assert "peak memory" in capsys.readouterr().out
+    assert not places.exists()
