@@ -60,8 +60,8 @@ class Stage:
 
 
 THREE_PHASES = (
-    Stage(f"{TROUBLE}/phase1", 2, labels=False),
-    Stage(f"{TROUBLE}/phase2", 2, tuple(ASK)),
+    Stage(f"{TROUBLE}/phase1", 3, labels=False),
+    Stage(f"{TROUBLE}/phase2", 1, tuple(ASK)),
     Stage(f"{TROUBLE}/phase3", 2, tuple(ASK)),
 )
 ARMS = {  # name -> stages; the first is what all others are measured against

@@ -128,6 +128,7 @@ class SUNRGBDDataset(Dataset):
         self.questions_per_image = questions_per_image
         self.augmentation = augmentation
         self.seed = seed
+        self._frames: dict[int, Frame] = {}  # camera and file names, read once
 
     def __len__(self) -> int:
         return len(self.images)
@@ -136,9 +137,10 @@ class SUNRGBDDataset(Dataset):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         rows = self.images[index]
-        frame = read_frame(self.root, frame_path(rows[0]))
+        if index not in self._frames:
+            self._frames[index] = read_frame(self.root, frame_path(rows[0]))
         augment_rng = rng.spawn(1)[0] if self.augmentation else None
-        (image,) = load_images(frame, [self.student], augment_rng=augment_rng)
+        (image,) = load_images(self._frames[index], [self.student], augment_rng=augment_rng)
         further = self.unanswered.get(rows[0].image_path, [])
         rows = _some(rows, self.questions_per_image, rng) + _some(further, self.unanswered_per_image, rng)
         return {"rows": rows, "image": image}

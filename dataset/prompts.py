@@ -12,6 +12,7 @@ Padding is on the left, so that the last position of every row is a real one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -44,6 +45,18 @@ def render_question(processor: ImageTextProcessor, question: str, *, with_image:
     return (head, tail) if with_image else (head, question + tail)
 
 
+@lru_cache(maxsize=100_000)
+def _tokens(processor: ImageTextProcessor, text: str) -> list[int]:
+    """Token ids of a text; questions come back in every epoch, and many are asked about several images."""
+    return processor.tokenizer(text, add_special_tokens=False).input_ids
+
+
+@lru_cache(maxsize=100_000)
+def _question_tokens(processor: ImageTextProcessor, question: str, *, with_image: bool) -> tuple[list[int], list[int]]:
+    head, tail = render_question(processor, question, with_image=with_image)
+    return _tokens(processor, head), _tokens(processor, tail)
+
+
 def pack_questions(
     processor: ImageTextProcessor,
     questions: Sequence[str],
@@ -60,19 +73,15 @@ def pack_questions(
             answer starts; None instead of a list = none of them has an answer.
         n_image_tokens: image placeholders in the prefix; 0 = the model sees no image.
     """
-    tokenize = processor.tokenizer
-    parts = [render_question(processor, question, with_image=n_image_tokens > 0) for question in questions]
-    prefix = tokenize(parts[0][0], add_special_tokens=False).input_ids + [processor.image_token_id] * n_image_tokens
-    end_of_turn = tokenize.convert_tokens_to_ids("<|im_end|>")
+    parts = [_question_tokens(processor, question, with_image=n_image_tokens > 0) for question in questions]
+    prefix = [*parts[0][0], *[processor.image_token_id] * n_image_tokens]
+    end_of_turn = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     ids, labels = list(prefix), [IGNORE] * len(prefix)
     segments, positions = [PREFIX_SEGMENT] * len(prefix), list(range(len(prefix)))
-    for k, (_, block_text) in enumerate(parts):
+    for k, (_, prompt) in enumerate(parts):
         # The answer is tokenized apart from its prompt, as it is when the model generates it.
-        prompt = tokenize(block_text, add_special_tokens=False).input_ids
         answer = [] if answers is None or answers[k] is None else answers[k]
-        if isinstance(answer, str):
-            answer = tokenize(answer, add_special_tokens=False).input_ids + [end_of_turn]
-        answer = list(answer)
+        answer = [*_tokens(processor, answer), end_of_turn] if isinstance(answer, str) else list(answer)
         ids += prompt + answer
         labels += [IGNORE] * len(prompt) + answer
         segments += [k + 1] * (len(prompt) + len(answer))

@@ -151,22 +151,23 @@ def add_depth_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depth_source", choices=DEPTH_SOURCES, default="raw", help="raw, or bfx = hole-filled")
 
 
-def add_teacher_args(parser: argparse.ArgumentParser) -> None:
-    """The flags of every script that distils: which teacher, what it is asked."""
-    add = parser.add_argument
-    add("--teacher_name", default=TEACHER_NAME, help="hub id or folder of a stock teacher")
-    add(
+def add_teacher_args(parser: argparse.ArgumentParser, *, asks: bool = True) -> None:
+    """The flags of every script that distils: which teacher and, where its answers count, what it is asked."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--teacher_name", default=TEACHER_NAME, help="hub id or folder of a stock teacher")
+    which.add_argument(
         "--teacher_checkpoint",
         nargs="?",
         const="best",
         help="a teacher fine-tuned by baseline_rgb7b: a path or a run's name; without one: the best",
     )
-    add(
-        "--teacher_questions",
-        type=int,
-        default=0,
-        help="per image and step so many further questions, answered by the teacher",
-    )
+    if asks:
+        parser.add_argument(
+            "--teacher_questions",
+            type=int,
+            default=0,
+            help="per image and step so many further questions, answered by the teacher",
+        )
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniature_defaults: Any) -> argparse.Namespace:
@@ -182,7 +183,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
     if args.max_steps != -1 and args.max_steps < 1:
         parser.error(f"--max_steps {args.max_steps}: give at least 1, or -1 for no limit")
     for name in ("subset_percentage", "label_fraction"):
-        if not 0 < getattr(args, name) <= 1:
+        if not 0 < getattr(args, name, 1.0) <= 1:
             parser.error(f"--{name} {getattr(args, name)}: give a share above 0 and at most 1")
     if not args.warmup_share < 1:
         parser.error(f"--warmup_share {args.warmup_share}: give a share below 1")
@@ -537,10 +538,10 @@ def build_data(
         processor=processor,
         student=student,
         batch_size=args.batch_size,
-        questions_per_image=args.questions_per_image,
+        questions_per_image=getattr(args, "questions_per_image", None),  # phase 1 has no flags about questions
         teacher_questions=getattr(args, "teacher_questions", 0),
         subset_percentage=args.subset_percentage,
-        label_fraction=args.label_fraction,
+        label_fraction=getattr(args, "label_fraction", 1.0),
         augmentation=args.augmentation,
         num_workers=args.num_workers,
         seed=args.seed,

@@ -83,7 +83,7 @@ def data_module(world, tiny_folder, **options):
 
 def teacher_of(data, tiny_folder, tiny_teacher, *more):
     script = load_script(f"distillation/{SCRIPTS['logit']}/train_online_kd.py")
-    args = script.parse_args(flags(tiny_folder, "--teacher_name", str(tiny_teacher), *more))
+    args = script.parse_args(flags(tiny_folder, *(more or ("--teacher_name", str(tiny_teacher)))))
     return teacher_cache.open_teacher(args, data, start_run(args, script.__file__, data.student))
 
 
@@ -111,8 +111,9 @@ def test_trainable_parts(tiny_folder, parts, expected):
 def test_the_three_phases_hand_over_and_move_only_their_parts(places, tiny_folder, tiny_teacher, capsys):
     stock = load_model(str(tiny_folder)).state_dict()
     weights = {}
-    for name, more in (("phase1", ()), ("phase2", ("--load_checkpoint",)), ("phase3", ("--load_checkpoint",))):
-        train(name, tiny_folder, tiny_teacher, "--teacher_questions", "2", *more)
+    further = ("--load_checkpoint", "--teacher_questions", "2")
+    for name, more in (("phase1", ()), ("phase2", further), ("phase3", further)):
+        train(name, tiny_folder, tiny_teacher, *more)
         (best,) = (places / SCRIPTS[name] / "checkpoints/t").glob("best*.ckpt")
         state = read_checkpoint(best)["state_dict"]
         assert all(key.startswith("student.") for key in state)

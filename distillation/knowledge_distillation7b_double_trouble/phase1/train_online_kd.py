@@ -136,15 +136,15 @@ class VisionAlignment(pl.LightningModule):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_args(parser, leave_out=["--lr"])
+    add_common_args(parser, leave_out=["--lr", "--label_fraction", "--questions_per_image"])
     parser.set_defaults(vision_lr=2e-5)
     add_depth_args(parser)
-    add_teacher_args(parser)
+    add_teacher_args(parser, asks=False)
     parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
     parser.add_argument("--patch_weight", type=float, default=1.0, help="of the distance between patches")
-    parser.add_argument("--contrastive_weight", type=float, default=0.1, help="of InfoNCE")
+    parser.add_argument("--contrastive_weight", type=float, default=0.01, help="of InfoNCE")
     parser.add_argument("--contrastive_temperature", type=float, default=0.07, help="of InfoNCE")
-    return parse(parser, argv, student_name=MINIATURE_STUDENT, teacher_name=MINIATURE_TEACHER)
+    return parse(parser, argv, student_name=MINIATURE_STUDENT, teacher_name=MINIATURE_TEACHER, vision_lr=1e-3)
 
 
 def main(args):

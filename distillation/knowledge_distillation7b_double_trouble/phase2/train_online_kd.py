@@ -135,7 +135,7 @@ def parse_args(argv=None):
     parser.add_argument("--kl_weight", type=float, default=1.0, help="of the divergence from the teacher")
     parser.add_argument("--temperature", type=float, default=1.0, help="T, softens both distributions")
     parser.add_argument("--loca_alpha", type=float, default=0.9, help="a corrected token leads by 1 - alpha")
-    args = parse(parser, argv, student_name=MINIATURE_STUDENT, teacher_name=MINIATURE_TEACHER)
+    args = parse(parser, argv, student_name=MINIATURE_STUDENT, teacher_name=MINIATURE_TEACHER, lr=1e-3)
     need_checkpoint(parser, args, PHASE_1)
     return args
 
