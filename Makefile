@@ -15,9 +15,9 @@ EVALUATE := $(PY) evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --miniatu
 demo: $(READY)
 	$(PY) dataset/miniature/world.py
 	$(PY) distillation/baseline_rgb7b/train2.py --miniature --run_name $(RUN)
-	$(PY) distillation/baseline_rgb05b/train.py --miniature --run_name $(RUN) --max_epochs 1
-	$(PY) distillation/baseline_depth/train.py --miniature --run_name $(RUN) --max_epochs 4
-	$(PY) $(TROUBLE)/phase1/train_online_kd.py $(DISTIL) --max_epochs 2
+	$(PY) distillation/baseline_rgb05b/train.py --miniature --run_name $(RUN) --max_epochs 1 --subset_percentage 0.5
+	$(PY) distillation/baseline_depth/train.py --miniature --run_name $(RUN) --max_epochs 3
+	$(PY) $(TROUBLE)/phase1/train_online_kd.py $(DISTIL) --max_epochs 1
 	$(PY) $(TROUBLE)/phase2/train_online_kd.py $(DISTIL) --max_epochs 1 $(FROM_BEFORE)
 	$(PY) $(TROUBLE)/phase3/train_online_kd.py $(DISTIL) --max_epochs 1 $(FROM_BEFORE)
 	$(EVALUATE) --kd_model_type baseline_rgb7b --ckpt_path miniature_$(RUN) --name "RGB teacher" --output $(DEMO)/rgb_teacher
