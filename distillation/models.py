@@ -84,10 +84,8 @@ def add_lora(model: nn.Module, *, rank: int, alpha: int) -> PeftModel:
     )
     model = get_peft_model(model, config)
     for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = (
-                parameter.data.float()
-            )  # where the frozen weights are bfloat16, updates must not round away
+        if parameter.requires_grad:  # where the frozen weights are bfloat16, updates must not round away
+            parameter.data = parameter.data.float()
     return model
 
 

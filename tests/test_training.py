@@ -1,7 +1,6 @@
 """The training scripts as their user runs them, on a small world with a tiny model: files, resume, faults, flags."""
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.reproduce import load_script
 from dataset.datamodule import questions_file
 from dataset.questions import read_questions
 from distillation import training
@@ -26,13 +26,6 @@ SCRIPTS = {
     "baseline_rgb05b": "distillation/baseline_rgb05b/train.py",
     "baseline_rgb7b": "distillation/baseline_rgb7b/train2.py",
 }
-
-
-def load_script(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
