@@ -16,40 +16,24 @@ A batch (tensors; B images, T tokens, S the vision tower's image size):
 `teacher_questions` without a gold answer.
 """
 
-import math
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dataset.augmentation import augment
-from dataset.depth import encode_depth, read_depth
+from dataset.pictures import ImageSettings, Picture, PictureCache, load_images, make_picture
 from dataset.processor import ImageTextProcessor
 from dataset.prompts import collate_prompts, pack_questions
 from dataset.questions import QuestionRow, read_questions
-from dataset.sunrgbd import Frame, read_frame, read_rgb
+from dataset.sunrgbd import Frame, read_frame
 from utils import UserError
-
-MODALITIES = ("rgb", "depth", "blind")
-DEPTH_SOURCES = ("raw", "bfx")
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """What a model sees of a frame. Stored in every checkpoint, so that evaluation feeds the very same pixels."""
-
-    modality: str  # one of MODALITIES
-    depth_encoding: str = "metric_log3"
-    depth_source: str = "raw"  # "raw" with holes, or "bfx", hole-filled (see `Frame`)
-    image_tokens: str = "anyres"
 
 
 class TeacherOutputs(Protocol):
@@ -64,47 +48,6 @@ class TeacherOutputs(Protocol):
         """(P, Dv) vision features of the overview tile."""
 
 
-def load_images(
-    frame: Frame, wanted: list[ImageSettings], *, augment_rng: np.random.Generator | None = None
-) -> list[np.ndarray | None]:
-    """The pictures of one frame as the models see them. Training and evaluation both come through here.
-
-    Args:
-        frame: where the pictures and the camera are.
-        wanted: one entry per model (student, teacher).
-        augment_rng: augment with this generator; None = as recorded.
-
-    Returns:
-        Per entry: (H, W, 3) uint8 RGB, float32 encoded depth in [1/255, 1] with nan holes, or None for a blind model.
-    """
-    modalities = {settings.modality for settings in wanted}
-    sources = {settings.depth_source for settings in wanted if settings.modality == "depth"}
-    rgb = read_rgb(frame.root / frame.image_path) if "rgb" in modalities else None
-    depth_m = read_depth(frame.root / _depth_file(frame, sources.pop())) if sources else None
-    if rgb is not None and depth_m is not None and rgb.shape[:2] != depth_m.shape:
-        raise UserError(
-            f"{frame.path}: RGB is {rgb.shape[:2]} and depth {depth_m.shape} pixels; they must be registered"
-        )
-    intrinsics, tilt = frame.intrinsics, frame.tilt
-    if augment_rng is not None and modalities != {"blind"}:
-        rgb, depth_m, intrinsics, tilt = augment(rgb, depth_m, intrinsics=intrinsics, tilt=tilt, rng=augment_rng)
-
-    def view(settings: ImageSettings) -> np.ndarray | None:
-        if settings.modality == "depth":
-            return encode_depth(depth_m, encoding=settings.depth_encoding, intrinsics=intrinsics, tilt=tilt)
-        return rgb if settings.modality == "rgb" else None
-
-    return [view(settings) for settings in wanted]
-
-
-def _depth_file(frame: Frame, source: str) -> str:
-    if source == "raw":
-        return frame.depth_path
-    if frame.depth_bfx_path is None:
-        raise UserError(f"{frame.path}: no depth_bfx picture; use --depth_source raw")
-    return frame.depth_bfx_path
-
-
 class SUNRGBDDataset(Dataset):
     """One item is an image with its questions. Items are asked for as (epoch, index), which keys all randomness."""
 
@@ -113,14 +56,16 @@ class SUNRGBDDataset(Dataset):
         root: Path,
         rows: list[QuestionRow],
         *,
+        processor: ImageTextProcessor,
         student: ImageSettings,
         questions_per_image: int | None = None,
         unanswered: list[QuestionRow] | None = None,
         unanswered_per_image: int = 0,
         augmentation: bool = False,
+        cache: PictureCache | None = None,
         seed: int = 0,
     ) -> None:
-        self.root = root
+        self.root, self.processor, self.cache = root, processor, cache
         self.images: list[list[QuestionRow]] = group_by_image(rows)
         self.unanswered = {group[0].image_path: group for group in group_by_image(unanswered or [])}
         self.unanswered_per_image = unanswered_per_image
@@ -139,11 +84,21 @@ class SUNRGBDDataset(Dataset):
         rows = self.images[index]
         if index not in self._frames:
             self._frames[index] = read_frame(self.root, frame_path(rows[0]))
-        augment_rng = rng.spawn(1)[0] if self.augmentation else None
-        (image,) = load_images(self._frames[index], [self.student], augment_rng=augment_rng)
+        picture = self._picture(self._frames[index], rng.spawn(1)[0] if self.augmentation else None)
         further = self.unanswered.get(rows[0].image_path, [])
         rows = _some(rows, self.questions_per_image, rng) + _some(further, self.unanswered_per_image, rng)
-        return {"rows": rows, "image": image}
+        return {"rows": rows, "picture": picture}
+
+    def _picture(self, frame: Frame, augment_rng: np.random.Generator | None) -> Picture | None:
+        """None for a blind student."""
+
+        def make() -> Picture:
+            (image,) = load_images(frame, [self.student], augment_rng=augment_rng)
+            return make_picture(image, self.processor, self.student.image_tokens)
+
+        if self.student.modality == "blind":
+            return None
+        return self.cache.get(frame, make) if self.cache else make()
 
 
 def _some(rows: list[QuestionRow], most: int | None, rng: np.random.Generator) -> list[QuestionRow]:
@@ -194,26 +149,6 @@ def hide_labels(rows: list[QuestionRow], share: float, *, seed: int) -> list[Que
     order = np.random.default_rng((seed, 2)).permutation(len(rows))
     kept = set(order[: max(1, round(share * len(rows)))].tolist())
     return [row if i in kept else replace(row, answer="") for i, row in enumerate(rows)]
-
-
-def measured_share(depth: np.ndarray, *, grid: int, image_tokens: str) -> np.ndarray:
-    """How much of each patch of the overview tile has a depth measurement: 0 in holes and in padding.
-
-    Args:
-        depth: (H, W, 3) encoded depth, nan = no measurement.
-        grid: patches per side of the tile.
-        image_tokens: "one_tile" pads the picture to a square, "anyres" stretches it.
-
-    Returns:
-        (grid * grid,) float32 in [0, 1], row by row.
-    """
-    measured = np.isfinite(depth[..., 0]).astype(np.float32)
-    if image_tokens == "one_tile":
-        height, width = measured.shape
-        side = max(height, width)
-        top, left = (side - height) // 2, (side - width) // 2
-        measured = np.pad(measured, ((top, side - height - top), (left, side - width - left)))
-    return np.asarray(Image.fromarray(measured).resize((grid, grid), Image.Resampling.BOX)).reshape(-1)
 
 
 class ResumableBatchSampler(Sampler):
@@ -285,11 +220,12 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         subset_percentage: float = 1.0,
         label_fraction: float = 1.0,
         augmentation: bool = False,
+        cache: PictureCache | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.root, self.processor, self.student = root, processor, student
+        self.root, self.processor, self.student, self.cache = root, processor, student, cache
         self.batch_size, self.questions_per_image = batch_size, questions_per_image
         self.teacher_questions, self.label_fraction = teacher_questions, label_fraction
         self.subset_percentage, self.augmentation = subset_percentage, augmentation
@@ -334,7 +270,8 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         return self._dataset(rows, **options)
 
     def _dataset(self, rows: list[QuestionRow], **options: Any) -> SUNRGBDDataset:
-        return SUNRGBDDataset(self.root, rows, student=self.student, seed=self.seed, **options)
+        options |= {"processor": self.processor, "student": self.student, "cache": self.cache, "seed": self.seed}
+        return SUNRGBDDataset(self.root, rows, **options)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, resumable."""
@@ -373,28 +310,33 @@ class SUNRGBDDataModule(pl.LightningDataModule):
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Items of the data set -> a batch, see the module."""
-        images = [item["image"] for item in items]
+        pictures = [item["picture"] for item in items]
         rows = [item["rows"] for item in items]
-        blind = self.student.modality == "blind"
         said = [[self._answer(row) for row in group] for group in rows]
         prompts = [
             pack_questions(
                 self.processor,
                 [row.question for row in group],
                 [tokens for tokens, _ in answers],
-                n_image_tokens=image_placeholders(self.processor, image, self.student),
+                n_image_tokens=image_placeholders(self.processor, picture and picture.size.tolist(), self.student),
             )
-            for image, group, answers in zip(images, rows, said, strict=True)
+            for picture, group, answers in zip(pictures, rows, said, strict=True)
         ]
         batch = {
             "question_ids": [[row.id for row in group] for group in rows],
             "image_paths": [group[0].image_path for group in rows],
             "text": collate_prompts(prompts, pad_token_id=self.processor.tokenizer.pad_token_id),
-            "student_images": {} if blind else self.processor.pixels(images, image_tokens=self.student.image_tokens),
+            "student_images": self._student_images(pictures),
         }
         if self.teacher is not None:
-            batch["teacher"] = self._teacher_outputs(images, rows, [hidden for group in said for _, hidden in group])
+            batch["teacher"] = self._teacher_outputs(pictures, rows, [hidden for group in said for _, hidden in group])
         return batch
+
+    def _student_images(self, pictures: list[Picture | None]) -> dict[str, Tensor]:
+        if self.student.modality == "blind":
+            return {}
+        tiles, sizes = [picture.tiles for picture in pictures], [picture.size for picture in pictures]
+        return self.processor.join(tiles, sizes, image_tokens=self.student.image_tokens)
 
     def _answer(self, row: QuestionRow) -> tuple[str | list[int], Tensor | None]:
         """Gold answer or the teacher's own, and the teacher's hidden states that predict it."""
@@ -403,17 +345,15 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         return self.teacher.answer(row, gold=bool(row.answer))
 
     def _teacher_outputs(
-        self, images: list[np.ndarray], rows: list[list[QuestionRow]], hidden: list[Tensor]
+        self, pictures: list[Picture], rows: list[list[QuestionRow]], hidden: list[Tensor]
     ) -> dict[str, Tensor]:
-        grid = math.isqrt(self.processor.num_image_tokens)
         gold = [bool(row.answer) for group in rows for row in group]
         paths = [group[0].image_path for group in rows]
-        measured = [measured_share(image, grid=grid, image_tokens=self.student.image_tokens) for image in images]
         return {
             "hidden": torch.cat(hidden),
             "gold": torch.tensor(gold).repeat_interleave(torch.tensor([len(states) for states in hidden])),
             "patches": torch.stack([self.teacher.patches(path) for path in paths]),
-            "measured": torch.from_numpy(np.stack(measured)),
+            "measured": torch.stack([picture.measured for picture in pictures]),
             "bank_rows": torch.tensor([self.teacher.rows.get(path, -1) for path in paths]),
         }
 
@@ -424,11 +364,11 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def image_placeholders(processor: ImageTextProcessor, image: np.ndarray | None, settings: ImageSettings) -> int:
-    """Placeholder tokens of one picture in the prompt; 0 for a blind model."""
-    if image is None:
-        return 0
-    return processor.count_image_tokens(*image.shape[:2], image_tokens=settings.image_tokens)
+def image_placeholders(
+    processor: ImageTextProcessor, size: tuple[int, int] | list[int] | None, settings: ImageSettings
+) -> int:
+    """Placeholder tokens in the prompt of a picture of this (height, width); 0 without one, for a blind model."""
+    return processor.count_image_tokens(*size, image_tokens=settings.image_tokens) if size else 0
 
 
 def questions_file(root: Path, split: str) -> Path:

@@ -61,15 +61,26 @@ class ImageTextProcessor(LlavaOnevisionProcessor):
             pixel_values (B, tiles, 3, S, S) float32, image_sizes (B, 2) and batch_num_images, which tells the model how
             many tiles to expect.
         """
-        arrays = [image if image.dtype == np.uint8 else image * np.float32(255) for image in images]
-        one_tile = image_tokens == "one_tile"
-        # The stock processor gives one tile per image when several images share a sequence; a lone one is given twice.
-        nested = [arrays if len(arrays) > 1 else arrays * 2] if one_tile else [[a] for a in arrays]
+        tiles = [self.tiles(image, image_tokens=image_tokens) for image in images]
+        return self.join(tiles, [torch.tensor(image.shape[:2]) for image in images], image_tokens=image_tokens)
+
+    def tiles(self, image: np.ndarray, *, image_tokens: str) -> torch.Tensor:
+        """(tiles, 3, S, S) float32 of one image, see `pixels`."""
+        array = image if image.dtype == np.uint8 else image * np.float32(255)
+        # The stock processor gives one tile per image when several images share a sequence; so it gets a lone one twice.
+        nested = [[array] * (2 if image_tokens == "one_tile" else 1)]
         out = self.image_processor(nested, return_tensors="pt", do_convert_rgb=False, input_data_format="channels_last")
+        return out["pixel_values"][0]
+
+    def join(
+        self, tiles: list[torch.Tensor], sizes: list[torch.Tensor], *, image_tokens: str
+    ) -> dict[str, torch.Tensor]:
+        """What `pixels` returns, from the `tiles` of each image and its (height, width); fewer tiles are padded with 0."""
+        n_images = [max(len(tiles), 2)] if image_tokens == "one_tile" else [1] * len(tiles)
         return {
-            "pixel_values": out["pixel_values"][: len(images)],
-            "image_sizes": out["image_sizes"][: len(images)],
-            "batch_num_images": torch.tensor([max(len(images), 2)]) if one_tile else out["batch_num_images"],
+            "pixel_values": torch.nn.utils.rnn.pad_sequence(tiles, batch_first=True),
+            "image_sizes": torch.stack(sizes),
+            "batch_num_images": torch.tensor(n_images),
         }
 
     def count_image_tokens(self, height: int, width: int, *, image_tokens: str) -> int:

@@ -37,15 +37,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dataset.datamodule import (
-    ImageSettings,
     SUNRGBDDataModule,
     frame_path,
     group_by_image,
     image_placeholders,
-    load_images,
     subset_of_images,
     unanswered_file,
 )
+from dataset.pictures import ImageSettings, load_images
 from dataset.processor import ImageTextProcessor, load_processor
 from dataset.prompts import collate_prompts, pack_questions
 from dataset.questions import QuestionRow
@@ -383,7 +382,7 @@ def _look(
             processor,
             [row.question for row, _ in blocks],
             [row.answer if kind == GOLD else None for row, kind in blocks],
-            n_image_tokens=image_placeholders(processor, picture, images),
+            n_image_tokens=image_placeholders(processor, picture.shape[:2], images),
         )
         for blocks, picture in zip(asked, pictures, strict=True)
     ]

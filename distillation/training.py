@@ -27,9 +27,10 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from dataset.datamodule import DEPTH_SOURCES, ImageSettings, SUNRGBDDataModule
+from dataset.datamodule import SUNRGBDDataModule
 from dataset.depth import ENCODINGS
 from dataset.miniature.world import ensure_world
+from dataset.pictures import DEPTH_SOURCES, ImageSettings, PictureCache
 from dataset.processor import IMAGE_TOKENS, ImageTextProcessor
 from distillation.models import (
     TEACHER_NAME,
@@ -110,6 +111,11 @@ def add_common_args(parser: argparse.ArgumentParser, *, leave_out: Sequence[str]
         "--augmentation",
         action="store_true",
         help="colour jitter on RGB, noise and holes on depth, shared crop and roll",
+    )
+    add(
+        "--picture_cache",
+        action=argparse.BooleanOptionalAction,
+        help="keep the student's pictures on disk, ready to use (with --miniature: yes, unless --augmentation)",
     )
     add("--image_tokens", choices=IMAGE_TOKENS, default="anyres", help="tiles of a grid, or one tile per picture")
     add("--num_workers", type=int, default=4, help="data loading processes")
@@ -195,6 +201,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
         parser.error("--resume continues a run with its own weights; leave out --load_checkpoint")
     if args.resume and args.dry_run:
         parser.error("--dry_run says what a new run costs; leave out --resume")
+    if args.picture_cache and args.augmentation:
+        parser.error("--augmentation makes every picture anew: leave out --picture_cache")
+    if args.picture_cache is None:
+        args.picture_cache = args.miniature and not args.augmentation
     for name in ("export", "save_final_pt"):
         path = getattr(args, name)
         if path is not None and path.exists():
@@ -203,8 +213,13 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
 
 
 def need_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, experiment: str) -> None:
-    """Stop unless it is said which checkpoint of `experiment` (a folder below distillation/) this phase starts from."""
-    if not (args.load_checkpoint or args.resume):
+    """Stop unless it is said which checkpoint of `experiment` (a folder below distillation/) this phase starts from.
+
+    --from_stock says that it starts from none.
+    """
+    if args.from_stock and args.load_checkpoint:
+        parser.error("--from_stock leaves the phases before out; leave out --load_checkpoint")
+    if not (args.load_checkpoint or args.resume or args.from_stock):
         parser.error(
             f"--load_checkpoint is needed: this script starts from a checkpoint of {experiment}; alone it takes the best one. "
             f"To make one: python distillation/{experiment}/train_online_kd.py{' --miniature' * args.miniature}"
@@ -533,6 +548,9 @@ def build_data(
         raise UserError("--dry_run writes nothing; make the miniature world first: python dataset/miniature/world.py")
     if args.miniature:
         ensure_world(root)
+    cache = None
+    if args.picture_cache and not args.dry_run:
+        cache = PictureCache(outputs_root(ROOT / "distillation" / "picture_cache"), processor, student)
     data = SUNRGBDDataModule(
         root=root,
         processor=processor,
@@ -543,11 +561,28 @@ def build_data(
         subset_percentage=args.subset_percentage,
         label_fraction=getattr(args, "label_fraction", 1.0),
         augmentation=args.augmentation,
+        cache=cache,
         num_workers=args.num_workers,
         seed=args.seed,
     )
     data.setup()
+    if cache:
+        check_disk(data, cache)
     return data
+
+
+def check_disk(data: SUNRGBDDataModule, cache: PictureCache) -> None:
+    """Say how large the picture cache will become. Raises UserError when the disk cannot hold it."""
+    n = len(data.train) + len(data.val)
+    needed = n * sum(tensor.numel() * tensor.element_size() for tensor in vars(data.train[0, 0]["picture"]).values())
+    needed -= sum(path.stat().st_size for path in cache.folder.rglob("*.safetensors"))
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache.folder).free
+    print(
+        f"picture cache {cache.folder}: {n} pictures, {max(needed, 0) / 1e9:.2f} GB to write, {free / 1e9:.0f} GB free"
+    )
+    if needed > free:
+        raise UserError(f"--picture_cache: {cache.folder} has no room for it; use --no-picture_cache")
 
 
 def train(
@@ -627,7 +662,7 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
         UserError: names the first setting that differs.
     """
     free = {"resume", "run_name", "git_commit", "export", "save_final_pt", "num_workers", "max_epochs", "max_steps"}
-    free |= {"accelerator", "devices", "strategy", "load_checkpoint"}
+    free |= {"accelerator", "devices", "strategy", "load_checkpoint", "picture_cache"}
     for name in sorted(run.record.keys() - free):
         if recorded.get(name) != run.record[name]:
             raise UserError(

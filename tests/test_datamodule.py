@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,16 +10,15 @@ import torch
 
 from dataset.augmentation import augment
 from dataset.datamodule import (
-    ImageSettings,
     ResumableBatchSampler,
     SUNRGBDDataModule,
     frame_path,
     group_by_image,
-    load_images,
     questions_file,
     subset_of_images,
 )
 from dataset.depth import unproject
+from dataset.pictures import ImageSettings, PictureCache, load_images
 from dataset.questions import read_questions
 from dataset.sunrgbd import read_frame
 from utils import UserError
@@ -102,11 +102,55 @@ def test_order_is_a_function_of_position(world_size):
 
 def test_augmentation_is_keyed_by_epoch_and_image(world, processor):
     data = module(world, processor, augmentation=True)
-    first, again, other = (data.train[key]["image"] for key in ((0, 1), (0, 1), (1, 1)))
-    np.testing.assert_array_equal(first, again)
-    assert first.shape != other.shape or not np.array_equal(first, other, equal_nan=True)
+    first, again, other = (data.train[key]["picture"].tiles for key in ((0, 1), (0, 1), (1, 1)))
+    assert torch.equal(first, again) and not torch.equal(first, other)
     plain = module(world, processor)
-    np.testing.assert_array_equal(plain.train[0, 1]["image"], plain.train[7, 1]["image"])
+    assert torch.equal(plain.train[0, 1]["picture"].tiles, plain.train[7, 1]["picture"].tiles)
+
+
+@pytest.mark.parametrize("image_tokens", ["one_tile", "anyres"])
+def test_cached_pictures_are_the_pictures(world, processor, tmp_path, image_tokens):
+    """First use, second use, a damaged file, a half file, another process: always the very same batch."""
+    student = ImageSettings("depth", image_tokens=image_tokens)
+    cache = PictureCache(tmp_path, processor, student)
+    plain, cached = (module(world, processor, student=student, cache=c) for c in (None, cache))
+
+    def same() -> bool:
+        batches = [data.collate([data.train[0, i] for i in range(4)]) for data in (plain, cached)]
+        assert all(
+            torch.equal(a, b) for a, b in zip(*(batch["student_images"].values() for batch in batches), strict=True)
+        )
+        pictures = [data.train[0, 2]["picture"] for data in (plain, cached)]
+        return torch.equal(pictures[0].measured, pictures[1].measured)
+
+    assert same()
+    files = sorted(cache.folder.rglob("*.safetensors"))
+    assert len(files) == 4
+    before = [path.read_bytes() for path in files]
+    assert same() and [path.read_bytes() for path in files] == before
+    files[0].write_bytes(before[0][:-1] + bytes([before[0][-1] ^ 1]))
+    files[1].write_bytes(before[1][:1000])
+    files[2].write_bytes(b"")
+    assert same() and [path.read_bytes() for path in files] == before
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_picture_cache_knows_what_a_picture_is_made_from(world, processor, tmp_path):
+    """Another encoding, tile mode, camera or depth picture is another file."""
+    data = module(world, processor)
+    frame = read_frame(world, frame_path(data.train.images[0][0]))
+    other = read_frame(world, frame_path(data.train.images[1][0]))
+    settings = [DEPTH, replace(DEPTH, depth_encoding="grey"), replace(DEPTH, image_tokens="anyres"), RGB]
+    assert len({PictureCache(tmp_path, processor, s).folder for s in settings}) == len(settings)
+    cache, made = PictureCache(tmp_path, processor, DEPTH), []
+
+    def make():
+        made.append(len(made))
+        return data.train[0, 0]["picture"]
+
+    for shown in (frame, frame, other, replace(frame, intrinsics=frame.intrinsics * 1.1), frame):
+        cache.get(shown, make)
+    assert len(made) == 3
 
 
 def test_augmentation_keeps_rgb_and_depth_registered():

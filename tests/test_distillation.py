@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.datamodule import ImageSettings, SUNRGBDDataModule, hide_labels, measured_share
+from dataset.datamodule import SUNRGBDDataModule, hide_labels
+from dataset.pictures import ImageSettings, measured_share
 from dataset.processor import load_processor, save_processor
 from dataset.prompts import collate_prompts, pack_questions
 from distillation import teacher_cache
@@ -186,8 +187,7 @@ def test_cached_outputs_are_the_teachers(places, world, tiny_folder, tiny_teache
     rgb = SUNRGBDDataModule(root=world, processor=data.processor, student=ImageSettings("rgb", image_tokens="one_tile"))
     rgb.setup()
     by_path = {group[0].image_path: i for i, group in enumerate(rgb.train.images)}
-    pictures = [rgb.train[0, by_path[path]]["image"] for path in batch["image_paths"]]
-    images = data.processor.pixels(pictures, image_tokens="one_tile")
+    images = rgb.collate([rgb.train[0, by_path[path]] for path in batch["image_paths"]])["student_images"]
     with torch.no_grad():
         logits, targets = answer_logits(model, batch["text"], images, vocab_size=len(data.processor.tokenizer))
         patches = overview_patches(model, images)
@@ -293,9 +293,7 @@ def test_greedy_answers_of_packed_blocks_equal_one_by_one(places, world, tiny_fo
     data = data_module(world, tiny_folder)
     groups = [rows for rows in data.val.images if len(rows) > 2][:3]
     groups = [rows[: 3 + i] for i, rows in enumerate(groups)]
-    images = processor.pixels(
-        [data.val[0, data.val.images.index(_whole(data, g))]["image"] for g in groups], image_tokens="one_tile"
-    )
+    images = data.collate([data.val[0, data.val.images.index(_whole(data, g))] for g in groups])["student_images"]
     n = processor.num_image_tokens + 1
     options = dict(vocab_size=len(processor.tokenizer), end_of_turn=processor.tokenizer.eos_token_id, max_new_tokens=7)
 

@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from dataset.datamodule import ImageSettings, SUNRGBDDataModule, load_images
+from dataset.datamodule import SUNRGBDDataModule
+from dataset.pictures import ImageSettings, load_images
 from dataset.prepare_sunrgbd import build_csv_data
 from dataset.questions import read_questions
 from dataset.sunrgbd import read_frame

@@ -10,7 +10,7 @@ from evaluation.metrics import QUESTION_TYPES
 
 
 def run(arm, seed, by_depth):
-    scores = dict.fromkeys(["By depth", "Overall", *QUESTION_TYPES], by_depth)
+    scores = dict.fromkeys(["By depth", "Overall", *QUESTION_TYPES, "Val"], by_depth)
     return {"arm": arm, "fraction": 1.0, "seed": seed, "scores": scores}
 
 

@@ -26,7 +26,7 @@ import pytorch_lightning as pl
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from dataset.datamodule import ImageSettings
+from dataset.pictures import ImageSettings
 from dataset.processor import load_processor
 from distillation.losses import answer_cross_entropy
 from distillation.models import (

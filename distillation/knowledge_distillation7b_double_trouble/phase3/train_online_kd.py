@@ -26,7 +26,7 @@ import pytorch_lightning as pl
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from dataset.datamodule import ImageSettings
+from dataset.pictures import ImageSettings
 from dataset.processor import load_processor
 from distillation.losses import (
     answer_cross_entropy,
@@ -168,6 +168,7 @@ def parse_args(argv=None):
     add_common_args(parser)
     add_depth_args(parser)
     add_teacher_args(parser)
+    parser.add_argument("--from_stock", action="store_true", help="leave out the phases before: from the stock student")
     parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
     parser.add_argument("--kl_weight", type=float, default=1.0, help="of the divergence from the teacher")
     parser.add_argument("--temperature", type=float, default=1.0, help="T, softens both distributions")

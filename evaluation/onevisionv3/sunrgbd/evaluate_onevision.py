@@ -43,18 +43,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig
 
-from dataset.datamodule import (
-    DEPTH_SOURCES,
-    MODALITIES,
-    ImageSettings,
-    frame_path,
-    group_by_image,
-    image_placeholders,
-    load_images,
-    questions_file,
-)
+from dataset.datamodule import frame_path, group_by_image, image_placeholders, questions_file
 from dataset.depth import ENCODINGS
 from dataset.miniature.world import ensure_world
+from dataset.pictures import DEPTH_SOURCES, MODALITIES, ImageSettings, load_images
 from dataset.processor import IMAGE_TOKENS, ImageTextProcessor, load_processor
 from dataset.prompts import collate_prompts, pack_questions
 from dataset.questions import QuestionRow, csv_cells, read_questions
@@ -258,7 +250,9 @@ class QuestionBatches(Dataset):
                 self.processor,
                 [row.question],
                 None,
-                n_image_tokens=image_placeholders(self.processor, picture, self.images),
+                n_image_tokens=image_placeholders(
+                    self.processor, None if picture is None else picture.shape[:2], self.images
+                ),
             )
             for group, picture in zip(groups, pictures, strict=True)
             for row in group

@@ -1,0 +1,169 @@
+"""A frame's files -> what a model takes of them: decoded, encoded, cut into tiles, normalised; kept on disk if asked for."""
+
+import hashlib
+import json
+import math
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+
+from dataset.augmentation import augment
+from dataset.depth import encode_depth, read_depth
+from dataset.processor import ImageTextProcessor
+from dataset.sunrgbd import Frame, read_rgb
+from utils import ROOT, UserError, atomic_path
+
+MODALITIES = ("rgb", "depth", "blind")
+DEPTH_SOURCES = ("raw", "bfx")
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What a model sees of a frame. Stored in every checkpoint, so that evaluation feeds the very same pixels."""
+
+    modality: str  # one of MODALITIES
+    depth_encoding: str = "metric_log3"
+    depth_source: str = "raw"  # "raw" with holes, or "bfx", hole-filled (see `Frame`)
+    image_tokens: str = "anyres"
+
+
+def load_images(
+    frame: Frame, wanted: list[ImageSettings], *, augment_rng: np.random.Generator | None = None
+) -> list[np.ndarray | None]:
+    """The pictures of one frame as the models see them. Training and evaluation both come through here.
+
+    Args:
+        frame: where the pictures and the camera are.
+        wanted: one entry per model (student, teacher).
+        augment_rng: augment with this generator; None = as recorded.
+
+    Returns:
+        Per entry: (H, W, 3) uint8 RGB, float32 encoded depth in [1/255, 1] with nan holes, or None for a blind model.
+    """
+    modalities = {settings.modality for settings in wanted}
+    sources = {settings.depth_source for settings in wanted if settings.modality == "depth"}
+    rgb = read_rgb(frame.root / frame.image_path) if "rgb" in modalities else None
+    depth_m = read_depth(frame.root / _depth_file(frame, sources.pop())) if sources else None
+    if rgb is not None and depth_m is not None and rgb.shape[:2] != depth_m.shape:
+        raise UserError(
+            f"{frame.path}: RGB is {rgb.shape[:2]} and depth {depth_m.shape} pixels; they must be registered"
+        )
+    intrinsics, tilt = frame.intrinsics, frame.tilt
+    if augment_rng is not None and modalities != {"blind"}:
+        rgb, depth_m, intrinsics, tilt = augment(rgb, depth_m, intrinsics=intrinsics, tilt=tilt, rng=augment_rng)
+
+    def view(settings: ImageSettings) -> np.ndarray | None:
+        if settings.modality == "depth":
+            return encode_depth(depth_m, encoding=settings.depth_encoding, intrinsics=intrinsics, tilt=tilt)
+        return rgb if settings.modality == "rgb" else None
+
+    return [view(settings) for settings in wanted]
+
+
+def _depth_file(frame: Frame, source: str) -> str:
+    if source == "raw":
+        return frame.depth_path
+    if frame.depth_bfx_path is None:
+        raise UserError(f"{frame.path}: no depth_bfx picture; use --depth_source raw")
+    return frame.depth_bfx_path
+
+
+def source_path(frame: Frame, settings: ImageSettings) -> str:
+    """The file, relative to the frame's root, that a model with these settings sees."""
+    return frame.image_path if settings.modality == "rgb" else _depth_file(frame, settings.depth_source)
+
+
+def measured_share(depth: np.ndarray, *, grid: int, image_tokens: str) -> np.ndarray:
+    """How much of each patch of the overview tile has a depth measurement: 0 in holes and in padding.
+
+    Args:
+        depth: (H, W, 3) encoded depth, nan = no measurement; RGB is measured everywhere.
+        grid: patches per side of the tile.
+        image_tokens: "one_tile" pads the picture to a square, "anyres" stretches it.
+
+    Returns:
+        (grid * grid,) float32 in [0, 1], row by row.
+    """
+    measured = np.isfinite(depth[..., 0]).astype(np.float32)
+    if image_tokens == "one_tile":
+        height, width = measured.shape
+        side = max(height, width)
+        top, left = (side - height) // 2, (side - width) // 2
+        measured = np.pad(measured, ((top, side - height - top), (left, side - width - left)))
+    return np.asarray(Image.fromarray(measured).resize((grid, grid), Image.Resampling.BOX)).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One frame as a model takes it."""
+
+    tiles: Tensor  # (tiles, 3, S, S) float32
+    size: Tensor  # (2,) int64, height and width before it was cut
+    measured: Tensor  # (P,) float32 in [0, 1], `measured_share` of depth; ones for RGB
+
+
+def make_picture(image: np.ndarray, processor: ImageTextProcessor, image_tokens: str) -> Picture:
+    """What `load_images` returned for one model -> tiles."""
+    grid = math.isqrt(processor.num_image_tokens)
+    return Picture(
+        tiles=processor.tiles(image, image_tokens=image_tokens),
+        size=torch.tensor(image.shape[:2]),
+        measured=torch.from_numpy(measured_share(image, grid=grid, image_tokens=image_tokens)),
+    )
+
+
+class PictureCache:
+    """Pictures that were made once, a file each. Whichever process needs a missing one makes it; others find it.
+
+    A file is named by the bytes of the frame's picture, its camera and everything that turns them into tiles, and carries a
+    checksum: a damaged one is made again.
+    """
+
+    def __init__(self, folder: Path, processor: ImageTextProcessor, settings: ImageSettings) -> None:
+        sources = [(ROOT / "dataset" / name).read_bytes() for name in ("depth.py", "pictures.py", "processor.py")]
+        made_by = {
+            "settings": asdict(settings),
+            "processor": processor.image_processor.to_dict(),
+            "image_tokens": processor.num_image_tokens,
+            "libraries": [transformers.__version__, Image.__version__, np.__version__],
+            "sources": [hashlib.sha256(source).hexdigest() for source in sources],
+        }
+        digest = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()
+        self.folder, self.settings = folder / digest[:16], settings
+
+    def get(self, frame: Frame, make: Callable[[], Picture]) -> Picture:
+        """The picture of a frame, made by `make` when it is not there yet."""
+        digest = hashlib.sha256((frame.root / source_path(frame, self.settings)).read_bytes())
+        digest.update(frame.intrinsics.tobytes() + frame.tilt.tobytes())
+        path = self.folder / digest.hexdigest()[:2] / f"{digest.hexdigest()[:32]}.safetensors"
+        picture = _read(path)
+        if picture is None:
+            picture = make()
+            _write(path, picture)
+        return picture
+
+
+def _read(path: Path) -> Picture | None:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    (checksum,) = struct.unpack("<I", data[:4]) if len(data) > 4 else (None,)
+    if checksum != zlib.crc32(data[4:]):
+        return None
+    return Picture(**safetensors.torch.load(data[4:]))
+
+
+def _write(path: Path, picture: Picture) -> None:
+    data = safetensors.torch.save(vars(picture))
+    with atomic_path(path, durable=False) as part:  # what a power cut spoils fails its checksum
+        part.write_bytes(struct.pack("<I", zlib.crc32(data)) + data)
