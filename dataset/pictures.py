@@ -117,7 +117,7 @@ def make_picture(image: np.ndarray, processor: ImageTextProcessor, image_tokens:
     return Picture(
         tiles=processor.tiles(image, image_tokens=image_tokens),
         size=torch.tensor(image.shape[:2]),
-        measured=torch.from_numpy(measured_share(image, grid=grid, image_tokens=image_tokens)),
+        measured=torch.tensor(measured_share(image, grid=grid, image_tokens=image_tokens)),
     )
 
 

@@ -63,12 +63,12 @@ EXPERIMENTS = {  # --kd_model_type -> folder below distillation/
     "logit_based": "knowledge_distillation7b_logit_based",
 }
 MINIATURE_DEFAULTS = dict(
-    batch_size=32,
+    batch_size=8,
     accumulate_grad_batches=1,
     max_epochs=3,
     image_tokens="one_tile",
-    lr=5e-4,
-    vision_lr=5e-4,
+    lr=2.5e-4,
+    vision_lr=2.5e-4,
     num_workers=1,
 )
 

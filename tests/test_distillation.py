@@ -159,6 +159,23 @@ def test_a_phase_needs_the_checkpoint_of_the_phase_before(places, tiny_folder, t
         train("phase2", tiny_folder, tiny_teacher, "--load_checkpoint")
 
 
+def test_a_phase_can_start_from_the_stock_student(places, tiny_folder, tiny_teacher, capsys):
+    """Without its weight a term leaves no trace: with cross-entropy alone phase 3 is the baseline, weight by weight."""
+    alone = ("--kl_weight", "0", "--patch_weight", "0", "--contrastive_weight", "0", "--max_steps", "3")
+    train("phase3", tiny_folder, tiny_teacher, "--from_stock", *alone)
+    assert "starting from" not in capsys.readouterr().out
+    train_baseline("baseline_depth", tiny_folder, "--max_steps", "3")
+    ours, baseline = (
+        read_checkpoint(places / name / "checkpoints/t/last.ckpt")["state_dict"]
+        for name in (SCRIPTS["phase3"], "baseline_depth")
+    )
+    for key, value in baseline.items():
+        assert torch.equal(ours[key], value), key
+    with pytest.raises(SystemExit):
+        train("phase3", tiny_folder, tiny_teacher, "--from_stock", "--load_checkpoint")
+    assert "leave out --load_checkpoint" in capsys.readouterr().err
+
+
 def test_an_interrupted_distillation_resumes_bit_exactly(places, tiny_folder, tiny_teacher):
     """Further questions are drawn anew for every image and epoch; the feature-based script has weights beside the student."""
     more = ("--teacher_questions", "1", "--label_fraction", "0.5")

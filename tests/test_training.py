@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,6 +229,7 @@ def test_plain_values_only():
         (("--depth_encoding", "rainbow"), "--depth_encoding"),
         (("--image_tokens", "many"), "--image_tokens"),
         (("--resume", "auto", "--load_checkpoint"), "--resume"),
+        (("--augmentation", "--picture_cache"), "--picture_cache"),
         (("--no_such_flag",), "--no_such_flag"),
     ],
 )
@@ -298,6 +300,24 @@ def test_miniature_changes_defaults_and_explicit_flags_win():
     real, mini, own = parse_args([]), parse_args(["--miniature"]), parse_args(["--lr", "0.5", "--miniature"])
     assert real.image_tokens == "anyres" and mini.image_tokens == "one_tile"
     assert mini.student_name.endswith("dataset/miniature/student") and own.lr == 0.5 != mini.lr
+    assert (real.picture_cache, mini.picture_cache) == (False, True)
+    assert not parse_args(["--miniature", "--augmentation"]).picture_cache
+    assert not parse_args(["--miniature", "--no-picture_cache"]).picture_cache
+
+
+def test_a_picture_cache_changes_no_weight_and_needs_room(places, tiny_folder, monkeypatch, capsys):
+    for run, more in (("t", ()), ("first", ("--picture_cache",)), ("again", ("--picture_cache", "--num_workers", "1"))):
+        train("baseline_depth", tiny_folder, "--max_steps", "4", *more, "--run_name", run)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("picture cache")]
+    assert " 0.00 GB to write" not in said[0] and " 0.00 GB to write" in said[1]
+    plain_run, *cached = (
+        read_checkpoint(places / "baseline_depth/checkpoints" / run / "last.ckpt")["state_dict"]
+        for run in ("t", "first", "again")
+    )
+    assert all(torch.equal(state[key], value) for state in cached for key, value in plain_run.items())
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="no room"):
+        train("baseline_depth", tiny_folder, "--picture_cache", "--depth_encoding", "grey", "--run_name", "full")
 
 
 def test_a_used_run_folder_and_missing_checkpoints(places, tiny_folder):

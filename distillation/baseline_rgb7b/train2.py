@@ -90,7 +90,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--lora_alpha", type=int, help="the adapters' weight is lora_alpha / lora_rank (twice the rank)"
     )
-    args = parse(parser, argv, student_name=MINIATURE_TEACHER, max_epochs=2, lr=1e-3, vision_lr=None)
+    args = parse(parser, argv, student_name=MINIATURE_TEACHER, batch_size=32, max_epochs=2, lr=1e-3, vision_lr=None)
     if args.lora_rank and args.vision_lr is not None:
         parser.error("--vision_lr: LoRA leaves the vision tower frozen; leave it out, or train all with --lora_rank 0")
     if not args.lora_rank and (args.vision_lr is None or args.lora_alpha is not None):

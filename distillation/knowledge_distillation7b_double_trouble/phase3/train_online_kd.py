@@ -176,7 +176,7 @@ def parse_args(argv=None):
     parser.add_argument("--patch_weight", type=float, default=0.5, help="of the distance between patches")
     parser.add_argument("--contrastive_weight", type=float, default=0.1, help="of InfoNCE")
     parser.add_argument("--contrastive_temperature", type=float, default=0.07, help="of InfoNCE")
-    args = parse(parser, argv, student_name=MINIATURE_STUDENT, teacher_name=MINIATURE_TEACHER)
+    args = parse(parser, argv, student_name=MINIATURE_STUDENT, teacher_name=MINIATURE_TEACHER, vision_lr=5e-4)
     need_checkpoint(parser, args, PHASE_2)
     return args
 
