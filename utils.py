@@ -170,6 +170,29 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def checksum_path(path: Path) -> Path:
+    """Where the checksum of a file lies: beside it."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+@contextmanager
+def checksummed_path(path: Path) -> Iterator[Path]:
+    """`atomic_path` that leaves the file's checksum beside it."""
+    with atomic_path(path) as part:
+        yield part
+        digest = sha256(part)
+        # Gone before the rename: the old digest beside the new file would condemn it if a kill came in between.
+        checksum_path(path).unlink(missing_ok=True)
+    with atomic_path(checksum_path(path)) as part:
+        part.write_text(digest + "\n", encoding="utf-8")
+
+
+def matches_checksum(path: Path) -> bool | None:
+    """Whether a file is as it was written; None without a checksum beside it."""
+    digest = checksum_path(path)
+    return digest.read_text(encoding="utf-8").strip() == sha256(path) if digest.is_file() else None
+
+
 def git_commit() -> str:
     """The commit of this checkout with `-dirty` behind it when files differ from it; `unknown` outside a checkout."""
     with suppress(OSError, subprocess.CalledProcessError):

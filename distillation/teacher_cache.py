@@ -59,7 +59,19 @@ from distillation.training import (
     read_checkpoint,
     resolve_precision,
 )
-from utils import ROOT, UserError, atomic_path, hf_token, model_source, outputs_root, progress, sha256, write_json
+from utils import (
+    ROOT,
+    UserError,
+    atomic_path,
+    checksummed_path,
+    hf_token,
+    matches_checksum,
+    model_source,
+    outputs_root,
+    progress,
+    sha256,
+    write_json,
+)
 
 Group = Sequence[QuestionRow]  # the questions of one image
 WEIGHTS = ("*.safetensors", "*.json")
@@ -318,8 +330,7 @@ def shard_paths(folder: Path, root: Path, groups: Sequence[Group]) -> list[Path]
 
 def is_whole(path: Path) -> bool:
     """Whether a shard is there and matches its checksum."""
-    digest = path.with_name(path.name + ".sha256")
-    return path.is_file() and digest.is_file() and digest.read_text(encoding="utf-8").strip() == sha256(path)
+    return path.is_file() and matches_checksum(path) is True
 
 
 def build_shards(
@@ -423,13 +434,8 @@ def _write_shard(path: Path, parts: Mapping[str, list]) -> None:
         "starts": lengths.cumsum(0),
     }
     names = [(question, kind) for question, kind, _, _ in parts["answers"]]
-    digest = path.with_name(path.name + ".sha256")
-    digest.unlink(missing_ok=True)
-    with atomic_path(path) as part:
+    with checksummed_path(path) as part:
         save_file(tensors, part, metadata={"answers": json.dumps(names)})
-        checksum = sha256(part)
-    with atomic_path(digest) as part:
-        part.write_text(checksum + "\n", encoding="utf-8")
 
 
 @contextmanager

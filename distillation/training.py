@@ -45,11 +45,13 @@ from utils import (
     ProgressLine,
     UserError,
     atomic_path,
+    checksum_path,
+    checksummed_path,
     data_root,
     duration,
     git_commit,
+    matches_checksum,
     outputs_root,
-    sha256,
     write_json,
 )
 
@@ -387,9 +389,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    digest = path.with_name(path.name + ".sha256")
-    if digest.is_file() and digest.read_text(encoding="utf-8").strip() != sha256(path):
-        raise UserError(f"{path}: damaged, its contents do not match {digest.name}; use another checkpoint")
+    if matches_checksum(path) is False:
+        raise UserError(f"{path}: damaged, its contents do not match its checksum; use another checkpoint")
     try:
         # Memory-mapped: an evaluation reads the weights and leaves the optimizer's moments on disk.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -408,17 +409,11 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Raises UserError when weights are not finite, OSError when the disk is full or not writable."""
         path = Path(path)
-        digest_path = path.with_name(path.name + ".sha256")
         for name, value in checkpoint["state_dict"].items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise UserError(f"{path}: not written, {name} is not finite; lower --lr or use another --precision")
-        with atomic_path(path) as part:
+        with checksummed_path(path) as part:
             torch.save(checkpoint, part)
-            digest = sha256(part)
-            # Gone before the rename: the old digest beside the new file would condemn it if a kill came in between.
-            digest_path.unlink(missing_ok=True)
-        with atomic_path(digest_path) as part:
-            part.write_text(digest + "\n", encoding="utf-8")
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """See `read_checkpoint`."""
@@ -427,7 +422,7 @@ class SafeCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the checkpoint and its checksum."""
         Path(path).unlink(missing_ok=True)
-        Path(f"{path}.sha256").unlink(missing_ok=True)
+        checksum_path(Path(path)).unlink(missing_ok=True)
 
 
 class CheckpointContents(Callback):
