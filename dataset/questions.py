@@ -68,7 +68,7 @@ _RELATION = {
 _OPPOSITE = {"left": "right", "above": "below", "in front": "behind"}
 _OPPOSITE |= {there: here for here, there in _OPPOSITE.items()}
 _AXES = (("left", "right"), ("above", "below"), ("in front", "behind"))  # negative, positive side of x, y, z
-_NUMBERS = ("one", "two", "three", "four", "five", "six")
+NUMBERS = ("one", "two", "three", "four", "five", "six")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def frame_candidates(
         _identification(shown),
         [(question,) for thing in unique if rgb is not None and (question := _color(thing, rgb))],
         [
-            (_ask("Count", _COUNT, noun, answer=_NUMBERS[n - 1]),)
+            (_ask("Count", _COUNT, noun, answer=NUMBERS[n - 1]),)
             for noun, n in counts.items()
             if noun not in vague and n <= MAX_COUNT
         ],
@@ -182,7 +182,7 @@ def _ask(
 ) -> Question:
     words = {}
     if names:
-        words = {"a": f"{'an' if names[0][0] in 'aeiou' else 'a'} {names[0]}", "plural": plural(names[0])}
+        words = {"a": with_article(names[0]), "plural": plural(names[0])}
     box = mask_box(target.mask) if target is not None else None
     return Question(template.format(*names, **words), answer, kind, template, names, depth, pair, box)
 
@@ -190,6 +190,11 @@ def _ask(
 def plural(noun: str) -> str:
     """The plural in the noun table, or the regular one."""
     return nouns().get(noun, {}).get("plural", f"{noun}s")
+
+
+def with_article(noun: str) -> str:
+    """The noun with "a" or "an" in front."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _only(things: Sequence[Instance], noun: str) -> Instance | None:
@@ -210,17 +215,23 @@ def _absent(present: Collection[str], vocabulary: Collection[str]) -> list[str]:
 
 
 def _identification(shown: Sequence[Instance]) -> list[tuple[Question, ...]]:
-    rankings = [(_LARGEST, [-float(thing.mask.sum()) for thing in shown], LARGEST_RATIO, 0.0)]
-    if all(np.isfinite(thing.depth_m) for thing in shown):
-        depths = [thing.depth_m for thing in shown]
-        rankings.append((_CLOSEST, depths, CLOSEST_RATIO, CLOSEST_GAP_M))
-        rankings.append((_FARTHEST, [-depth for depth in depths], CLOSEST_RATIO, CLOSEST_GAP_M))
-    questions = []
-    for template, values, ratio, gap in rankings:
-        first = _clear_first(shown, values, ratio=ratio, gap=gap)
-        if first is not None:
-            questions.append((_ask("Object Identification", template, answer=first.noun, target=first),))
-    return questions
+    areas = [-float(thing.mask.sum()) for thing in shown]
+    firsts = {
+        _LARGEST: _clear_first(shown, areas, ratio=LARGEST_RATIO, gap=0.0),
+        _CLOSEST: clearly_closest(shown),
+        _FARTHEST: clearly_closest(shown, farthest=True),
+    }
+    return [
+        (_ask("Object Identification", template, answer=first.noun, target=first),)
+        for template, first in firsts.items()
+        if first is not None
+    ]
+
+
+def clearly_closest(shown: Sequence[Instance], *, farthest: bool = False) -> Instance | None:
+    """The object nearest to the camera (farthest from it), None unless all depths are known and it stands out."""
+    depths = [-thing.depth_m if farthest else thing.depth_m for thing in shown]
+    return _clear_first(shown, depths, ratio=CLOSEST_RATIO, gap=CLOSEST_GAP_M) if np.isfinite(depths).all() else None
 
 
 def _clear_first(things: Sequence[Instance], values: Sequence[float], *, ratio: float, gap: float) -> Instance | None:
@@ -405,7 +416,9 @@ def select_questions(
                 waiting[index].remove(question)
                 changed = True
     _even_out_yes_no(kept, rng)
-    return [row for (frame, _), questions in zip(candidates, kept, strict=True) for row in _rows(frame, questions)]
+    return [
+        row for (frame, _), questions in zip(candidates, kept, strict=True) for row in question_rows(frame, questions)
+    ]
 
 
 def select_unanswered(
@@ -429,7 +442,7 @@ def select_unanswered(
     for frame, questions in candidates:
         by_type: dict[str, list[QuestionRow]] = {}
         for i in rng.permutation(len(questions)):
-            (row,) = _rows(frame, [questions[i]])
+            (row,) = question_rows(frame, [questions[i]])
             if row.id not in gold:
                 by_type.setdefault(row.type, []).append(replace(row, answer="", target_box=None))
         turns = itertools.zip_longest(*(by_type[kind] for kind in QUESTION_TYPES if kind in by_type))
@@ -511,7 +524,8 @@ def _even_out_yes_no(chosen: list[list[Question]], rng: np.random.Generator) -> 
                 chosen[index].remove(question)
 
 
-def _rows(frame: Frame, questions: Sequence[Question]) -> Iterator[QuestionRow]:
+def question_rows(frame: Frame, questions: Sequence[Question]) -> Iterator[QuestionRow]:
+    """Questions about a frame as lines of a question file."""
     pairs = Counter(question.pair for question in questions)
     for question in questions:
         yield QuestionRow(

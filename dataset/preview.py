@@ -1,0 +1,94 @@
+"""A page to look at: frames with their objects drawn, their depth, and every question with its answer."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dataset.annotations import Instance, frame_objects
+from dataset.captions import frame_caption
+from dataset.depth import read_depth
+from dataset.questions import QuestionRow
+from dataset.sunrgbd import Frame, read_frame, read_rgb
+from utils import atomic_path, progress
+
+STYLE = """
+body { font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 1200px; color: #222 }
+img { width: 100% }
+table { border-collapse: collapse }
+td, th { padding: 2px 12px 2px 0; text-align: left; vertical-align: top }
+td.colour { color: #777 }
+h2 { font-size: 17px; margin: 2em 0 0.3em }
+"""
+
+
+def write_preview(path: Path, root: Path, rows: Sequence[QuestionRow], *, n_frames: int) -> None:
+    """Write one self-contained HTML page.
+
+    Args:
+        path: of the page.
+        root: ROOT_DATA_DIR.
+        rows: the lines of the question files.
+        n_frames: frames to show, evenly spaced over those that have questions.
+
+    Raises:
+        UserError: a frame's files cannot be read.
+    """
+    by_frame: dict[str, list[QuestionRow]] = {}
+    for row in rows:
+        by_frame.setdefault(row.image_path.rsplit("/", 2)[0], []).append(row)
+    names = sorted(by_frame)
+    chosen = sorted({names[i] for i in np.linspace(0, len(names) - 1, n_frames).round().astype(int)})
+    parts = [
+        _section(read_frame(root, name), by_frame[name]) for name in progress(chosen, total=len(chosen), label="frames")
+    ]
+    page = f"<!DOCTYPE html><html><head><meta charset='utf-8'><title>SUN RGB-D questions</title><style>{STYLE}</style></head>"
+    with atomic_path(path) as part:
+        part.write_text(f"{page}<body>{''.join(parts)}</body></html>\n", encoding="utf-8")
+
+
+def _section(frame: Frame, rows: Sequence[QuestionRow]) -> str:
+    instances, unsure = frame_objects(frame)
+    picture = base64.b64encode(draw_frame(frame, instances)).decode()
+    caption = frame_caption(instances, scene=frame.scene, unsure=unsure)
+    lines = "".join(
+        f"<tr><td>{html.escape(row.type)}</td><td{'' if row.depth_answerable else ' class=colour'}>"
+        f"{html.escape(row.question)}</td><td>{html.escape(row.answer)}</td></tr>"
+        for row in sorted(rows, key=lambda row: row.type)
+    )
+    notes = [caption.answer] if caption else []
+    notes += [f"Perhaps more than drawn: {', '.join(sorted(unsure))}."] if unsure else []
+    return (
+        f"<h2>{html.escape(frame.path)} ({html.escape(frame.scene)})</h2><img src='data:image/png;base64,{picture}' alt=''>"
+        f"<p>{html.escape(' '.join(notes))}</p><table><tr><th>Type</th><th>Question</th><th>Answer</th></tr>{lines}</table>"
+    )
+
+
+def draw_frame(frame: Frame, instances: Sequence[Instance]) -> bytes:
+    """PNG of the RGB picture with outlined objects, each with its noun and depth, beside the depth in metres."""
+    rgb, depth_m = read_rgb(frame.root / frame.image_path), read_depth(frame.root / frame.depth_path)
+    figure = Figure(figsize=(14, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow(rgb)
+    for number, thing in enumerate(instances):
+        colour = colormaps["tab10"](number % 10)
+        left.contour(thing.mask, levels=[0.5], colors=[colour], linewidths=2)
+        row, column = (int(np.median(places)) for places in np.nonzero(thing.mask))
+        label = f"{thing.noun} {thing.depth_m:.2f} m" if np.isfinite(thing.depth_m) else thing.noun
+        side = "left" if column < 0.15 * rgb.shape[1] else "right" if column > 0.85 * rgb.shape[1] else "center"
+        box = {"facecolor": "black", "alpha": 0.6, "pad": 2, "edgecolor": colour}
+        left.text(column, row, label, color="white", size=9, ha=side, va="center", bbox=box)
+    colours = colormaps["viridis"].with_extremes(bad="#B0B0B0")
+    shown = right.imshow(np.ma.masked_equal(depth_m, 0), cmap=colours, vmin=0, interpolation="nearest")
+    figure.colorbar(shown, ax=right, label="Distance (m); grey: no measurement", fraction=0.04, pad=0.02)
+    for axis in (left, right):
+        axis.set_axis_off()
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(stream)
+    return stream.getvalue()
