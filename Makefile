@@ -38,7 +38,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check --config .ci/ruff.toml .
 
 clean:
-	rm -rf $(VENV) $(DEMO) dataset/miniature/world dataset/miniature/world.part distillation/picture_cache benchmarks/reproduce.work
+	rm -rf $(VENV) $(DEMO) dataset/miniature/world dataset/miniature/world.part distillation/picture_cache distillation/vision_cache benchmarks/reproduce.work
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)

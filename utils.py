@@ -16,6 +16,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # isort: split
+import fcntl
 import hashlib
 import json
 import subprocess
@@ -191,6 +192,18 @@ def matches_checksum(path: Path) -> bool | None:
     """Whether a file is as it was written; None without a checksum beside it."""
     digest = checksum_path(path)
     return digest.read_text(encoding="utf-8").strip() == sha256(path) if digest.is_file() else None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Processes that need the same files in this folder wait for each other instead of making them twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def git_commit() -> str:

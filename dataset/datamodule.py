@@ -3,7 +3,8 @@
 A batch (tensors; B images, T tokens, S the vision tower's image size):
 
     text            input_ids, position_ids, labels (B, T) int64, attention_mask (B, 1, T, T) bool: see dataset.prompts
-    student_images  pixel_values (B, tiles, 3, S, S) float32, image_sizes (B, 2), batch_num_images; {} for a blind student
+    student_images  pixel_values (B, tiles, 3, S, S) float32, image_sizes (B, 2), batch_num_images; {} for a blind student;
+                    features (B, tiles, P, D) instead of pixel_values where a frozen tower has seen them (`use_features`)
     teacher         with a teacher, what it said about these images (`TeacherOutputs`):
         hidden      (n, H) its last hidden states, row by row for the n answer tokens of the batch
         gold        (n,) bool, whether the token is of a gold answer; the others are the teacher's own
@@ -73,6 +74,7 @@ class SUNRGBDDataset(Dataset):
         self.questions_per_image = questions_per_image
         self.augmentation = augmentation
         self.seed = seed
+        self.features: PictureCache | None = None  # set by `SUNRGBDDataModule.use_features`
         self._frames: dict[int, Frame] = {}  # camera and file names, read once
 
     def __len__(self) -> int:
@@ -82,12 +84,16 @@ class SUNRGBDDataset(Dataset):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         rows = self.images[index]
-        if index not in self._frames:
-            self._frames[index] = read_frame(self.root, frame_path(rows[0]))
-        picture = self._picture(self._frames[index], rng.spawn(1)[0] if self.augmentation else None)
+        picture = self._picture(self.frame(index), rng.spawn(1)[0] if self.augmentation else None)
         further = self.unanswered.get(rows[0].image_path, [])
         rows = _some(rows, self.questions_per_image, rng) + _some(further, self.unanswered_per_image, rng)
         return {"rows": rows, "picture": picture}
+
+    def frame(self, index: int) -> Frame:
+        """The frame of an image."""
+        if index not in self._frames:
+            self._frames[index] = read_frame(self.root, frame_path(self.images[index][0]))
+        return self._frames[index]
 
     def _picture(self, frame: Frame, augment_rng: np.random.Generator | None) -> Picture | None:
         """None for a blind student."""
@@ -98,7 +104,17 @@ class SUNRGBDDataset(Dataset):
 
         if self.student.modality == "blind":
             return None
+        if self.features:
+            return _found(self.features.find(frame), frame)
         return self.cache.get(frame, make) if self.cache else make()
+
+
+def _found(picture: Picture | None, frame: Frame) -> Picture:
+    if picture is None:
+        raise UserError(
+            f"{frame.path}: its vision features were damaged since the start; start again, they are made anew"
+        )
+    return picture
 
 
 def _some(rows: list[QuestionRow], most: int | None, rng: np.random.Generator) -> list[QuestionRow]:
@@ -257,6 +273,10 @@ class SUNRGBDDataModule(pl.LightningDataModule):
             unanswered_per_image=self.teacher_questions,
         )
 
+    def use_features(self, features: PictureCache) -> None:
+        """Read vision features instead of pixels; the cache must hold those of all training and validation images."""
+        self.train.features = self.val.features = features
+
     def rows(self, split: str) -> list[QuestionRow]:
         """All questions of `train`, `val` or `test`."""
         return read_questions(questions_file(self.root, split), root=self.root)
@@ -336,7 +356,10 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         if self.student.modality == "blind":
             return {}
         tiles, sizes = [picture.tiles for picture in pictures], [picture.size for picture in pictures]
-        return self.processor.join(tiles, sizes, image_tokens=self.student.image_tokens)
+        images = self.processor.join(tiles, sizes, image_tokens=self.student.image_tokens)
+        if self.train.features:
+            images["features"] = images.pop("pixel_values")
+        return images
 
     def _answer(self, row: QuestionRow) -> tuple[str | list[int], Tensor | None]:
         """Gold answer or the teacher's own, and the teacher's hidden states that predict it."""

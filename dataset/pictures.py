@@ -5,9 +5,10 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -106,7 +107,7 @@ def measured_share(depth: np.ndarray, *, grid: int, image_tokens: str) -> np.nda
 class Picture:
     """One frame as a model takes it."""
 
-    tiles: Tensor  # (tiles, 3, S, S) float32
+    tiles: Tensor  # (tiles, 3, S, S) float32 pixels, or (tiles, P, D) vision features of a frozen tower
     size: Tensor  # (2,) int64, height and width before it was cut
     measured: Tensor  # (P,) float32 in [0, 1], `measured_share` of depth; ones for RGB
 
@@ -121,6 +122,18 @@ def make_picture(image: np.ndarray, processor: ImageTextProcessor, image_tokens:
     )
 
 
+def picture_key(processor: ImageTextProcessor, settings: ImageSettings) -> dict[str, Any]:
+    """Everything that decides the tiles besides the frame itself."""
+    sources = [(ROOT / "dataset" / name).read_bytes() for name in ("depth.py", "pictures.py", "processor.py")]
+    return {
+        "settings": asdict(settings),
+        "processor": processor.image_processor.to_dict(),
+        "image_tokens": processor.num_image_tokens,
+        "libraries": [transformers.__version__, Image.__version__, np.__version__],
+        "sources": [hashlib.sha256(source).hexdigest() for source in sources],
+    }
+
+
 class PictureCache:
     """Pictures that were made once, a file each. Whichever process needs a missing one makes it; others find it.
 
@@ -128,28 +141,31 @@ class PictureCache:
     checksum: a damaged one is made again.
     """
 
-    def __init__(self, folder: Path, processor: ImageTextProcessor, settings: ImageSettings) -> None:
-        sources = [(ROOT / "dataset" / name).read_bytes() for name in ("depth.py", "pictures.py", "processor.py")]
-        made_by = {
-            "settings": asdict(settings),
-            "processor": processor.image_processor.to_dict(),
-            "image_tokens": processor.num_image_tokens,
-            "libraries": [transformers.__version__, Image.__version__, np.__version__],
-            "sources": [hashlib.sha256(source).hexdigest() for source in sources],
-        }
-        digest = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()
+    def __init__(self, folder: Path, key: Mapping[str, Any], settings: ImageSettings) -> None:
+        """`key` says what turns frames into pictures, see `picture_key`; what other keys made is never read."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         self.folder, self.settings = folder / digest[:16], settings
 
     def get(self, frame: Frame, make: Callable[[], Picture]) -> Picture:
         """The picture of a frame, made by `make` when it is not there yet."""
-        digest = hashlib.sha256((frame.root / source_path(frame, self.settings)).read_bytes())
-        digest.update(frame.intrinsics.tobytes() + frame.tilt.tobytes())
-        path = self.folder / digest.hexdigest()[:2] / f"{digest.hexdigest()[:32]}.safetensors"
-        picture = _read(path)
+        picture = self.find(frame)
         if picture is None:
             picture = make()
-            _write(path, picture)
+            self.put(frame, picture)
         return picture
+
+    def find(self, frame: Frame) -> Picture | None:
+        """The picture of a frame; None when it is not there or damaged."""
+        return _read(self._path(frame))
+
+    def put(self, frame: Frame, picture: Picture) -> None:
+        """Keep the picture of a frame."""
+        _write(self._path(frame), picture)
+
+    def _path(self, frame: Frame) -> Path:
+        digest = hashlib.sha256((frame.root / source_path(frame, self.settings)).read_bytes())
+        digest.update(frame.intrinsics.tobytes() + frame.tilt.tobytes())
+        return self.folder / digest.hexdigest()[:2] / f"{digest.hexdigest()[:32]}.safetensors"
 
 
 def _read(path: Path) -> Picture | None:

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import DynamicCache, LlavaOnevisionForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 from transformers.utils.logging import disable_progress_bar
 
@@ -119,13 +120,15 @@ def answer_states(model: nn.Module, text: Mapping[str, Tensor], images: Mapping[
     Args:
         model: student or teacher.
         text: input_ids, position_ids, labels (B, T) and attention_mask (B, 1, T, T) of a batch.
-        images: pixel_values, image_sizes, batch_num_images; or mm_encoder_outputs = {"image": image_features(...)}; empty for
-            a blind model.
+        images: pixel_values, image_sizes, batch_num_images; or features of a frozen tower instead of the pixel_values; or
+            mm_encoder_outputs = {"image": image_features(...)}; empty for a blind model.
 
     Returns:
         hidden (n, H) in the model's dtype and targets (n,) int64.
     """
     keep, targets = answer_targets(text["labels"])
+    if "features" in images:
+        images = {"mm_encoder_outputs": {"image": project_features(model, images)}}
     states = _base(model).model(
         input_ids=text["input_ids"],
         position_ids=text["position_ids"],
@@ -161,6 +164,31 @@ def image_features(model: nn.Module, images: Mapping[str, Tensor]):
     return _base(model).get_image_features(**images, return_dict=True)
 
 
+def tower_features(model: nn.Module, tiles: Tensor) -> Tensor:
+    """(N, 3, S, S) tiles -> (N, P, D) vision features, the tensor that the projector reads."""
+    layer = _base(model).config.vision_feature_layer
+    return vision_tower(model)(tiles, output_hidden_states=True).hidden_states[layer]
+
+
+def project_features(model: nn.Module, images: Mapping[str, Tensor]) -> BaseModelOutputWithPooling:
+    """What `image_features` returns, from the vision features of a frozen tower: its second half, projector and newlines.
+
+    Args:
+        model: whose projector reads them.
+        images: features (B, tiles, P, D) of `tower_features`, image_sizes, batch_num_images.
+    """
+    core = _base(model).model
+    counts = [_count_tiles(model, size, images) for size in images["image_sizes"].tolist()]
+    tiles = torch.cat([features[:n] for features, n in zip(images["features"], counts, strict=True)])
+    packed, _ = core.pack_image_features(
+        torch.split(core.multi_modal_projector(tiles), counts),
+        images["image_sizes"],
+        image_newline=core.image_newline,
+        vision_aspect_ratio=core.config.vision_aspect_ratio,
+    )
+    return BaseModelOutputWithPooling(pooler_output=packed)
+
+
 def overview_patches(model: nn.Module, images: Mapping[str, Tensor], features=None) -> Tensor:
     """(B, P, D) vision features of each picture's first tile, which shows the whole picture.
 
@@ -172,9 +200,9 @@ def overview_patches(model: nn.Module, images: Mapping[str, Tensor], features=No
         images: pixel_values (B, tiles, 3, S, S), image_sizes, batch_num_images.
         features: `image_features` of these images where they are there already; None = only the first tiles are computed.
     """
-    layer = _base(model).config.vision_feature_layer
     if features is None:
-        return vision_tower(model)(images["pixel_values"][:, 0], output_hidden_states=True).hidden_states[layer]
+        return tower_features(model, images["pixel_values"][:, 0])
+    layer = _base(model).config.vision_feature_layer
     counts = torch.tensor([_count_tiles(model, size, images) for size in images["image_sizes"].tolist()])
     tiles = features.hidden_states[layer]
     return tiles[(counts.cumsum(0) - counts).to(tiles.device)]

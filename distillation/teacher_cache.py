@@ -18,14 +18,11 @@ one. A shard that does not match its checksum is computed again.
 
 import argparse
 import atexit
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,6 +62,7 @@ from utils import (
     atomic_path,
     checksummed_path,
     hf_token,
+    locked,
     matches_checksum,
     model_source,
     outputs_root,
@@ -436,15 +434,3 @@ def _write_shard(path: Path, parts: Mapping[str, list]) -> None:
     names = [(question, kind) for question, kind, _, _ in parts["answers"]]
     with checksummed_path(path) as part:
         save_file(tensors, part, metadata={"answers": json.dumps(names)})
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Processes that need the same teacher wait for each other instead of looking twice."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

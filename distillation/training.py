@@ -5,6 +5,7 @@ Models, losses, optimizer and schedule are not here: they are the experiment, an
 
 import argparse
 import dataclasses
+import hashlib
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from dataset.datamodule import SUNRGBDDataModule
 from dataset.depth import ENCODINGS
 from dataset.miniature.world import ensure_world
-from dataset.pictures import DEPTH_SOURCES, ImageSettings, PictureCache
+from dataset.pictures import DEPTH_SOURCES, ImageSettings, PictureCache, picture_key
 from dataset.processor import IMAGE_TOKENS, ImageTextProcessor
 from distillation.models import (
     TEACHER_NAME,
@@ -38,7 +39,9 @@ from distillation.models import (
     export_model,
     load_trained_state,
     student_state,
+    tower_features,
     trained_state,
+    vision_tower,
 )
 from utils import (
     ROOT,
@@ -50,8 +53,10 @@ from utils import (
     data_root,
     duration,
     git_commit,
+    locked,
     matches_checksum,
     outputs_root,
+    progress,
     write_json,
 )
 
@@ -178,6 +183,13 @@ def add_teacher_args(parser: argparse.ArgumentParser, *, asks: bool = True) -> N
         )
 
 
+def add_vision_cache_arg(parser: argparse.ArgumentParser) -> None:
+    """The flag of every script whose vision tower is frozen."""
+    parser.add_argument(
+        "--vision_cache", action="store_true", help="let the frozen vision tower see every picture once (on disk)"
+    )
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniature_defaults: Any) -> argparse.Namespace:
     """Parse and check; --miniature changes the defaults, and what is given explicitly still wins."""
     args = parser.parse_args(argv)
@@ -203,8 +215,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
         parser.error("--resume continues a run with its own weights; leave out --load_checkpoint")
     if args.resume and args.dry_run:
         parser.error("--dry_run says what a new run costs; leave out --resume")
-    if args.picture_cache and args.augmentation:
-        parser.error("--augmentation makes every picture anew: leave out --picture_cache")
+    for name in ("picture_cache", "vision_cache"):
+        if getattr(args, name, False) and args.augmentation:
+            parser.error(f"--augmentation makes every picture anew: leave out --{name}")
     if args.picture_cache is None:
         args.picture_cache = args.miniature and not args.augmentation
     for name in ("export", "save_final_pt"):
@@ -545,7 +558,8 @@ def build_data(
         ensure_world(root)
     cache = None
     if args.picture_cache and not args.dry_run:
-        cache = PictureCache(outputs_root(ROOT / "distillation" / "picture_cache"), processor, student)
+        folder = outputs_root(ROOT / "distillation" / "picture_cache")
+        cache = PictureCache(folder, picture_key(processor, student), student)
     data = SUNRGBDDataModule(
         root=root,
         processor=processor,
@@ -562,22 +576,65 @@ def build_data(
     )
     data.setup()
     if cache:
-        check_disk(data, cache)
+        first, n = data.train[0, 0]["picture"].tiles, len(data.train) + len(data.val)
+        check_disk("--picture_cache", cache.folder, first, n - sum(1 for _ in cache.folder.rglob("*.safetensors")))
     return data
 
 
-def check_disk(data: SUNRGBDDataModule, cache: PictureCache) -> None:
-    """Say how large the picture cache will become. Raises UserError when the disk cannot hold it."""
-    n = len(data.train) + len(data.val)
-    needed = n * sum(tensor.numel() * tensor.element_size() for tensor in vars(data.train[0, 0]["picture"]).values())
-    needed -= sum(path.stat().st_size for path in cache.folder.rglob("*.safetensors"))
-    cache.folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache.folder).free
-    print(
-        f"picture cache {cache.folder}: {n} pictures, {max(needed, 0) / 1e9:.2f} GB to write, {free / 1e9:.0f} GB free"
-    )
+def check_disk(flag: str, folder: Path, tiles: torch.Tensor, n: int) -> None:
+    """Say how much the cache of `flag` will write for `n` pictures like this one. Raises UserError when there is no room."""
+    needed = max(n, 0) * tiles.numel() * tiles.element_size()
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    print(f"{flag}: {needed / 1e9:.2f} GB to write into {folder}, {free / 1e9:.0f} GB free")
     if needed > free:
-        raise UserError(f"--picture_cache: {cache.folder} has no room for it; use --no-picture_cache")
+        raise UserError(f"{flag}: no room in {folder} for {needed / 1e9:.2f} GB; make some, or train without it")
+
+
+def use_vision_cache(student: torch.nn.Module, data: SUNRGBDDataModule, args: argparse.Namespace) -> None:
+    """Let a frozen vision tower see every picture once, and train on what it saw, read from disk.
+
+    Exact but for the order of float additions. Features are keyed by the tower's weights, the pictures and the precision; what
+    another run has stored is used.
+
+    Raises:
+        UserError: the tower trains, or the disk has no room.
+    """
+    tower = vision_tower(student)
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        raise UserError("--vision_cache: the vision tower trains here, what it sees changes; leave it out")
+    digest = hashlib.sha256()
+    for name, weight in sorted(tower.state_dict().items()):
+        digest.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    precision = resolve_precision(args.precision, args.accelerator)
+    key = picture_key(data.processor, data.student) | {"tower": digest.hexdigest(), "precision": precision}
+    cache = PictureCache(outputs_root(ROOT / "distillation" / "vision_cache"), key, data.student)
+    device = torch.device("cuda" if torch.cuda.is_available() and args.accelerator != "cpu" else "cpu")
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    with locked(cache.folder), torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
+        for dataset in (data.train, data.val):
+            missing = [i for i in range(len(dataset)) if cache.find(dataset.frame(i)) is None]
+            loader = torch.utils.data.DataLoader(
+                dataset,
+                sampler=[(0, i) for i in missing],
+                batch_size=2 * args.batch_size,
+                collate_fn=list,
+                num_workers=args.num_workers,
+            )
+            batches = progress(loader, total=len(loader), label="the frozen tower looks, batch")
+            places = iter(missing)
+            for items in batches:
+                pictures = [item["picture"] for item in items]
+                tiles = torch.cat([picture.tiles for picture in pictures]).to(device)
+                features = (
+                    tower_features(student.to(device), tiles).cpu().contiguous().split([len(p.tiles) for p in pictures])
+                )
+                for picture, seen in zip(pictures, features, strict=True):
+                    place = next(places)
+                    if place == missing[0]:
+                        check_disk("--vision_cache", cache.folder, seen, len(missing))
+                    cache.put(dataset.frame(place), replace(picture, tiles=seen))
+    data.use_features(cache)
 
 
 def train(
@@ -616,6 +673,8 @@ def train(
     if args.dry_run:
         dry_run(module, data, args)
         return
+    if getattr(args, "vision_cache", False):
+        use_vision_cache(module.student, data, args)
     start = time.monotonic()
     if run.resume_from:
         checkpoint = read_checkpoint(run.resume_from)
@@ -657,7 +716,7 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
         UserError: names the first setting that differs.
     """
     free = {"resume", "run_name", "git_commit", "export", "save_final_pt", "num_workers", "max_epochs", "max_steps"}
-    free |= {"accelerator", "devices", "strategy", "load_checkpoint", "picture_cache"}
+    free |= {"accelerator", "devices", "strategy", "load_checkpoint", "picture_cache", "vision_cache"}
     for name in sorted(run.record.keys() - free):
         if recorded.get(name) != run.record[name]:
             raise UserError(

@@ -18,7 +18,7 @@ from dataset.datamodule import (
     subset_of_images,
 )
 from dataset.depth import unproject
-from dataset.pictures import ImageSettings, PictureCache, load_images
+from dataset.pictures import ImageSettings, PictureCache, load_images, picture_key
 from dataset.questions import read_questions
 from dataset.sunrgbd import read_frame
 from utils import UserError
@@ -112,7 +112,7 @@ def test_augmentation_is_keyed_by_epoch_and_image(world, processor):
 def test_cached_pictures_are_the_pictures(world, processor, tmp_path, image_tokens):
     """First use, second use, a damaged file, a half file, another process: always the very same batch."""
     student = ImageSettings("depth", image_tokens=image_tokens)
-    cache = PictureCache(tmp_path, processor, student)
+    cache = PictureCache(tmp_path, picture_key(processor, student), student)
     plain, cached = (module(world, processor, student=student, cache=c) for c in (None, cache))
 
     def same() -> bool:
@@ -141,8 +141,8 @@ def test_picture_cache_knows_what_a_picture_is_made_from(world, processor, tmp_p
     frame = read_frame(world, frame_path(data.train.images[0][0]))
     other = read_frame(world, frame_path(data.train.images[1][0]))
     settings = [DEPTH, replace(DEPTH, depth_encoding="grey"), replace(DEPTH, image_tokens="anyres"), RGB]
-    assert len({PictureCache(tmp_path, processor, s).folder for s in settings}) == len(settings)
-    cache, made = PictureCache(tmp_path, processor, DEPTH), []
+    assert len({PictureCache(tmp_path, picture_key(processor, s), s).folder for s in settings}) == len(settings)
+    cache, made = PictureCache(tmp_path, picture_key(processor, DEPTH), DEPTH), []
 
     def make():
         made.append(len(made))

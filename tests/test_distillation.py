@@ -19,6 +19,7 @@ from distillation.models import (
     load_model,
     overview_patches,
     set_trainable,
+    tower_features,
 )
 from distillation.teacher_cache import same_recording
 from distillation.training import read_checkpoint, start_run
@@ -174,6 +175,51 @@ def test_a_phase_can_start_from_the_stock_student(places, tiny_folder, tiny_teac
     with pytest.raises(SystemExit):
         train("phase3", tiny_folder, tiny_teacher, "--from_stock", "--load_checkpoint")
     assert "leave out --load_checkpoint" in capsys.readouterr().err
+
+
+def test_a_vision_cache_changes_no_weight(places, tiny_folder, tiny_teacher, capsys):
+    """Phase 2 from pixels, from features made now, and from those found on disk, one of them damaged."""
+    more = ("--from_stock", "--teacher_questions", "1")
+    train("phase2", tiny_folder, tiny_teacher, *more, "--run_name", "pixels")
+    for run in ("made", "found"):
+        train("phase2", tiny_folder, tiny_teacher, *more, "--vision_cache", "--run_name", run)
+        files = sorted((places / "vision_cache").rglob("*.safetensors"))
+        files[0].write_bytes(files[0].read_bytes()[:-1])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--vision_cache")]
+    assert len(files) == 32 and len(said) == 3  # training images, validation images, the damaged one
+    runs = places / SCRIPTS["phase2"] / "checkpoints"
+    pixels, *cached = (read_checkpoint(runs / run / "last.ckpt")["state_dict"] for run in ("pixels", "made", "found"))
+    for key, value in pixels.items():
+        assert torch.equal(cached[0][key], cached[1][key])
+        torch.testing.assert_close(cached[0][key], value, atol=2e-4, rtol=1e-3)
+    with pytest.raises(SystemExit):
+        train("phase2", tiny_folder, tiny_teacher, *more, "--vision_cache", "--augmentation")
+    assert "--vision_cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("image_tokens", ["one_tile", "anyres"])
+def test_features_read_back_give_the_same_loss_and_gradients(world, tiny_folder, image_tokens):
+    model = load_model(str(tiny_folder))
+    set_trainable(model, vision=False, projector=True, language=True)
+    data = data_module(world, tiny_folder)
+    data.student = ImageSettings("depth", image_tokens=image_tokens)
+    data.train.student = data.student
+    batch = data.collate([data.train[0, i] for i in range(3)])
+    images = dict(batch["student_images"])
+    pixels = images["pixel_values"]
+    seen = {**images, "features": tower_features(model, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])}
+    del seen["pixel_values"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    results = []
+    for shown in (images, seen):
+        logits, targets = answer_logits(model, batch["text"], shown, vocab_size=len(data.processor.tokenizer))
+        loss = torch.nn.functional.cross_entropy(logits, targets)
+        results.append((loss, torch.autograd.grad(loss, trained, allow_unused=True)))
+    (loss, gradients), (cached_loss, cached_gradients) = results
+    torch.testing.assert_close(cached_loss, loss, atol=1e-6, rtol=1e-6)
+    assert sum(g is not None for g in gradients) == sum(g is not None for g in cached_gradients) > 10
+    for gradient, cached in zip(gradients, cached_gradients, strict=True):
+        torch.testing.assert_close(cached, gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_an_interrupted_distillation_resumes_bit_exactly(places, tiny_folder, tiny_teacher):

@@ -308,7 +308,7 @@ def test_miniature_changes_defaults_and_explicit_flags_win():
 def test_a_picture_cache_changes_no_weight_and_needs_room(places, tiny_folder, monkeypatch, capsys):
     for run, more in (("t", ()), ("first", ("--picture_cache",)), ("again", ("--picture_cache", "--num_workers", "1"))):
         train("baseline_depth", tiny_folder, "--max_steps", "4", *more, "--run_name", run)
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("picture cache")]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--picture_cache")]
     assert " 0.00 GB to write" not in said[0] and " 0.00 GB to write" in said[1]
     plain_run, *cached = (
         read_checkpoint(places / "baseline_depth/checkpoints" / run / "last.ckpt")["state_dict"]

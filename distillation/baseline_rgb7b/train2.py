@@ -37,7 +37,15 @@ from distillation.models import (
     load_model,
     split_parameters,
 )
-from distillation.training import add_common_args, build_data, frozen_dtype, parse, start_run, train
+from distillation.training import (
+    add_common_args,
+    add_vision_cache_arg,
+    build_data,
+    frozen_dtype,
+    parse,
+    start_run,
+    train,
+)
 
 
 class RGBLoRA(pl.LightningModule):
@@ -85,6 +93,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_args(parser)
     parser.set_defaults(lr=1e-4, vision_lr=None)
+    add_vision_cache_arg(parser)
     parser.add_argument("--student_name", default=TEACHER_NAME, help="hub id or folder of the model")
     parser.add_argument("--lora_rank", type=int, default=16, help="0 = train all weights")
     parser.add_argument(

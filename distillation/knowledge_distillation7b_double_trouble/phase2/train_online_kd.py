@@ -43,6 +43,7 @@ from distillation.training import (
     add_common_args,
     add_depth_args,
     add_teacher_args,
+    add_vision_cache_arg,
     build_data,
     need_checkpoint,
     parse,
@@ -131,6 +132,7 @@ def parse_args(argv=None):
     add_common_args(parser, leave_out=["--vision_lr"])
     add_depth_args(parser)
     add_teacher_args(parser)
+    add_vision_cache_arg(parser)
     parser.add_argument("--from_stock", action="store_true", help="leave out the phases before: from the stock student")
     parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
     parser.add_argument("--kl_weight", type=float, default=1.0, help="of the divergence from the teacher")
