@@ -195,12 +195,15 @@ def matches_checksum(path: Path) -> bool | None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Processes that need the same files in this folder wait for each other instead of making them twice."""
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Processes that need the same files in this folder wait for each other instead of making them twice.
+
+    Any number may hold it `shared`; one that wants it alone waits for them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

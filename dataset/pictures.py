@@ -3,15 +3,12 @@
 import hashlib
 import json
 import math
-import struct
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import transformers
 from PIL import Image
@@ -20,8 +17,9 @@ from torch import Tensor
 from dataset.augmentation import augment
 from dataset.depth import encode_depth, read_depth
 from dataset.processor import ImageTextProcessor
+from dataset.store import TensorStore
 from dataset.sunrgbd import Frame, read_rgb
-from utils import ROOT, UserError, atomic_path
+from utils import ROOT, UserError
 
 MODALITIES = ("rgb", "depth", "blind")
 DEPTH_SOURCES = ("raw", "bfx")
@@ -135,16 +133,15 @@ def picture_key(processor: ImageTextProcessor, settings: ImageSettings) -> dict[
 
 
 class PictureCache:
-    """Pictures that were made once, a file each. Whichever process needs a missing one makes it; others find it.
+    """Pictures that were made once. Whichever process needs a missing one makes it; others find it.
 
-    A file is named by the bytes of the frame's picture, its camera and everything that turns them into tiles, and carries a
-    checksum: a damaged one is made again.
+    A picture is named by the bytes of the frame's file, its camera and everything that turns them into tiles.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], settings: ImageSettings) -> None:
         """`key` says what turns frames into pictures, see `picture_key`; what other keys made is never read."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-        self.folder, self.settings = folder / digest[:16], settings
+        self.store, self.settings = TensorStore(folder / digest[:16]), settings
 
     def get(self, frame: Frame, make: Callable[[], Picture]) -> Picture:
         """The picture of a frame, made by `make` when it is not there yet."""
@@ -156,30 +153,14 @@ class PictureCache:
 
     def find(self, frame: Frame) -> Picture | None:
         """The picture of a frame; None when it is not there or damaged."""
-        return _read(self._path(frame))
+        tensors = self.store.get(self._name(frame))
+        return Picture(**tensors) if tensors else None
 
     def put(self, frame: Frame, picture: Picture) -> None:
         """Keep the picture of a frame."""
-        _write(self._path(frame), picture)
+        self.store.put(self._name(frame), vars(picture))
 
-    def _path(self, frame: Frame) -> Path:
+    def _name(self, frame: Frame) -> str:
         digest = hashlib.sha256((frame.root / source_path(frame, self.settings)).read_bytes())
         digest.update(frame.intrinsics.tobytes() + frame.tilt.tobytes())
-        return self.folder / digest.hexdigest()[:2] / f"{digest.hexdigest()[:32]}.safetensors"
-
-
-def _read(path: Path) -> Picture | None:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    (checksum,) = struct.unpack("<I", data[:4]) if len(data) > 4 else (None,)
-    if checksum != zlib.crc32(data[4:]):
-        return None
-    return Picture(**safetensors.torch.load(data[4:]))
-
-
-def _write(path: Path, picture: Picture) -> None:
-    data = safetensors.torch.save(vars(picture))
-    with atomic_path(path, durable=False) as part:  # what a power cut spoils fails its checksum
-        part.write_bytes(struct.pack("<I", zlib.crc32(data)) + data)
+        return digest.hexdigest()[:32]

@@ -1,36 +1,39 @@
 """What the teacher says about every training image, computed once, stored, verified, read back.
 
 The teacher is a constant: its answers and features of an image are the same in every epoch and every run. So it sees each
-image once, ever. A shard holds them for a few hundred images:
+image with its questions once, ever. Stored per image:
 
-    patches   (n, P, Dv)  vision features of each picture's overview tile, the tensor that the projector reads
-    pooled    (n, Dv)     their mean over the tile
-    squares   (n, Dv)     the mean of their squares
-    hidden    (t, H)      last hidden states that predict the answer tokens; through the frozen output layer: exact logits
-    tokens    (t,)        those tokens, the end of the turn included
-    starts    (a + 1,)    where each answer begins in `tokens` and `hidden`
+    patches   (P, Dv)  vision features of the picture's overview tile, the tensor that the projector reads
+    hidden    (t, H)   last hidden states that predict the answer tokens; through the frozen output layer: exact logits
+    tokens    (t,)     those tokens, the end of the turn included
+    starts    (a + 1,) where each answer begins in `tokens` and `hidden`
+
+and apart from them, since all images' are wanted at once:
+
+    pooled    (Dv,)    the mean of the patches
+    squares   (Dv,)    the mean of their squares
 
 Each gold question has two answers, the gold one (teacher forcing) and the teacher's own greedy one; a question without a
-gold answer has the teacher's own. A shard's name is the digest of the pictures' bytes and of the questions that it was made
-from, its folder's name that of the teacher's weights and settings: whatever changes leads to another file, never to a wrong
-one. A shard that does not match its checksum is computed again.
+gold answer has the teacher's own. An image's name is the digest of the picture's bytes and of its questions, the folder's name
+that of the teacher's weights and settings: whatever changes leads to another file, never to a wrong one. What does not match
+its checksum is computed again.
 """
 
 import argparse
 import atexit
 import hashlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dataset.datamodule import (
@@ -45,6 +48,7 @@ from dataset.pictures import ImageSettings, load_images
 from dataset.processor import ImageTextProcessor, load_processor
 from dataset.prompts import collate_prompts, pack_questions
 from dataset.questions import QuestionRow
+from dataset.store import TensorStore
 from dataset.sunrgbd import frame_group, read_frame
 from distillation.models import greedy_answers, image_features, load_model, overview_patches, restore_student
 from distillation.training import (
@@ -59,11 +63,8 @@ from distillation.training import (
 from utils import (
     ROOT,
     UserError,
-    atomic_path,
-    checksummed_path,
     hf_token,
     locked,
-    matches_checksum,
     model_source,
     outputs_root,
     progress,
@@ -73,47 +74,165 @@ from utils import (
 
 Group = Sequence[QuestionRow]  # the questions of one image
 WEIGHTS = ("*.safetensors", "*.json")
-IMAGES_PER_SHARD = 256
 MAX_ANSWER_TOKENS = 12
-FORMAT = 1  # of a shard; another number makes all old ones unused
-GOLD, OWN = "gold", "own"
+FORMAT = 2  # of what is stored; another number makes all old files unused
+HEAD = "head"  # the output layer's name in the store
+REMEMBERED = 64  # images whose outputs stay in memory: all answers of a batch are read one by one
+
+
+@dataclass(frozen=True)
+class StoredOutputs:
+    """What the teacher said, on disk; each data loading process reads the files itself."""
+
+    store: TensorStore
+    names: tuple[str, ...]  # of the images, in their order
+
+    def image(self, number: int) -> dict[str, Tensor]:
+        """The outputs for one image."""
+        return self._get(self.names[number])
+
+    def pooled(self, number: int) -> dict[str, Tensor]:
+        """`pooled` and `squares` of one image."""
+        return self._get(pooled_name(self.names[number]))
+
+    def head(self) -> Tensor:
+        """(V, H) the teacher's output layer, cropped to the tokenizer's length."""
+        return self._get(HEAD)["head"]
+
+    def _get(self, name: str) -> dict[str, Tensor]:
+        tensors = self.store.get(name)
+        if tensors is None:
+            raise UserError(f"{self.store.folder}: {name} was damaged since the start; start again, it is made anew")
+        return tensors
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """The teacher itself, asked whenever its outputs are wanted: slow, for comparison with what is stored."""
+
+    model: nn.Module  # in eval mode, on its device
+    processor: ImageTextProcessor  # of the teacher; equals the student's
+    root: Path  # ROOT_DATA_DIR
+    images: ImageSettings  # what the teacher sees
+    precision: str  # a Lightning precision, as in training
+    groups: Sequence[Group]  # the images, in their order
+
+    def image(self, number: int) -> dict[str, Tensor]:
+        """The outputs for one image, made now."""
+        (outputs,) = self.look([self.groups[number]])
+        return outputs
+
+    def pooled(self, number: int) -> dict[str, Tensor]:
+        """`pooled` and `squares` of one image, made now."""
+        return pool(self.image(number)["patches"])
+
+    def head(self) -> Tensor:
+        """(V, H) the output layer, cropped to the tokenizer's length."""
+        head = self.model.get_output_embeddings().weight[: len(self.processor.tokenizer)]
+        return head.detach().cpu().contiguous().clone()
+
+    def look(self, groups: Sequence[Group]) -> list[dict[str, Tensor]]:
+        """The outputs for a batch of images, see the module."""
+        pictures = [load_images(read_frame(self.root, frame_path(rows[0])), [self.images])[0] for rows in groups]
+        asked = [asked_answers(rows) for rows in groups]
+        prompts = [
+            pack_questions(
+                self.processor,
+                [question for question, _ in blocks],
+                [answer for _, answer in blocks],
+                n_image_tokens=image_placeholders(self.processor, picture.shape[:2], self.images),
+            )
+            for blocks, picture in zip(asked, pictures, strict=True)
+        ]
+        model, tokenizer = self.model, self.processor.tokenizer
+        end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        text = {k: v.to(model.device) for k, v in collate_prompts(prompts, pad_token_id=tokenizer.pad_token_id).items()}
+        pixels = {
+            k: v.to(model.device)
+            for k, v in self.processor.pixels(pictures, image_tokens=self.images.image_tokens).items()
+        }
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+            features = image_features(model, pixels)
+            patches = overview_patches(model, pixels, features)
+            answers = greedy_answers(
+                model,
+                text,
+                {"mm_encoder_outputs": {"image": features}},
+                vocab_size=len(tokenizer),
+                end_of_turn=end_of_turn,
+                max_new_tokens=MAX_ANSWER_TOKENS,
+                forbidden=(self.processor.image_token_id, self.processor.video_token_id),
+            )
+        return [
+            _image_outputs(patches[i].cpu(), answers.tokens[i], answers.hidden[i], end_of_turn=end_of_turn)
+            for i in range(len(groups))
+        ]
+
+
+def asked_answers(rows: Group) -> list[tuple[str, str | None]]:
+    """What is stored of an image, in this order: question and gold answer, and question and None for the teacher's own."""
+    return [(row.question, answer) for row in rows for answer in ((row.answer, None) if row.answer else (None,))]
+
+
+def _image_outputs(
+    patches: Tensor, tokens: Sequence[list[int]], hidden: Sequence[Tensor], *, end_of_turn: int
+) -> dict[str, Tensor]:
+    """Patches (P, Dv) and answers of one image as tensors. An answer that did not end is left empty: half a one is no target."""
+    whole = [(t, h) if t[-1] == end_of_turn else ([], h[:0]) for t, h in zip(tokens, hidden, strict=True)]
+    return {
+        "patches": patches.clone(),
+        "hidden": torch.cat([states for _, states in whole]).cpu(),
+        "tokens": torch.tensor([token for answer, _ in whole for token in answer], dtype=torch.long),
+        "starts": torch.tensor([0] + [len(answer) for answer, _ in whole]).cumsum(0),
+    }
+
+
+def pool(patches: Tensor) -> dict[str, Tensor]:
+    """Patches (P, Dv) of an image -> `pooled` and `squares` (Dv,) float32: mean and mean square."""
+    return {"pooled": patches.float().mean(0), "squares": patches.float().square().mean(0)}
+
+
+def pooled_name(name: str) -> str:
+    """Where `pool` of an image is stored."""
+    return f"{name}.pooled"
 
 
 class TeacherCache:
-    """Read access to a complete cache. Tensors are memory-mapped; each data loading process opens the files itself."""
+    """What the teacher said about all training and validation images."""
 
-    def __init__(self, folder: Path, shards: Sequence[Path], groups: Sequence[Group], n_bank: int) -> None:
-        """`groups` are the images in the order of the shards; the first `n_bank` of them are the training images."""
-        self.folder, self.shards = folder, list(shards)
-        self.place = {rows[0].image_path: divmod(i, IMAGES_PER_SHARD) for i, rows in enumerate(groups)}
-        self.rows = {rows[0].image_path: i for i, rows in enumerate(groups[:n_bank])}
-        self._open: dict[int, tuple[dict[str, Tensor], dict[tuple[str, str], int]]] = {}
+    def __init__(self, source: StoredOutputs | LiveTeacher, groups: Sequence[Group], n_bank: int) -> None:
+        """`groups` are the images in the order of the source; the first `n_bank` of them are the training images."""
+        self.source = source
+        self.number = {rows[0].image_path: i for i, rows in enumerate(groups)}
+        self.rows = dict(list(self.number.items())[:n_bank])
+        # By their words, since two question files may number their questions alike.
+        self.place = {(rows[0].image_path, *asked): i for rows in groups for i, asked in enumerate(asked_answers(rows))}
+        self._remembered: dict[int, dict[str, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}
+        return self.__dict__ | {"_remembered": {}}
 
-    def _shard(self, number: int) -> tuple[dict[str, Tensor], dict[tuple[str, str], int]]:
-        if number not in self._open:
-            path = self.shards[number]
-            with safe_open(path, framework="pt") as handle:
-                names = json.loads(handle.metadata()["answers"])
-            self._open[number] = load_file(path), {tuple(name): i for i, name in enumerate(names)}
-        return self._open[number]
+    def _image(self, path: str) -> dict[str, Tensor]:
+        number = self.number[path]
+        if number not in self._remembered:
+            if len(self._remembered) == REMEMBERED:
+                del self._remembered[next(iter(self._remembered))]  # the oldest
+            self._remembered[number] = self.source.image(number)
+        return self._remembered[number]
 
     def answer(self, row: QuestionRow, *, gold: bool) -> tuple[list[int], Tensor]:
         """Tokens of the gold or the teacher's own answer, and the (len(tokens), H) hidden states that predict them.
 
-        Its own answer is empty when it did not end within MAX_ANSWER_TOKENS: half an answer is no target.
+        Its own answer is empty when it did not end within MAX_ANSWER_TOKENS.
         """
-        tensors, names = self._shard(self.place[row.image_path][0])
-        i = names[row.id, GOLD if gold else OWN]
-        start, end = tensors["starts"][i : i + 2].tolist()
-        return tensors["tokens"][start:end].tolist(), tensors["hidden"][start:end]
+        outputs = self._image(row.image_path)
+        i = self.place[row.image_path, row.question, row.answer if gold else None]
+        start, end = outputs["starts"][i : i + 2].tolist()
+        return outputs["tokens"][start:end].tolist(), outputs["hidden"][start:end]
 
     def patches(self, image_path: str) -> Tensor:
         """(P, Dv) vision features of a picture's overview tile."""
-        shard, row = self.place[image_path]
-        return self._shard(shard)[0]["patches"][row]
+        return self._image(image_path)["patches"]
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (Dv,) of the vision features over all training images, per channel.
@@ -121,16 +240,19 @@ class TeacherCache:
         Features are compared after standardising both sides with these: SigLIP has a few channels a hundred times larger than
         the others, which would be all that a distance or a cosine sees.
         """
-        mean, squares = self._pooled("pooled").double().mean(0), self._pooled("squares").double().mean(0)
-        return mean.float(), (squares - mean**2).clamp(min=1e-12).sqrt().float()
+        pooled, squares = (values.double().mean(0) for values in self._pooled)
+        return pooled.float(), (squares - pooled**2).clamp(min=1e-12).sqrt().float()
 
     def bank(self) -> Tensor:
         """(N, Dv) mean standardised patch of every training image, in the order of `rows`: what InfoNCE chooses from."""
         mean, std = self.statistics()
-        return (self._pooled("pooled") - mean) / std
+        return (self._pooled[0] - mean) / std
 
-    def _pooled(self, name: str) -> Tensor:
-        return torch.stack([self._shard(self.place[path][0])[0][name][self.place[path][1]] for path in self.rows])
+    @cached_property
+    def _pooled(self) -> tuple[Tensor, Tensor]:
+        """Means and mean squares, (N, Dv) each, of the training images."""
+        found = [self.source.pooled(number) for number in self.rows.values()]
+        return torch.stack([one["pooled"] for one in found]), torch.stack([one["squares"] for one in found])
 
     def recordings(self) -> Tensor:
         """(N,) int64, equal for training images of one recording, which may show the same room."""
@@ -140,7 +262,7 @@ class TeacherCache:
 
     def head(self) -> Tensor:
         """(V, H) the teacher's output layer, cropped to the tokenizer's length."""
-        return load_file(self.folder / "head.safetensors")["head"]
+        return self.source.head()
 
     def accuracy(self, rows: Sequence[QuestionRow]) -> dict[str, float]:
         """Share of questions that the teacher answers with the gold tokens, per type and as "all"."""
@@ -183,38 +305,97 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
         folder = Path(tempfile.mkdtemp())
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     folder /= hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    with locked(folder):
-        shards = shard_paths(folder, data.root, groups)
-        missing = {
-            shard: groups[i * IMAGES_PER_SHARD : (i + 1) * IMAGES_PER_SHARD]
-            for i, shard in enumerate(shards)
-            if not is_whole(shard)
-        }
-        if missing or not (folder / "head.safetensors").is_file():
-            device = "cuda" if torch.cuda.is_available() and args.accelerator != "cpu" else "cpu"
-            origin = str(path)
-            model = (
-                restore_student(read_checkpoint(path), origin=origin, dtype=dtype)
-                if path
-                else load_model(name, dtype=dtype)
-            )
-            write_json(folder / "teacher.json", key | {"name": name, "checkpoint": origin if path else None})
-            build_shards(
-                folder,
-                missing,
-                root=data.root,
-                model=model.to(device).eval(),
-                processor=processor,
-                images=images,
-                batch_size=2 * args.batch_size,
-                precision=resolve_precision(args.precision, args.accelerator),
-            )
-    teacher = TeacherCache(folder, shards, groups, n_bank)
+
+    def live() -> LiveTeacher:
+        device = "cuda" if torch.cuda.is_available() and args.accelerator != "cpu" else "cpu"
+        model = (
+            restore_student(read_checkpoint(path), origin=str(path), dtype=dtype)
+            if path
+            else load_model(name, dtype=dtype)
+        )
+        precision = resolve_precision(args.precision, args.accelerator)
+        return LiveTeacher(model.to(device).eval(), processor, data.root, images, precision, groups)
+
+    if args.teacher == "online":
+        source = live()
+    else:
+        record = key | {"name": name, "checkpoint": str(path)}
+        source = stored_outputs(folder, groups, live, record, root=data.root, batch_size=2 * args.batch_size)
+    teacher = TeacherCache(source, groups, n_bank)
     if not args.dry_run:
         scores = teacher.accuracy([row for rows in groups[n_bank:] for row in rows])
         run.record["teacher_val_exact_match"] = round(scores["all"], 4)
         print("teacher on val: " + ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items()))
     return teacher
+
+
+def stored_outputs(
+    folder: Path,
+    groups: Sequence[Group],
+    live: Callable[[], LiveTeacher],
+    record: Mapping[str, Any],
+    *,
+    root: Path,
+    batch_size: int,
+) -> StoredOutputs:
+    """What is stored of a teacher about these images; only where something is missing or damaged is the teacher loaded.
+
+    Processes that were started side by side each take their share of the images.
+
+    Args:
+        folder: of this teacher.
+        groups: images with their questions.
+        live: loads the teacher.
+        record: written beside the outputs, for people.
+        root: ROOT_DATA_DIR.
+        batch_size: images per pass of the teacher.
+    """
+    store = TensorStore(folder)
+    names = [image_name(root, rows) for rows in groups]
+
+    def missing() -> list[int]:
+        found = progress(enumerate(names), total=len(names), label="checking what the teacher said, image")
+        return [i for i, name in found if store.get(name) is None or store.get(pooled_name(name)) is None]
+
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    with locked(folder, shared=True):
+        own = missing()[rank::world_size]
+        if own or store.get(HEAD) is None:
+            write_json(folder / "teacher.json", record)
+            look_and_store(store, [(names[i], groups[i]) for i in own], live(), batch_size=batch_size)
+    if world_size > 1:
+        with locked(folder):  # not before all others have done theirs; what one of them could not do is done here
+            rest = missing()
+            if rest:
+                look_and_store(store, [(names[i], groups[i]) for i in rest], live(), batch_size=batch_size)
+    return StoredOutputs(store, tuple(names))
+
+
+def image_name(root: Path, rows: Group) -> str:
+    """The digest of a picture's bytes and of its questions."""
+    digest = hashlib.sha256((root / rows[0].image_path).read_bytes())
+    for row in rows:
+        digest.update("\n".join((row.question, row.answer, "")).encode())
+    return digest.hexdigest()[:32]
+
+
+def look_and_store(
+    store: TensorStore, missing: Sequence[tuple[str, Group]], teacher: LiveTeacher, *, batch_size: int
+) -> None:
+    """Let the teacher look at images. Interrupted, it goes on with the batch that it was at.
+
+    Args:
+        store: of this teacher.
+        missing: name and questions of each image.
+        teacher: the model.
+        batch_size: images per pass.
+    """
+    store.put(HEAD, {"head": teacher.head()})
+    batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+    for batch in progress(batches, total=len(batches), label="the teacher looks, batch"):
+        for (name, _), outputs in zip(batch, teacher.look([rows for _, rows in batch]), strict=True):
+            store.put(name, outputs)
+            store.put(pooled_name(name), pool(outputs["patches"]))
 
 
 def _named_teacher(args: argparse.Namespace) -> tuple[str, Path | None, dict[str, Any] | None]:
@@ -311,126 +492,3 @@ def teacher_key(model_digest: str, processor: ImageTextProcessor, images: ImageS
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
         "max_answer_tokens": MAX_ANSWER_TOKENS,
     }
-
-
-def shard_paths(folder: Path, root: Path, groups: Sequence[Group]) -> list[Path]:
-    """Where the shards of these images are or will be: named by the digest of everything that they are made from."""
-    paths = []
-    for first in range(0, len(groups), IMAGES_PER_SHARD):
-        digest = hashlib.sha256()
-        for rows in groups[first : first + IMAGES_PER_SHARD]:
-            digest.update((root / rows[0].image_path).read_bytes())
-            for row in rows:
-                digest.update("\n".join((row.id, row.question, row.answer, "")).encode())
-        paths.append(folder / f"{digest.hexdigest()[:32]}.safetensors")
-    return paths
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a shard is there and matches its checksum."""
-    return path.is_file() and matches_checksum(path) is True
-
-
-def build_shards(
-    folder: Path,
-    missing: Mapping[Path, Sequence[Group]],
-    *,
-    root: Path,
-    model: nn.Module,
-    processor: ImageTextProcessor,
-    images: ImageSettings,
-    batch_size: int,
-    precision: str,
-) -> None:
-    """Let the teacher look at the images of the missing shards. Interrupted, it goes on with the shard it was at.
-
-    Args:
-        folder: of this teacher.
-        missing: path of a shard -> its images with their questions.
-        root: ROOT_DATA_DIR.
-        model: the teacher in eval mode on its device.
-        processor: of the teacher; equals the student's.
-        images: what the teacher sees.
-        batch_size: images per pass.
-        precision: `bf16-mixed` or `32-true`, as in training.
-    """
-    if not (folder / "head.safetensors").is_file():
-        head = model.get_output_embeddings().weight[: len(processor.tokenizer)].detach().cpu().contiguous().clone()
-        with atomic_path(folder / "head.safetensors") as part:
-            save_file({"head": head}, part)
-    batches = [
-        (path, list(groups[i : i + batch_size]))
-        for path, groups in missing.items()
-        for i in range(0, len(groups), batch_size)
-    ]
-    parts: dict[str, list] = {"patches": [], "answers": []}
-    for i, (path, groups) in enumerate(progress(batches, total=len(batches), label="the teacher looks, batch")):
-        patches, answers = _look(model, processor, root, groups, images, precision)
-        parts["patches"].append(patches)
-        parts["answers"] += answers
-        if i + 1 == len(batches) or batches[i + 1][0] != path:
-            _write_shard(path, parts)
-            parts = {"patches": [], "answers": []}
-
-
-def _look(
-    model: nn.Module,
-    processor: ImageTextProcessor,
-    root: Path,
-    groups: Sequence[Group],
-    images: ImageSettings,
-    precision: str,
-) -> tuple[Tensor, list[tuple[str, str, list[int], Tensor]]]:
-    """Patches of a batch of images, and (question id, kind, tokens, hidden) of all their answers."""
-    pictures = [load_images(read_frame(root, frame_path(rows[0])), [images])[0] for rows in groups]
-    asked = [
-        [(row, kind) for row in rows for kind in ((GOLD, OWN) if row.answer else (OWN,))] for rows in groups
-    ]  # fmt: skip
-    prompts = [
-        pack_questions(
-            processor,
-            [row.question for row, _ in blocks],
-            [row.answer if kind == GOLD else None for row, kind in blocks],
-            n_image_tokens=image_placeholders(processor, picture.shape[:2], images),
-        )
-        for blocks, picture in zip(asked, pictures, strict=True)
-    ]
-    tokenizer = processor.tokenizer
-    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    text = {k: v.to(model.device) for k, v in collate_prompts(prompts, pad_token_id=tokenizer.pad_token_id).items()}
-    pixels = {k: v.to(model.device) for k, v in processor.pixels(pictures, image_tokens=images.image_tokens).items()}
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-        features = image_features(model, pixels)
-        patches = overview_patches(model, pixels, features)
-        answers = greedy_answers(
-            model,
-            text,
-            {"mm_encoder_outputs": {"image": features}},
-            vocab_size=len(tokenizer),
-            end_of_turn=end_of_turn,
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            forbidden=(processor.image_token_id, processor.video_token_id),
-        )
-    found = [
-        (row.id, kind, tokens, hidden)
-        for blocks, row_tokens, row_hidden in zip(asked, answers.tokens, answers.hidden, strict=True)
-        for (row, kind), tokens, hidden in zip(blocks, row_tokens, row_hidden, strict=True)
-    ]
-    whole = [(i, k, t, h) if t[-1] == end_of_turn else (i, k, [], h[:0]) for i, k, t, h in found]
-    return patches.cpu(), [(i, kind, tokens, hidden.cpu()) for i, kind, tokens, hidden in whole]
-
-
-def _write_shard(path: Path, parts: Mapping[str, list]) -> None:
-    lengths = torch.tensor([0] + [len(tokens) for _, _, tokens, _ in parts["answers"]])
-    patches = torch.cat(parts["patches"])
-    tensors = {
-        "patches": patches,
-        "pooled": patches.float().mean(1),
-        "squares": patches.float().square().mean(1),
-        "hidden": torch.cat([hidden for _, _, _, hidden in parts["answers"]]),
-        "tokens": torch.tensor([token for _, _, tokens, _ in parts["answers"] for token in tokens]),
-        "starts": lengths.cumsum(0),
-    }
-    names = [(question, kind) for question, kind, _, _ in parts["answers"]]
-    with checksummed_path(path) as part:
-        save_file(tensors, part, metadata={"answers": json.dumps(names)})

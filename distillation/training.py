@@ -174,6 +174,12 @@ def add_teacher_args(parser: argparse.ArgumentParser, *, asks: bool = True) -> N
         const="best",
         help="a teacher fine-tuned by baseline_rgb7b: a path or a run's name; without one: the best",
     )
+    parser.add_argument(
+        "--teacher",
+        choices=("cached", "online"),
+        default="cached",
+        help="look at every image once and store it, or look again in every step: the same loss, slow (--num_workers 0)",
+    )
     if asks:
         parser.add_argument(
             "--teacher_questions",
@@ -211,6 +217,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
         parser.error(
             "--strategy fsdp cannot clip the norm of gradients that are spread over devices: --gradient_clip 0"
         )
+    if getattr(args, "teacher", "cached") == "online" and args.num_workers:
+        parser.error("--teacher online is asked where the student trains: --num_workers 0")
     if args.resume and args.load_checkpoint:
         parser.error("--resume continues a run with its own weights; leave out --load_checkpoint")
     if args.resume and args.dry_run:
@@ -576,8 +584,8 @@ def build_data(
     )
     data.setup()
     if cache:
-        first, n = data.train[0, 0]["picture"].tiles, len(data.train) + len(data.val)
-        check_disk("--picture_cache", cache.folder, first, n - sum(1 for _ in cache.folder.rglob("*.safetensors")))
+        missing = data.images_per_epoch + len(data.val) - len(cache.store)
+        check_disk("--picture_cache", cache.store.folder, data.train[0, 0]["picture"].tiles, missing)
     return data
 
 
@@ -611,7 +619,7 @@ def use_vision_cache(student: torch.nn.Module, data: SUNRGBDDataModule, args: ar
     cache = PictureCache(outputs_root(ROOT / "distillation" / "vision_cache"), key, data.student)
     device = torch.device("cuda" if torch.cuda.is_available() and args.accelerator != "cpu" else "cpu")
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-    with locked(cache.folder), torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
+    with locked(cache.store.folder), torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
         for dataset in (data.train, data.val):
             missing = [i for i in range(len(dataset)) if cache.find(dataset.frame(i)) is None]
             loader = torch.utils.data.DataLoader(
@@ -632,7 +640,7 @@ def use_vision_cache(student: torch.nn.Module, data: SUNRGBDDataModule, args: ar
                 for picture, seen in zip(pictures, features, strict=True):
                     place = next(places)
                     if place == missing[0]:
-                        check_disk("--vision_cache", cache.folder, seen, len(missing))
+                        check_disk("--vision_cache", cache.store.folder, seen, len(missing))
                     cache.put(dataset.frame(place), replace(picture, tiles=seen))
     data.use_features(cache)
 
@@ -716,7 +724,7 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
         UserError: names the first setting that differs.
     """
     free = {"resume", "run_name", "git_commit", "export", "save_final_pt", "num_workers", "max_epochs", "max_steps"}
-    free |= {"accelerator", "devices", "strategy", "load_checkpoint", "picture_cache", "vision_cache"}
+    free |= {"accelerator", "devices", "strategy", "load_checkpoint", "picture_cache", "vision_cache", "teacher"}
     for name in sorted(run.record.keys() - free):
         if recorded.get(name) != run.record[name]:
             raise UserError(

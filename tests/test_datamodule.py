@@ -124,7 +124,7 @@ def test_cached_pictures_are_the_pictures(world, processor, tmp_path, image_toke
         return torch.equal(pictures[0].measured, pictures[1].measured)
 
     assert same()
-    files = sorted(cache.folder.rglob("*.safetensors"))
+    files = sorted(cache.store.folder.rglob("*.tensors"))
     assert len(files) == 4
     before = [path.read_bytes() for path in files]
     assert same() and [path.read_bytes() for path in files] == before
@@ -141,7 +141,7 @@ def test_picture_cache_knows_what_a_picture_is_made_from(world, processor, tmp_p
     frame = read_frame(world, frame_path(data.train.images[0][0]))
     other = read_frame(world, frame_path(data.train.images[1][0]))
     settings = [DEPTH, replace(DEPTH, depth_encoding="grey"), replace(DEPTH, image_tokens="anyres"), RGB]
-    assert len({PictureCache(tmp_path, picture_key(processor, s), s).folder for s in settings}) == len(settings)
+    assert len({PictureCache(tmp_path, picture_key(processor, s), s).store.folder for s in settings}) == len(settings)
     cache, made = PictureCache(tmp_path, picture_key(processor, DEPTH), DEPTH), []
 
     def make():

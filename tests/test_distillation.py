@@ -1,7 +1,9 @@
 """The five distillation scripts and the teacher cache, on a small world with tiny models."""
 
+import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,7 +61,6 @@ def tiny_teacher(processor, tmp_path_factory):
 def places(world, tmp_path, monkeypatch):
     monkeypatch.setenv("ROOT_DATA_DIR", str(world))
     monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(tmp_path / "out"))
-    monkeypatch.setattr(teacher_cache, "IMAGES_PER_SHARD", 10)
     return tmp_path / "out"
 
 
@@ -177,13 +178,32 @@ def test_a_phase_can_start_from_the_stock_student(places, tiny_folder, tiny_teac
     assert "leave out --load_checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["phase3", "feature"])
+def test_an_online_teacher_gives_the_same_training(places, tiny_folder, tiny_teacher, name):
+    """All of the teacher's outputs are used: hidden states, own answers, patches, statistics and the bank."""
+    more = ("--teacher_questions", "2", *(("--from_stock",) if name == "phase3" else ()))
+    for teacher in ("cached", "online"):
+        train(name, tiny_folder, tiny_teacher, *more, "--teacher", teacher, "--run_name", teacher)
+    runs = places / SCRIPTS[name] / "checkpoints"
+    cached, online = (read_checkpoint(runs / teacher / "last.ckpt")["state_dict"] for teacher in ("cached", "online"))
+    for key, value in cached.items():
+        torch.testing.assert_close(online[key], value, atol=2e-4, rtol=1e-3)
+    losses = [
+        [float(row["train/loss"]) for row in csv.DictReader(open(path, encoding="utf-8")) if row.get("train/loss")]
+        for path in (places / SCRIPTS[name] / "tensorboard_logs" / t / "metrics.csv" for t in ("cached", "online"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0]
+    with pytest.raises(SystemExit):
+        train(name, tiny_folder, tiny_teacher, *more, "--teacher", "online", "--num_workers", "2")
+
+
 def test_a_vision_cache_changes_no_weight(places, tiny_folder, tiny_teacher, capsys):
     """Phase 2 from pixels, from features made now, and from those found on disk, one of them damaged."""
     more = ("--from_stock", "--teacher_questions", "1")
     train("phase2", tiny_folder, tiny_teacher, *more, "--run_name", "pixels")
     for run in ("made", "found"):
         train("phase2", tiny_folder, tiny_teacher, *more, "--vision_cache", "--run_name", run)
-        files = sorted((places / "vision_cache").rglob("*.safetensors"))
+        files = sorted((places / "vision_cache").rglob("*.tensors"))
         files[0].write_bytes(files[0].read_bytes()[:-1])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--vision_cache")]
     assert len(files) == 32 and len(said) == 3  # training images, validation images, the damaged one
@@ -270,53 +290,105 @@ def test_cached_outputs_are_the_teachers(places, world, tiny_folder, tiny_teache
 
 
 def test_the_teacher_looks_once(places, world, tiny_folder, tiny_teacher, monkeypatch):
-    """Kill after two shards, damage one: only what is missing or damaged is computed again; then no model is loaded at all."""
-    looked, look = [], teacher_cache._look
+    """Killed half-way, damaged, with other images: only what is missing is computed; then no model is loaded at all."""
+    looked, look = [], teacher_cache.LiveTeacher.look
 
-    def counting(model, processor, root, groups, images, precision):
+    def counting(self, groups):
         looked.extend(rows[0].image_path for rows in groups)
         if len(looked) > 20 and not (places / "go_on").exists():
             raise KeyboardInterrupt
-        return look(model, processor, root, groups, images, precision)
+        return look(self, groups)
 
-    monkeypatch.setattr(teacher_cache, "_look", counting)
+    monkeypatch.setattr(teacher_cache.LiveTeacher, "look", counting)
     data = data_module(world, tiny_folder)
     with pytest.raises(KeyboardInterrupt):
         teacher_of(data, tiny_folder, tiny_teacher)
+    done = len(looked) - 8  # in batches of 8
     (places / "go_on").touch()
     looked.clear()
     teacher = teacher_of(data, tiny_folder, tiny_teacher)
     images = len(data.train.images) + len(data.val.images)
-    assert len(looked) == images - 20
-    shard = teacher.shards[1]
-    before = shard.read_bytes()
-    shard.write_bytes(before[:100] + bytes([before[100] ^ 1]) + before[101:])
+    assert len(looked) == images - done and done > 0
+    folder = teacher.source.store.folder
+    outputs = sorted(folder.rglob("*.tensors"))
+    assert len(outputs) == 2 * images + 1  # outputs and their means; the output layer
+    (head,) = folder.rglob("head.tensors")
+    (pooled, *_) = folder.rglob("*.pooled.tensors")
+    for path, n in ((next(p for p in outputs if "." not in p.stem and p != head), 1), (pooled, 1), (head, 0)):
+        before = path.read_bytes()
+        path.write_bytes(before[:100] + bytes([before[100] ^ 1]) + before[101:])
+        looked.clear()
+        teacher_of(data, tiny_folder, tiny_teacher)
+        assert len(looked) == n and path.read_bytes() == before
     looked.clear()
-    teacher_of(data, tiny_folder, tiny_teacher)
-    assert len(looked) == 10 and shard.read_bytes() == before
+    teacher_of(data_module(world, tiny_folder, subset_percentage=0.5), tiny_folder, tiny_teacher)
+    assert not looked  # all of them are known
     monkeypatch.setattr(teacher_cache, "load_model", None)
     again = teacher_of(data, tiny_folder, tiny_teacher)
-    assert again.shards == teacher.shards
+    assert again.source.names == teacher.source.names
+    path = folder / again.source.names[0][:2] / f"{again.source.names[0]}.tensors"
+    path.unlink()
+    with pytest.raises(UserError, match="start again"):
+        again.patches(data.train.images[0][0].image_path)
 
 
-def test_other_pictures_or_questions_are_other_shards(world, tiny_folder, tmp_path):
+def test_processes_side_by_side_share_the_looking(places, world, tiny_folder, tiny_teacher, monkeypatch):
+    data, looked, look = data_module(world, tiny_folder), [], teacher_cache.LiveTeacher.look
+    monkeypatch.setattr(
+        teacher_cache.LiveTeacher, "look", lambda self, groups: looked.extend(groups) or look(self, groups)
+    )
+    rows = [group for group in (*data.train.images, *data.val.images)]
+    live = teacher_cache.LiveTeacher(
+        load_model(str(tiny_teacher)).eval(),
+        data.processor,
+        world,
+        ImageSettings("rgb", image_tokens="one_tile"),
+        "32-true",
+        rows,
+    )
+    shares = []
+    for rank in (1, 0):  # one after the other: the first finds that the other's share is missing and does it as well
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        looked.clear()
+        teacher_cache.stored_outputs(places / "t", rows, lambda: live, {}, root=world, batch_size=4)
+        shares.append(len(looked))
+    assert shares == [len(rows), 0]
+
+
+def test_two_files_may_number_their_questions_alike(world, tiny_folder, tiny_teacher):
+    """The answers of an image are told apart by their words: equal ids in train, unanswered and val mix nothing up."""
     data = data_module(world, tiny_folder)
-    groups = data.train.images
-    before = teacher_cache.shard_paths(tmp_path, world, groups)
-    reworded = [[*groups[0][:-1], type(groups[0][0])(**{**_fields(groups[0][-1]), "question": "What?"})], *groups[1:]]
-    assert teacher_cache.shard_paths(tmp_path, world, reworded) != before
-    copy = tmp_path / "world"
-    for row in {rows[0].image_path for rows in groups}:
-        (copy / row).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(world / row, copy / row)
-    assert teacher_cache.shard_paths(tmp_path, copy, groups) == before
-    picture = copy / groups[0][0].image_path
+    first = data.train.images[0]
+    rows = [replace(row, id="1") for row in first] + [replace(first[0], id="1", question="What is this?", answer="")]
+    live = teacher_cache.LiveTeacher(
+        load_model(str(tiny_teacher)).eval(),
+        data.processor,
+        world,
+        ImageSettings("rgb", image_tokens="one_tile"),
+        "32-true",
+        [rows],
+    )
+    together = teacher_cache.TeacherCache(live, [rows], 1)
+    for row in rows:
+        alone = teacher_cache.TeacherCache(replace(live, groups=[[row]]), [[row]], 1)
+        for gold in {False, bool(row.answer)}:
+            (tokens, hidden), (expected, states) = together.answer(row, gold=gold), alone.answer(row, gold=gold)
+            assert tokens == expected
+            torch.testing.assert_close(hidden, states, atol=1e-4, rtol=1e-4)
+
+
+def test_other_pictures_or_questions_are_other_files(world, tiny_folder, tmp_path):
+    rows = data_module(world, tiny_folder).train.images[0]
+    before = teacher_cache.image_name(world, rows)
+    assert teacher_cache.image_name(world, [replace(rows[0], question="What?"), *rows[1:]]) != before
+    assert teacher_cache.image_name(world, [replace(rows[0], answer=""), *rows[1:]]) != before
+    picture = tmp_path / rows[0].image_path
+    picture.parent.mkdir(parents=True)
+    shutil.copy(world / rows[0].image_path, picture)
+    assert teacher_cache.image_name(tmp_path, rows) == before
     picture.write_bytes(picture.read_bytes() + b"0")
-    assert teacher_cache.shard_paths(tmp_path, copy, groups) != before
-
-
-def _fields(row):
-    return {name: getattr(row, name) for name in row.__dataclass_fields__}
+    assert teacher_cache.image_name(tmp_path, rows) != before
 
 
 def test_unfit_teachers_are_refused(places, world, tiny_folder, tiny_teacher, tmp_path):
@@ -344,7 +416,7 @@ def test_a_fine_tuned_teacher_is_taken(places, world, tiny_folder, tiny_teacher)
     stock = teacher_of(data, tiny_folder, tiny_teacher)
     tuned = teacher_of(data, tiny_folder, tiny_teacher, "--teacher_checkpoint")
     row = data.train.images[0][0]
-    assert stock.folder != tuned.folder
+    assert stock.source.store.folder != tuned.source.store.folder
     assert not torch.equal(stock.answer(row, gold=True)[1], tuned.answer(row, gold=True)[1])
     scores = tuned.accuracy([row for rows in data.val.images for row in rows])
     assert 0 <= scores["all"] <= 1 and set(scores) > {"all"}

@@ -1,0 +1,44 @@
+"""Tensors that were made once, a file each, named by what they were made from."""
+
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from utils import atomic_path
+
+
+class TensorStore:
+    """A folder of small named groups of tensors, each with a checksum; what is damaged counts as missing.
+
+    Files appear whole or not at all, so processes may write side by side. They are not forced to the disk one by one: what a
+    power cut spoils fails its checksum and is made again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors of this name; None when they are missing or damaged."""
+        try:
+            data = self._path(name).read_bytes()
+        except FileNotFoundError:
+            return None
+        whole = len(data) > 4 and struct.unpack("<I", data[:4])[0] == zlib.crc32(data[4:])
+        return load(data[4:]) if whole else None
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these tensors."""
+        data = save({key: tensor.contiguous() for key, tensor in tensors.items()})
+        with atomic_path(self._path(name), durable=False) as part:
+            part.write_bytes(struct.pack("<I", zlib.crc32(data)) + data)
+
+    def __len__(self) -> int:
+        """How many names there are, damaged ones included."""
+        return sum(1 for _ in self.folder.glob("*/*.tensors"))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name[:2] / f"{name}.tensors"
