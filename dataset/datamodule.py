@@ -13,8 +13,8 @@ A batch (tensors; B images, T tokens, S the vision tower's image size):
         bank_rows   (B,) int64, the images' rows in the bank of InfoNCE; -1 for validation images, which have none
     question_ids    B lists of ids, in the order of the blocks; image_paths: B paths
 
-`--batch_size` counts images; an image brings up to `questions_per_image` gold questions and, with a teacher, up to
-`teacher_questions` without a gold answer.
+`--batch_size` counts images; an image brings up to `questions_per_image` questions of the training file, those with a gold
+answer first, and, with a teacher, up to `teacher_questions` further ones without a gold answer.
 """
 
 import signal
@@ -86,7 +86,12 @@ class SUNRGBDDataset(Dataset):
         rows = self.images[index]
         picture = self._picture(self.frame(index), rng.spawn(1)[0] if self.augmentation else None)
         further = self.unanswered.get(rows[0].image_path, [])
-        rows = _some(rows, self.questions_per_image, rng) + _some(further, self.unanswered_per_image, rng)
+        answered = _some([row for row in rows if row.answer], self.questions_per_image, rng)
+        room = None if self.questions_per_image is None else self.questions_per_image - len(answered)
+        hidden = _some(
+            [row for row in rows if not row.answer], room, rng
+        )  # gold answers are rare where some are hidden
+        rows = answered + hidden + _some(further, self.unanswered_per_image, rng)
         return {"rows": rows, "picture": picture}
 
     def frame(self, index: int) -> Frame:
@@ -200,14 +205,14 @@ class ResumableBatchSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rng = np.random.default_rng((self.seed, 0, self.epoch))
-        rounds = -(-self.epoch_size // self.n)
+        rounds = -(-self.epoch_size // self.n)  # an image that comes again is drawn anew, as if in another epoch
         order = np.concatenate([rng.permutation(self.n) if self.shuffle else np.arange(self.n) for _ in range(rounds)])
         order = order[: self.epoch_size]
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        batches = [range(i, min(i + self.batch_size, len(order))) for i in range(0, len(order), self.batch_size)]
         first, self.start = self.start, 0
         for step in range(first, len(self)):
             batch = batches[(step * self.world_size + self.rank) % len(batches)]
-            yield [(self.epoch, int(index)) for index in batch]
+            yield [(self.epoch * rounds + place // self.n, int(order[place])) for place in batch]
 
 
 class StatefulLoader(DataLoader):

@@ -491,10 +491,12 @@ def answer_diagnostics(
         gold: (n,) bool, tokens of gold answers.
 
     Returns:
-        Scalars to log, nats.
+        Scalars to log, nats; the teacher's cross-entropy only where the batch has a gold answer.
     """
-    return {
+    found = {
         "train/student_entropy": entropy(logits=student_logits),
         "train/teacher_entropy": entropy(logits=teacher_logits),
-        "train/teacher_ce": answer_cross_entropy(logits=teacher_logits[gold], targets=targets[gold]),
     }
+    if gold.any():
+        found["train/teacher_ce"] = answer_cross_entropy(logits=teacher_logits[gold], targets=targets[gold])
+    return found

@@ -21,6 +21,7 @@ its checksum is computed again.
 
 import argparse
 import atexit
+import gc
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from dataset.datamodule import (
     SUNRGBDDataModule,
@@ -57,6 +59,8 @@ from distillation.training import (
     experiment_folder,
     find_checkpoint,
     frozen_dtype,
+    half_dtype,
+    probe,
     read_checkpoint,
     resolve_precision,
 )
@@ -151,7 +155,8 @@ class LiveTeacher:
             k: v.to(model.device)
             for k, v in self.processor.pixels(pictures, image_tokens=self.images.image_tokens).items()
         }
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+        half = half_dtype(self.precision)
+        with torch.no_grad(), torch.autocast(model.device.type, half, enabled=half is not None):
             features = image_features(model, pixels)
             patches = overview_patches(model, pixels, features)
             answers = greedy_answers(
@@ -290,6 +295,7 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
     name, path, recorded = _named_teacher(args)
     processor = load_processor(name)
     check_same_language(processor, data.processor, teacher=name, student=args.student_name)
+    check_same_vision(name, args.student_name)
     images = ImageSettings("rgb", image_tokens=data.student.image_tokens)
     for setting in ("modality", "image_tokens"):
         wanted = getattr(images, setting)
@@ -307,21 +313,27 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
     folder /= hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
     def live() -> LiveTeacher:
-        device = "cuda" if torch.cuda.is_available() and args.accelerator != "cpu" else "cpu"
         model = (
             restore_student(read_checkpoint(path), origin=str(path), dtype=dtype)
             if path
             else load_model(name, dtype=dtype)
         )
         precision = resolve_precision(args.precision, args.accelerator)
-        return LiveTeacher(model.to(device).eval(), processor, data.root, images, precision, groups)
+        return LiveTeacher(
+            model.to(probe(args).strategy.root_device).eval(), processor, data.root, images, precision, groups
+        )
 
     if args.teacher == "online":
         source = live()
     else:
         record = key | {"name": name, "checkpoint": str(path)}
         source = stored_outputs(folder, groups, live, record, root=data.root, batch_size=2 * args.batch_size)
+        if torch.cuda.is_available():  # the student needs the room, and its own peak is of interest
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     teacher = TeacherCache(source, groups, n_bank)
+    run.record.update(teacher_outputs=folder.name, teacher_checkpoint=str(path) if path else None)
     if not args.dry_run:
         scores = teacher.accuracy([row for rows in groups[n_bank:] for row in rows])
         run.record["teacher_val_exact_match"] = round(scores["all"], 4)
@@ -447,17 +459,33 @@ def check_same_language(
     teacher_processor: ImageTextProcessor, student_processor: ImageTextProcessor, *, teacher: str, student: str
 ) -> None:
     """Raises UserError unless both models read and write the same tokens and cut pictures into the same patches."""
-    theirs, ours = teacher_processor, student_processor
-    same = {
-        "tokenizer": theirs.tokenizer.get_vocab() == ours.tokenizer.get_vocab(),
-        "chat template": theirs.chat_template == ours.chat_template,
-        "number of image tokens": theirs.num_image_tokens == ours.num_image_tokens,
-    }
-    for what, equal in same.items():
-        if not equal:
+    theirs, ours = (
+        {
+            "tokenizer": processor.tokenizer.get_vocab(),
+            # Templates of one family differ in what they do with video; what counts is the prompt that comes out.
+            "chat template": pack_questions(processor, ["What is this?"], ["a chair"], n_image_tokens=1),
+            "number of image tokens": processor.num_image_tokens,
+        }
+        for processor in (teacher_processor, student_processor)
+    )
+    for what in theirs:
+        if theirs[what] != ours[what]:
             raise UserError(
                 f"the {what} of teacher {teacher} is not that of student {student}; choose models of one family"
             )
+
+
+def check_same_vision(teacher: str, student: str) -> None:
+    """Raises UserError unless the vision features of both models have one width: they are compared patch by patch."""
+    widths = [
+        AutoConfig.from_pretrained(model_source(name), token=hf_token()).vision_config.hidden_size
+        for name in (teacher, student)
+    ]
+    if widths[0] != widths[1]:
+        raise UserError(
+            f"the vision features of teacher {teacher} have {widths[0]} channels, those of student {student} {widths[1]}; choose "
+            "models of one family"
+        )
 
 
 def model_digest(name: str, checkpoint: Path | None) -> str:

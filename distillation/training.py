@@ -88,6 +88,7 @@ LEAST = dict(  # smallest value that a flag takes
     num_workers=0,
     lr=0,
     vision_lr=0,
+    map_lr=0,
     weight_decay=0,
     warmup_share=0,
     gradient_clip=0,
@@ -219,7 +220,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
         )
     if getattr(args, "teacher", "cached") == "online" and args.num_workers:
         parser.error("--teacher online is asked where the student trains: --num_workers 0")
-    if args.resume and args.load_checkpoint:
+    if args.resume not in (None, "auto") and args.load_checkpoint:
         parser.error("--resume continues a run with its own weights; leave out --load_checkpoint")
     if args.resume and args.dry_run:
         parser.error("--dry_run says what a new run costs; leave out --resume")
@@ -242,7 +243,8 @@ def need_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, e
     """
     if args.from_stock and args.load_checkpoint:
         parser.error("--from_stock leaves the phases before out; leave out --load_checkpoint")
-    if not (args.load_checkpoint or args.resume or args.from_stock):
+    resumed = args.resume not in (None, "auto")  # auto may find nothing to continue
+    if not (args.load_checkpoint or resumed or args.from_stock):
         parser.error(
             f"--load_checkpoint is needed: this script starts from a checkpoint of {experiment}; alone it takes the best one. "
             f"To make one: python distillation/{experiment}/train_online_kd.py{' --miniature' * args.miniature}"
@@ -276,7 +278,7 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
         UserError: there is no data, the run folder is in use, or there is nothing to resume.
     """
     data_root(args.miniature)  # before minutes are spent on loading a model
-    _world_size(args)
+    probe(args)
     pl.seed_everything(args.seed, verbose=False)  # before adapters are initialised
     path = Path(script).resolve()
     experiment = outputs_root(path.parent)
@@ -298,11 +300,15 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
     return run
 
 
-def _world_size(args: argparse.Namespace) -> int:
-    """How many processes will train. Raises UserError when this machine cannot do what the flags ask for."""
+def probe(args: argparse.Namespace) -> pl.Trainer:
+    """A Trainer that tells the number of processes and this one's device.
+
+    Raises:
+        UserError: this machine cannot do what the flags ask for.
+    """
     quieten()
     try:
-        trainer = pl.Trainer(
+        return pl.Trainer(
             precision=resolve_precision(args.precision, args.accelerator),
             accelerator=args.accelerator,
             devices=args.devices,
@@ -315,12 +321,16 @@ def _world_size(args: argparse.Namespace) -> int:
             f"--accelerator {args.accelerator} --devices {args.devices} --strategy {args.strategy} --precision "
             f"{args.precision}: not possible here ({error})"
         ) from error
-    return trainer.world_size
 
 
 def frozen_dtype(precision: str, accelerator: str = "auto") -> torch.dtype:
-    """Of weights that stay frozen: bfloat16 where the step computes in it anyway, which halves their memory."""
-    return torch.bfloat16 if resolve_precision(precision, accelerator) == "bf16-mixed" else torch.float32
+    """Of weights that stay frozen: that in which the step computes anyway, which may halve their memory."""
+    return half_dtype(resolve_precision(precision, accelerator)) or torch.float32
+
+
+def half_dtype(precision: str) -> torch.dtype | None:
+    """What autocast computes in under a Lightning precision; None without autocast."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -617,8 +627,7 @@ def use_vision_cache(student: torch.nn.Module, data: SUNRGBDDataModule, args: ar
     precision = resolve_precision(args.precision, args.accelerator)
     key = picture_key(data.processor, data.student) | {"tower": digest.hexdigest(), "precision": precision}
     cache = PictureCache(outputs_root(ROOT / "distillation" / "vision_cache"), key, data.student)
-    device = torch.device("cuda" if torch.cuda.is_available() and args.accelerator != "cpu" else "cpu")
-    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    device, half = probe(args).strategy.root_device, half_dtype(precision)
     with locked(cache.store.folder), torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
         for dataset in (data.train, data.val):
             missing = [i for i in range(len(dataset)) if cache.find(dataset.frame(i)) is None]
@@ -671,13 +680,14 @@ def train(
     print(
         f"{run.record['script']}: {trainable:,} of {total:,} parameters train; {data.images_per_epoch} images per epoch"
     )
-    if args.load_checkpoint:
+    if args.load_checkpoint and not run.resume_from:
         source = outputs_root(ROOT / "distillation" / builds_on) if builds_on else run.experiment
         best = args.load_checkpoint == "best"
         path = (
             best_checkpoint(source, miniature=args.miniature) if best else find_checkpoint(args.load_checkpoint, source)
         )
         load_student(module.student, path, run.record, builds_on=builds_on)
+        run.record["load_checkpoint"] = str(path)
     if args.dry_run:
         dry_run(module, data, args)
         return
@@ -687,6 +697,7 @@ def train(
     if run.resume_from:
         checkpoint = read_checkpoint(run.resume_from)
         check_same_run(checkpoint["hyper_parameters"], run)
+        run.record["load_checkpoint"] = checkpoint["hyper_parameters"]["load_checkpoint"]
         data.resume_batch = checkpoint["position"]["batch"]
     try:
         trainer = build_trainer(args, run, monitor)
@@ -725,6 +736,7 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
     """
     free = {"resume", "run_name", "git_commit", "export", "save_final_pt", "num_workers", "max_epochs", "max_steps"}
     free |= {"accelerator", "devices", "strategy", "load_checkpoint", "picture_cache", "vision_cache", "teacher"}
+    free |= {"teacher_val_exact_match"}  # follows from the teacher
     for name in sorted(run.record.keys() - free):
         if recorded.get(name) != run.record[name]:
             raise UserError(
@@ -776,6 +788,15 @@ def load_student(
             raise UserError(
                 f"--load_checkpoint {path}: trained with {name} {theirs.get(name)}, this run has {record.get(name)}"
             )
+    # Another share or another seed has other gold answers: together they would be more than either run may see.
+    kept = ("label_fraction", "subset_percentage", "seed")
+    if builds_on and min(theirs.get("label_fraction", 1), record.get("label_fraction", 1)) < 1:
+        for name in kept if "label_fraction" in theirs else ():
+            if theirs[name] != record[name]:
+                raise UserError(
+                    f"--load_checkpoint {path}: trained with {name} {theirs[name]}, this run has {record[name]}; give the path of "
+                    "one that was trained on the same labels"
+                )
     load_trained_state(student, student_state(checkpoint), origin=str(path))
     print(f"starting from {path}")
 
@@ -885,7 +906,7 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
     checkpoint_gib = (
         sum(v.numel() * v.element_size() for v in state.values()) / 2**30 * 3
     )  # weights and two Adam moments
-    world_size = _world_size(args)
+    world_size = probe(args).world_size
     batches = math.ceil(data.images_per_epoch / (args.batch_size * world_size)) * args.max_epochs
     if args.max_steps > 0:
         batches = min(batches, args.max_steps * args.accumulate_grad_batches)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.datamodule import SUNRGBDDataModule, hide_labels
+from dataset.datamodule import ResumableBatchSampler, SUNRGBDDataModule, hide_labels
 from dataset.pictures import ImageSettings, measured_share
 from dataset.processor import load_processor, save_processor
 from dataset.prompts import collate_prompts, pack_questions
@@ -159,6 +159,38 @@ def test_a_phase_needs_the_checkpoint_of_the_phase_before(places, tiny_folder, t
     train("phase1", tiny_folder, tiny_teacher, "--depth_encoding", "grey", "--max_steps", "1")
     with pytest.raises(UserError, match="depth_encoding grey, this run has metric_log3"):
         train("phase2", tiny_folder, tiny_teacher, "--load_checkpoint")
+
+
+def test_phases_of_one_road_see_the_same_labels(places, tiny_folder, tiny_teacher):
+    """A phase 3 with few labels may not start from a phase 2 that has read all of them, nor from other few ones."""
+    short = ("--max_steps", "1")
+    train("phase2", tiny_folder, tiny_teacher, "--from_stock", *short)
+    with pytest.raises(UserError, match="label_fraction 1.0, this run has 0.5"):
+        train("phase3", tiny_folder, tiny_teacher, "--load_checkpoint", *short, "--label_fraction", "0.5")
+    half = ("--label_fraction", "0.5", *short)
+    train("phase2", tiny_folder, tiny_teacher, "--from_stock", *half, "--run_name", "half")
+    from_half = ("--load_checkpoint", "half", *half, "--run_name", "p3")
+    with pytest.raises(UserError, match="seed 0, this run has 1"):
+        train("phase3", tiny_folder, tiny_teacher, *from_half, "--seed", "1")
+    train("phase3", tiny_folder, tiny_teacher, *from_half)
+
+
+def test_a_requeued_phase_starts_from_the_phase_before(places, tiny_folder, tiny_teacher, capsys):
+    """--resume auto with nothing to resume: the phase before is loaded all the same; without it there is no start."""
+    with pytest.raises(SystemExit):
+        train("phase3", tiny_folder, tiny_teacher, "--resume", "auto")
+    train("phase2", tiny_folder, tiny_teacher, "--from_stock", "--max_steps", "2")
+    capsys.readouterr()
+    again = ("--resume", "auto", "--load_checkpoint")
+    with interrupted(3):
+        train("phase3", tiny_folder, tiny_teacher, *again)
+    said = capsys.readouterr().out
+    assert "starting a new run" in said and "starting from" in said
+    train("phase3", tiny_folder, tiny_teacher, *again)
+    said = capsys.readouterr().out
+    assert "continuing" in said and "starting from" not in said
+    record = json.loads((places / SCRIPTS["phase3"] / "tensorboard_logs/t/run.json").read_text())
+    assert record["load_checkpoint"].endswith(".ckpt") and len(record["teacher_outputs"]) == 16
 
 
 def test_a_phase_can_start_from_the_stock_student(places, tiny_folder, tiny_teacher, capsys):
@@ -502,14 +534,43 @@ def test_hidden_labels_never_reach_a_batch(places, world, tiny_folder, tiny_teac
     everything = {row.id: row for row in data.rows("train")}
     assert 0 < len(answered) < len(everything)
     end = data.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    gold_seen = 0
+    gold_seen = differs = 0
     for index in range(len(data.train)):
         item = data.train[0, index]
         batch = data.collate([item])
         assert len(item["rows"]) <= len(data.train.images[index]) + 3
         tokens = batch["text"]["labels"][batch["text"]["labels"] != -100]
         gold_seen += int((tokens[batch["teacher"]["gold"]] == end).sum())
-    assert gold_seen == len(answered)
+        for row in item["rows"]:
+            said = data._answer(row)[0]
+            if row.answer:
+                assert processor_text(data, said[:-1]) == row.answer == everything[row.id].answer
+            else:
+                assert said == data.teacher.answer(row, gold=False)[0]
+                differs += row.id in everything and processor_text(data, said[:-1]) != everything[row.id].answer
+    assert gold_seen == len(answered) and differs > 0
+
+
+def processor_text(data, tokens):
+    return data.processor.tokenizer.decode(tokens)
+
+
+def test_hidden_labels_do_not_crowd_out_gold_ones(world, tiny_folder):
+    data = data_module(world, tiny_folder, label_fraction=0.5, questions_per_image=1)
+    rows = hide_labels(data.rows("train"), 0.5, seed=0)
+    data.train = data._train_set(rows)
+    for index, group in enumerate(data.train.images):
+        (drawn,) = data.train[0, index]["rows"]
+        assert bool(drawn.answer) == any(row.answer for row in group)
+
+
+def test_an_image_that_comes_again_in_an_epoch_is_drawn_anew():
+    sampler = ResumableBatchSampler(3, 2, seed=0, shuffle=True, epoch_size=7)
+    keys = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        keys += [key for batch in sampler for key in batch]
+    assert len(keys) == len(set(keys)) == 14 and {index for _, index in keys} == {0, 1, 2}
 
 
 def test_measured_share_of_patches():

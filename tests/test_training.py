@@ -228,7 +228,7 @@ def test_plain_values_only():
         (("--strategy", "fsdp"), "--gradient_clip 0"),
         (("--depth_encoding", "rainbow"), "--depth_encoding"),
         (("--image_tokens", "many"), "--image_tokens"),
-        (("--resume", "auto", "--load_checkpoint"), "--resume"),
+        (("--resume", "last.ckpt", "--load_checkpoint"), "--resume"),
         (("--augmentation", "--picture_cache"), "--picture_cache"),
         (("--no_such_flag",), "--no_such_flag"),
     ],

@@ -5,7 +5,7 @@ Loss    cross-entropy of gold tokens + patch_weight * smooth-L1 of patches + hid
 Trains  everything: vision tower (own rate), projector, language model; and the map, which is not part of the student
 Reads   the pretrained 0.5B model; the teacher's outputs (computed once); SUNRGBD/csv_data
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/
-Rates   as in baseline_depth
+Rates   as in baseline_depth; the map starts from random weights and has its own
 
     python distillation/knowledge_distillation7b_feature_based/train_online_kd.py --teacher_checkpoint --batch_size 2
     python distillation/knowledge_distillation7b_feature_based/train_online_kd.py --miniature --teacher_checkpoint
@@ -68,6 +68,7 @@ class FeatureDistillation(pl.LightningModule):
         vocab_size,
         lr,
         vision_lr,
+        map_lr,
         weight_decay,
         warmup_share,
     ):
@@ -107,7 +108,9 @@ class FeatureDistillation(pl.LightningModule):
         distance = hidden_state_loss(student=self.hidden_map(hidden), teacher=batch["teacher"]["hidden"])
         loss = ce + self.hparams.patch_weight * patch + self.hparams.hidden_weight * distance
 
-        self.log_dict({"train/loss": loss, "train/ce": ce, "train/patch": patch, "train/hidden": distance})
+        self.log_dict({"train/loss": loss, "train/patch": patch, "train/hidden": distance})
+        if gold.any():
+            self.log("train/ce", ce)
         self.log_dict(
             answer_diagnostics(student_logits=logits, teacher_logits=teacher_logits, targets=targets, gold=gold)
         )
@@ -123,8 +126,8 @@ class FeatureDistillation(pl.LightningModule):
 
     def configure_optimizers(self):
         vision, others = split_parameters(self.student)
-        others += self.hidden_map.parameters()
         groups = [{"params": vision, "lr": self.hparams.vision_lr}, {"params": others, "lr": self.hparams.lr}]
+        groups += [{"params": self.hidden_map.parameters(), "lr": self.hparams.map_lr}]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.hparams.weight_decay)
         updates = self.trainer.estimated_stepping_batches
         schedule = get_cosine_schedule_with_warmup(optimizer, round(self.hparams.warmup_share * updates), updates)
@@ -139,7 +142,10 @@ def parse_args(argv=None):
     parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
     parser.add_argument("--patch_weight", type=float, default=0.5, help="of the distance between patches")
     parser.add_argument("--hidden_weight", type=float, default=0.5, help="of the distance between hidden states")
-    return parse(parser, argv, student_name=MINIATURE_STUDENT, teacher_name=MINIATURE_TEACHER)
+    parser.add_argument(
+        "--map_lr", type=float, default=1e-3, help="peak learning rate of the map between hidden states"
+    )
+    return parse(parser, argv, student_name=MINIATURE_STUDENT, teacher_name=MINIATURE_TEACHER, map_lr=2.5e-4)
 
 
 def main(args):
@@ -157,6 +163,7 @@ def main(args):
         vocab_size=len(processor.tokenizer),
         lr=args.lr,
         vision_lr=args.vision_lr,
+        map_lr=args.map_lr,
         weight_decay=args.weight_decay,
         warmup_share=args.warmup_share,
     )

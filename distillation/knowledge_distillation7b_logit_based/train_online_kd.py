@@ -80,7 +80,9 @@ class LogitDistillation(pl.LightningModule):
         kl = forward_kl(student_logits=logits, teacher_logits=teacher_logits, temperature=self.hparams.temperature)
         loss = ce + self.hparams.kl_weight * kl
 
-        self.log_dict({"train/loss": loss, "train/ce": ce, "train/kl": kl})
+        self.log_dict({"train/loss": loss, "train/kl": kl})
+        if gold.any():
+            self.log("train/ce", ce)
         self.log_dict(
             answer_diagnostics(student_logits=logits, teacher_logits=teacher_logits, targets=targets, gold=gold)
         )

@@ -103,7 +103,9 @@ class CalibratedDistillation(pl.LightningModule):
         kl = forward_kl(student_logits=logits, teacher_logits=calibrated, temperature=self.hparams.temperature)
         loss = ce + self.hparams.kl_weight * kl
 
-        self.log_dict({"train/loss": loss, "train/ce": ce, "train/kl": kl, "train/corrected": corrected.float().mean()})
+        self.log_dict({"train/loss": loss, "train/kl": kl})
+        if gold.any():
+            self.log_dict({"train/ce": ce, "train/corrected": corrected[gold].float().mean()})
         self.log_dict(
             answer_diagnostics(student_logits=logits, teacher_logits=teacher_logits, targets=targets, gold=gold)
         )

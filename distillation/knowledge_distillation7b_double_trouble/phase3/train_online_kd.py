@@ -138,7 +138,9 @@ class JointDistillation(pl.LightningModule):
         loss = ce + self.hparams.kl_weight * kl
         loss = loss + self.hparams.patch_weight * patch + self.hparams.contrastive_weight * contrastive
 
-        self.log_dict({"train/loss": loss, "train/ce": ce, "train/kl": kl, "train/corrected": corrected.float().mean()})
+        self.log_dict({"train/loss": loss, "train/kl": kl})
+        if gold.any():
+            self.log_dict({"train/ce": ce, "train/corrected": corrected[gold].float().mean()})
         self.log_dict({"train/patch": patch, "train/contrastive": contrastive, "train/contrastive_accuracy": hits})
         self.log("train/contrastive_chance", (1 / candidates).mean())
         self.log_dict(
