@@ -48,11 +48,11 @@ def _fail(error: UserError) -> int:
     return 2
 
 
-def data_root(miniature: bool) -> Path:
+def data_root(miniature: bool, *, unpacked: bool = True) -> Path:
     """The folder that contains `SUNRGBD/`: ROOT_DATA_DIR of `.env`, or the miniature world's.
 
     Raises:
-        UserError: ROOT_DATA_DIR is not set or has no `SUNRGBD/` folder.
+        UserError: ROOT_DATA_DIR is not set or, when the data set should be `unpacked` there, has no `SUNRGBD/` folder.
     """
     if miniature:
         return outputs_root(ROOT / "dataset" / "miniature") / "world"
@@ -63,7 +63,7 @@ def data_root(miniature: bool) -> Path:
             "(see .env.example), or add --miniature to run on the built-in world."
         )
     root = Path(value).expanduser()
-    if not (root / "SUNRGBD").is_dir():
+    if unpacked and not (root / "SUNRGBD").is_dir():
         raise UserError(f"ROOT_DATA_DIR={root} has no folder SUNRGBD; correct the line in {ROOT / '.env'}.")
     return root.resolve()
 

@@ -1,11 +1,13 @@
-"""Build the question files of a SUN RGB-D tree.
+"""Build the question files of a SUN RGB-D tree, from the official archives or from the unpacked data set.
 
-Reads   ROOT_DATA_DIR/SUNRGBD (pictures and annotations) and the official split in ROOT_DATA_DIR/SUNRGBDtoolbox
+Reads   ROOT_DATA_DIR/SUNRGBD (pictures and annotations) and the official split in ROOT_DATA_DIR/SUNRGBDtoolbox; without a
+        toolbox, the list of the official split in this repository
 Writes  ROOT_DATA_DIR/SUNRGBD/csv_data/{train,val,test}_dataset.csv; train_unanswered.csv, further questions about the training
         frames without their answers, for a teacher; and questions.json, which says how they were made
 
     python dataset/prepare_sunrgbd.py            # build
-    python dataset/prepare_sunrgbd.py --check    # write nothing, list every frame that cannot be used
+    python dataset/prepare_sunrgbd.py --sunrgbd_zip SUNRGBD.zip --toolbox_zip SUNRGBDtoolbox.zip    # unpack there, then build
+    python dataset/prepare_sunrgbd.py --check    # build nothing, list every frame that cannot be used
 """
 
 import sys
@@ -29,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dataset.annotations import frame_nouns, frame_objects
+from dataset.extract import extract_archives
 from dataset.miniature.world import ensure_world
 from dataset.questions import (
     ANSWER_SHARE,
@@ -190,7 +193,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--root", type=Path, default=None, help="folder that contains SUNRGBD (default: ROOT_DATA_DIR of .env)")
     add("--miniature", action="store_true", help="use the built-in world; builds it where it is missing")
-    add("--check", action="store_true", help="list the frames that cannot be used and write nothing")
+    add("--sunrgbd_zip", type=Path, default=None, help="SUNRGBD.zip, to be unpacked into that folder first")
+    add("--toolbox_zip", type=Path, default=None, help="SUNRGBDtoolbox.zip, the same; can be done without")
+    add("--check", action="store_true", help="list the frames that cannot be used and write no question file")
     add("--workers", type=int, default=None, help="processes (default: one per core)")
     add("--seed", type=int, default=0, help="decides which questions are kept")
     add("--train_per_frame", type=int, default=2, help="questions per training frame at most")
@@ -204,6 +209,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.root and args.miniature:
         parser.error("--root and --miniature name two data sets; give one")
+    if args.miniature and (args.sunrgbd_zip or args.toolbox_zip):
+        parser.error("--miniature renders its own world; leave out the archives")
     for flag in ("workers", "train_per_frame", "eval_per_frame", "unanswered_per_frame"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: give at least 1")
@@ -213,8 +220,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Check the tree, or build the question files and say what came out."""
-    root = args.root.expanduser().resolve() if args.root else data_root(args.miniature)
+    """Unpack the archives that are given; check the tree, or build the question files and say what came out."""
+    archives = {"SUNRGBD": args.sunrgbd_zip, "SUNRGBDtoolbox": args.toolbox_zip}
+    archives = {folder: path for folder, path in archives.items() if path}
+    root = (
+        args.root.expanduser().resolve() if args.root else data_root(args.miniature, unpacked="SUNRGBD" not in archives)
+    )
+    if archives:
+        extract_archives(archives, root)
     if args.miniature:
         ensure_world(root, workers=args.workers)
     if args.check:

@@ -2,13 +2,15 @@
 
 The tree is `ROOT_DATA_DIR/SUNRGBD/<sensor>/<collection>/.../<frame>/`; `xtion/sun3ddata` is two levels deeper than the other
 collections, so frames are recognised by their `image/` folder and not by their depth in the tree. The official split is
-`ROOT_DATA_DIR/SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat` (Song et al., CVPR 2015).
+`ROOT_DATA_DIR/SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat` (Song et al., CVPR 2015); `official_split.txt.xz` holds the same
+split for a tree without the toolbox.
 
 Coordinates: the camera frame is x right, y down, z forward, in metres; the gravity frame is the camera frame with the tilt
 removed, `p_gravity = tilt @ p_camera`.
 """
 
 import hashlib
+import lzma
 import os
 import re
 from collections.abc import Iterator
@@ -19,8 +21,9 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat
 
-from utils import UserError
+from utils import UserError, atomic_path
 
+OFFICIAL_LIST = Path(__file__).with_name("official_split.txt.xz")  # made by `write_official_list`
 SENSORS = ("kv1", "kv2", "realsense", "xtion")
 _ANCHOR = re.compile(r"(?:^|/)((?:kv1|kv2|realsense|xtion)/.*)$")
 
@@ -149,31 +152,59 @@ def official_split(root: Path, frames: list[Frame], *, val_share: float = 0.1) -
     """`frame path -> train | val | test` by the toolbox's allsplit.mat; frames it does not list are left out.
 
     Train and val are its `trainvalsplit`. Without that variable, a `val_share` of the training groups is cut off by a hash
-    of the group's name, so that a room is never in both.
+    of the group's name, so that a room is never in both. A tree without allsplit.mat is split by the list that comes with this
+    repository, which is the same one, provided that it is SUN RGB-D: most of its frames have to be in the list.
 
     Raises:
-        UserError: the file is missing or unreadable.
+        UserError: the file is unreadable, or missing from a tree of other frames.
     """
     path = root / "SUNRGBDtoolbox" / "traintestSUNRGBD" / "allsplit.mat"
+    names = {frame.path: frame.path.removeprefix("SUNRGBD/") for frame in frames}
+    if path.exists():
+        listed = _toolbox_split(path, val_share)
+    else:
+        listed = read_official_list()
+        known = sum(name in listed for name in names.values())
+        # Other data in this layout reuses names such as kv1/NYUdata/NYU0001, so a few that match prove nothing.
+        if 2 * known < len(names):
+            raise UserError(
+                f"{path} is missing, and the official split names only {known} of the {len(names)} frames; "
+                "unpack SUNRGBDtoolbox.zip there"
+            )
+    return {path: listed[name] for path, name in names.items() if name in listed}
+
+
+def _toolbox_split(path: Path, val_share: float) -> dict[str, str]:
+    """`kv1/b3dodata/img_0063 -> train | val | test` of an allsplit.mat."""
     try:
         mat = loadmat(path, squeeze_me=True)
         train, test = (_split_paths(mat[key]) for key in ("alltrain", "alltest"))
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        val = _split_paths(mat["trainvalsplit"]["val"].item()) if "trainvalsplit" in mat else None
+    except Exception as error:  # a damaged file can end in any error of the parser: zlib's, numpy's, MatReadError
         raise UserError(
             f"{path}: the official split cannot be read ({error}); unpack SUNRGBDtoolbox.zip there"
         ) from error
-    if "trainvalsplit" in mat:
-        val = _split_paths(mat["trainvalsplit"]["val"].item())
-    else:
+    if val is None:
         val = {name for name in train if _hash_share(frame_group(f"SUNRGBD/{name}")) < val_share}
-    split = {}
-    for frame in frames:
-        name = frame.path.removeprefix("SUNRGBD/")
-        if name in test:
-            split[frame.path] = "test"
-        elif name in train:
-            split[frame.path] = "val" if name in val else "train"
-    return split
+    return {name: "val" if name in val else "train" for name in train} | dict.fromkeys(test, "test")
+
+
+def read_official_list() -> dict[str, str]:
+    """The official split of all 10,335 frames: `kv1/b3dodata/img_0063 -> train | val | test`."""
+    lines = lzma.decompress(OFFICIAL_LIST.read_bytes()).decode().splitlines()
+    return {name: split for split, name in (line.split(" ", 1) for line in lines)}
+
+
+def write_official_list(allsplit: Path | str, path: Path = OFFICIAL_LIST) -> None:
+    """Make the list that comes with this repository from the toolbox's allsplit.mat (Song et al., CVPR 2015).
+
+    One line per frame, such as `train kv1/NYUdata/NYU0003`, sorted and compressed: 44 KB. From the root of the repository:
+
+        python -c "from dataset.sunrgbd import write_official_list; write_official_list('path/to/allsplit.mat')"
+    """
+    lines = sorted(f"{split} {name}\n" for name, split in _toolbox_split(Path(allsplit), val_share=0).items())
+    with atomic_path(path) as part:
+        part.write_bytes(lzma.compress("".join(lines).encode(), preset=9))
 
 
 def _split_paths(cells: np.ndarray) -> set[str]:
