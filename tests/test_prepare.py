@@ -1,6 +1,7 @@
 """The preparation command: from a tree of frames to question files."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.prepare import write_tree
 from dataset.miniature.world import write_world
 from dataset.prepare_sunrgbd import SPLITS, build_csv_data, check_tree, main, parse_args, read_frame_questions
 from dataset.questions import read_questions
-from dataset.sunrgbd import find_frames, official_split, read_frame
+from dataset.sunrgbd import find_frames, official_split, read_frame, read_official_list
 from utils import UserError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "dataset" / "prepare_sunrgbd.py"
@@ -149,12 +151,75 @@ def test_nothing_to_ask_is_an_error(tree):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--workers", "0"], ["--train_per_frame", "0"], ["--seed", "-1"], ["--miniature", "--root", "x"], ["--chek"]],
+    [
+        ["--workers", "0"],
+        ["--train_per_frame", "0"],
+        ["--seed", "-1"],
+        ["--miniature", "--root", "x"],
+        ["--miniature", "--sunrgbd_zip", "x.zip"],
+        ["--miniature", "--toolbox_zip", "x.zip"],
+        ["--chek"],
+    ],
 )
 def test_wrong_flags_are_refused(flags):
     with pytest.raises(SystemExit) as error:
         parse_args(flags)
     assert error.value.code == 2
+
+
+def zipped(tree, folder):
+    """The two archives of a tree, with its top folders as in the official ones."""
+    return [shutil.make_archive(folder / top, "zip", tree, top) for top in ("SUNRGBD", "SUNRGBDtoolbox")]
+
+
+def test_from_the_archives_to_the_questions(tree, tmp_path):
+    """One command with ROOT_DATA_DIR still empty gives the files that the unpacked tree gives."""
+    frames, toolbox = zipped(tree, tmp_path)
+    root = tmp_path / "data"
+    root.mkdir()
+    flags = ["--sunrgbd_zip", frames, "--toolbox_zip", toolbox, "--workers", "1"]
+    environment = os.environ | {"ROOT_DATA_DIR": str(root)}
+    run = [sys.executable, SCRIPT, *flags]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "unpacking SUNRGBD.zip" in done.stderr and "train:" in done.stdout, done.stderr
+    build_csv_data(tree, workers=1)
+    assert files(root) == files(tree)
+    assert sorted(path.name for path in root.iterdir()) == ["SUNRGBD", "SUNRGBDtoolbox"]
+    again = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    (message,) = again.stderr.splitlines()
+    assert again.returncode == 2 and "SUNRGBD is there already: leave out the flag for SUNRGBD.zip" in message
+
+
+def test_archives_are_checked_too(tree, tmp_path, capsys):
+    frames, _ = find_frames(tree)
+    (tree / frames[0].depth_path).write_bytes(b"not a picture")
+    images, toolbox = zipped(tree, tmp_path)
+    root = tmp_path / "data"
+    root.mkdir()
+    shutil.copytree(tree / "SUNRGBD", root / "SUNRGBD")
+    with pytest.raises(UserError, match="1 frames cannot be used"):  # the toolbox alone, beside an unpacked data set
+        main(parse_args(["--root", str(root), "--toolbox_zip", toolbox, "--check", "--workers", "1"]))
+    assert f"{frames[0].path}: " in capsys.readouterr().out
+    assert (root / "SUNRGBDtoolbox").is_dir() and not (root / "SUNRGBD" / "csv_data").exists()
+
+
+def test_a_root_without_the_data_set_needs_the_archive(tmp_path, monkeypatch, tree):
+    _, toolbox = zipped(tree, tmp_path)
+    monkeypatch.setenv("ROOT_DATA_DIR", str(tmp_path / "empty"))
+    (tmp_path / "empty").mkdir()
+    for flags in ([], ["--toolbox_zip", toolbox]):
+        with pytest.raises(UserError, match="has no folder SUNRGBD"):
+            main(parse_args(flags))
+    assert not any((tmp_path / "empty").iterdir())
+
+
+def test_a_tree_without_the_toolbox(tmp_path):
+    """The generated tree of the benchmark, whose frames are called as in SUN RGB-D."""
+    write_tree(tmp_path, 24, (64, 48))
+    summary = build_csv_data(tmp_path, workers=1)
+    found = Counter(read_official_list()[frame.path.removeprefix("SUNRGBD/")] for frame in find_frames(tmp_path)[0])
+    assert summary["frames"] == found and sum(found.values()) == 24
+    assert not summary["unusable_frames"] and not summary["frames_outside_the_official_split"]
 
 
 def test_command_from_another_folder(tree, tmp_path):

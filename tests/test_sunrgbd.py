@@ -1,12 +1,22 @@
 """Frame index: layout variants, the official split, unusable frames with their reasons."""
 
+import random
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from dataset.sunrgbd import find_frames, frame_group, official_split, read_frame
+from dataset.sunrgbd import (
+    OFFICIAL_LIST,
+    find_frames,
+    frame_group,
+    official_split,
+    read_frame,
+    read_official_list,
+    write_official_list,
+)
 from utils import UserError
 
 SPLIT = "SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat"
@@ -49,9 +59,52 @@ def test_split_is_the_toolbox_file_whatever_stands_in_front(own_world):
 
 
 def test_missing_split_says_what_to_do(own_world):
+    """Frames of the miniature that happen to be called like real ones do not get the real ones' split."""
     (own_world / SPLIT).unlink()
-    with pytest.raises(UserError, match="allsplit.mat.*SUNRGBDtoolbox.zip"):
-        official_split(own_world, find_frames(own_world)[0])
+    frames = find_frames(own_world)[0]
+    listed = [frame for frame in frames if frame.path.removeprefix("SUNRGBD/") in read_official_list()]
+    assert listed
+    with pytest.raises(UserError, match=f"names only {len(listed)} of the 40 frames.*SUNRGBDtoolbox.zip"):
+        official_split(own_world, frames)
+
+
+def test_a_tree_without_the_toolbox_has_the_official_split(own_world):
+    """Frames beside the data set's own are left out, as with the toolbox's file."""
+    (own_world / SPLIT).unlink()
+    known = dict(random.Random(0).sample(sorted(read_official_list().items()), 30))
+    frames = [read_frame(own_world, frame.path) for frame in find_frames(own_world)[0][:36]]
+    for frame, name in zip(frames, [*known, *(f"kv1/own/{i}" for i in range(6))], strict=True):
+        object.__setattr__(frame, "path", f"SUNRGBD/{name}")
+    assert official_split(own_world, frames) == {f"SUNRGBD/{name}": split for name, split in known.items()}
+
+
+def test_a_damaged_split_is_an_error_with_or_without_the_list(own_world):
+    frames, _ = find_frames(own_world)
+    mat = loadmat(own_world / SPLIT)
+    savemat(own_world / SPLIT, {key: mat[key] for key in ("alltrain", "alltest")}, do_compression=True)
+    sound = (own_world / SPLIT).read_bytes()
+    for seed in range(60):
+        rng, data = random.Random(seed), bytearray(sound)
+        if seed % 2:
+            del data[rng.randrange(len(data)) :]
+        else:
+            data[rng.randrange(140, len(data))] ^= 1 << rng.randrange(8)  # behind the header, whose text may change
+        (own_world / SPLIT).write_bytes(data)
+        with pytest.raises(UserError, match="allsplit.mat: the official split cannot be read"):
+            official_split(own_world, frames)
+
+
+def test_the_list_of_the_official_split():
+    """The counts of Song et al. and their toolbox: 5285 for training, of which 2666 and 2619; 5050 for testing."""
+    listed = read_official_list()
+    assert Counter(listed.values()) == {"train": 2666, "val": 2619, "test": 5050}
+    assert Counter(name.split("/")[0] for name in listed) == {
+        "kv1": 2003,
+        "kv2": 3784,
+        "realsense": 1159,
+        "xtion": 3389,
+    }
+    assert all("//" not in name and not name.endswith("/") for name in listed)
 
 
 @pytest.mark.parametrize(
@@ -99,3 +152,20 @@ def test_real_frames(samples):
     assert frames[0].intrinsics[0, 2] == pytest.approx(277.9258)
     mat = loadmat(samples / SPLIT, squeeze_me=True)
     assert (len(mat["alltrain"]), len(mat["alltest"])) == (5285, 5050)
+
+
+def test_the_list_is_the_real_file(samples, tmp_path):
+    mat = loadmat(samples / SPLIT, squeeze_me=True)
+    cells = {name: mat["trainvalsplit"][name].item() for name in ("train", "val")} | {"test": mat["alltest"]}
+    names = {split: [str(path).removeprefix("/data1/SUNRGBD/").rstrip("/") for path in cells[split]] for split in cells}
+    listed = read_official_list()
+    assert listed == {name: split for split in names for name in names[split]} and len(listed) == 10_335
+    alltrain = {str(path).removeprefix("/data1/SUNRGBD/").rstrip("/") for path in mat["alltrain"]}
+    assert alltrain == {name for name, split in listed.items() if split != "test"}
+    write_official_list(samples / SPLIT, tmp_path / "again.xz")
+    assert (tmp_path / "again.xz").read_bytes() == OFFICIAL_LIST.read_bytes()
+
+
+def test_real_frames_without_the_toolbox(samples, tmp_path):
+    frames, _ = find_frames(samples)
+    assert official_split(tmp_path, frames) == official_split(samples, frames)
