@@ -48,10 +48,19 @@ def normalise_answer(text: str) -> str:
     return " ".join(word for word in words if word)
 
 
+def answer_items(text: str) -> frozenset[str]:
+    """The normalised things that an answer lists, separated by commas: one for most answers, none for a blank one.
+
+    A comma between digits belongs to a number.
+    """
+    items = (normalise_answer(item) for item in re.split(r"(?<!\d),|,(?!\d)", text))
+    return frozenset(item for item in items if item)
+
+
 def exact_match(prediction: str, answer: str) -> bool:
-    """Whether the normalised texts are equal. An empty prediction is never right."""
-    normalised = normalise_answer(prediction)
-    return bool(normalised) and normalised == normalise_answer(answer)
+    """Whether both list the same things, in any order (see `answer_items`). An empty prediction is never right."""
+    items = answer_items(prediction)
+    return bool(items) and items == answer_items(answer)
 
 
 _LEMMAS = {
@@ -175,8 +184,8 @@ def _cell(rows: Sequence[Row]) -> dict[str, Any]:
     return cell
 
 
-def accuracy(correct: Sequence[bool], images: Sequence[str]) -> dict[str, float | None]:
-    """Share of right answers with its 95 % interval clustered by image: `{"value", "low", "high"}`.
+def accuracy(correct: Sequence[float], images: Sequence[str]) -> dict[str, float | None]:
+    """Share of right answers (or mean of scores) with its 95 % interval clustered by image: `{"value", "low", "high"}`.
 
     When all are right, or all wrong, resampling cannot show any spread; Wilson's interval over the images stands in.
     """
