@@ -1,8 +1,9 @@
 """Score any system on SUN RGB-D questions: a checkpoint by path, a stock model, on RGB, on depth or without any image.
 
-Reads   SUNRGBD/csv_data/{train,val,test}_dataset.csv; a checkpoint of our training scripts, or a model id or folder
+Reads   SUNRGBD/csv_data/{train,val,test}_dataset.csv; a checkpoint of our training scripts, or a model id or folder;
+        with --dataset daquar DAQUAR/qa.894.raw.{train,test}.txt instead, what people asked about the NYUv2 frames
 Writes  <output>/predictions.csv, a row per question, and <output>/metrics.json: accuracy per type and overall with 95 %
-        intervals that resample images, the baselines that see no image beside it, caption scores
+        intervals that resample images, the baselines that see no image beside it, caption scores; WUPS for DAQUAR
 
 What a checkpoint records (model, modality, depth encoding, image tokens) is used; a flag that contradicts it is an error.
 `--pixel_data_type blind` withholds the picture from any system. Answers are decoded greedily, without repetition rules.
@@ -10,6 +11,7 @@ What a checkpoint records (model, modality, depth encoding, image tokens) is use
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --ckpt_path path/to/checkpoint.ckpt
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --kd_model_type baseline_depth --load_checkpoint --miniature
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --model_id llava-hf/llava-onevision-qwen2-0.5b-ov-hf
+    python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --ckpt_path path/to/checkpoint.ckpt --dataset daquar
 """
 
 import sys
@@ -43,6 +45,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig
 
+from dataset.daquar import match_frames, read_daquar
 from dataset.datamodule import frame_path, group_by_image, image_placeholders, questions_file
 from dataset.depth import ENCODINGS
 from dataset.miniature.world import ensure_world
@@ -65,6 +68,7 @@ from distillation.training import (
 from evaluation.blind import blind_predictions
 from evaluation.captions import caption_scores
 from evaluation.metrics import CAPTION_TYPE, evaluate_rows, exact_match
+from evaluation.wups import wordnet_similarity, wups_scores
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -83,7 +87,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--phase_no", type=int, choices=(1, 2, 3), help="phase of double_trouble")
     add("--model_id", help="hub id or folder of a stock model")
     add("--name", help="how the system is called in tables (experiment, or model, and modality)")
-    # what it sees
+    # what it is asked and what it sees
+    add("--dataset", choices=("sunrgbd", "daquar"), default="sunrgbd", help="whose questions (sunrgbd)")
     add("--gts_type", choices=("val", "test"), default="test", help="split to score")
     add("--pixel_data_type", choices=MODALITIES, help="what it sees; blind = no image")
     add("--depth_encoding", choices=tuple(ENCODINGS), help="depth -> 3 channels (metric_log3)")
@@ -109,6 +114,12 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--load_checkpoint needs --kd_model_type (and --phase_no), or --ckpt_path")
     if args.kd_model_type and not (args.ckpt_path or args.load_checkpoint):
         parser.error("--kd_model_type says whose checkpoint is meant; add --load_checkpoint or --ckpt_path")
+    if args.dataset == "daquar" and args.gts_type == "val":
+        parser.error("--gts_type val: DAQUAR is only a test, nothing is trained or chosen on it; leave it out")
+    if args.dataset == "daquar" and args.miniature:
+        parser.error(
+            "--miniature: DAQUAR asks about photographs, not about the built-in world; leave one of the two out"
+        )
     if args.batch_size is None:
         args.batch_size = 64 if args.miniature else 8
     for name, least in dict(batch_size=1, max_new_tokens=1, num_workers=0).items():
@@ -123,15 +134,21 @@ def main(args: argparse.Namespace) -> None:
     path = chosen_checkpoint(args)
     checkpoint = read_checkpoint(path) if path else None
     args.miniature |= bool(checkpoint and checkpoint["hyper_parameters"]["miniature"])
+    if args.miniature and args.dataset == "daquar":
+        raise UserError(f"--dataset daquar: {path} was trained on the built-in world, which is all it knows")
     root = data_root(args.miniature)
     if args.miniature:
         ensure_world(root)
-    rows = read_questions(questions_file(root, args.gts_type), root=root)
-    train_rows = read_questions(questions_file(root, "train"))
+    notes: dict[str, str] = {}
+    rows, train_rows = load_questions(root, args, notes)
+    similarity = wordnet_similarity(notes) if args.dataset == "daquar" else None
+    for name, note in notes.items():
+        print(f"{name}: {note}", file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     system, images, model, processor = load_system(args, path, checkpoint)
+    split_name = args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"
     output = args.output or outputs_root(ROOT / "evaluation") / "results" / _file_name(
-        "_".join(["miniature"] * args.miniature + [system["name"]] + [path.parent.name] * bool(path) + [args.gts_type])
+        "_".join(["miniature"] * args.miniature + [system["name"]] + [path.parent.name] * bool(path) + [split_name])
     )
     answers = answer_questions(model.to(device).eval(), processor, root, rows, images, args)
     predictions = [
@@ -139,10 +156,11 @@ def main(args: argparse.Namespace) -> None:
         for row in rows
     ]
     scored = [cells for cells in predictions if cells["Question_Type"] != CAPTION_TYPE]
-    blind = blind_predictions([csv_cells(row) for row in train_rows], predictions)
+    blind = blind_predictions(train_rows, predictions)
+    wups = wups_scores(predictions, similarity, blind=blind) if similarity else None
     seconds = time.monotonic() - start
     metrics: dict[str, Any] = {
-        "system": system | {"split": args.gts_type, "git_commit": git_commit()},
+        "system": system | {"split": split_name, "git_commit": git_commit()},
         "seconds": round(seconds, 1),
         "peak_memory_gib": round(peak_memory_gib(), 2),
         **evaluate_rows(predictions, blind=blind),
@@ -151,10 +169,32 @@ def main(args: argparse.Namespace) -> None:
             "captions": _captions([c for c in predictions if c["Question_Type"] == CAPTION_TYPE], meteor=args.meteor),
         },
     }
+    if args.dataset == "daquar":
+        metrics |= {"wups": wups, "notes": notes}
     _write_predictions(output / "predictions.csv", predictions)
     write_json(output / "metrics.json", metrics)
     print(summary(metrics))
     print(f"{len(rows)} questions in {duration(seconds)}, peak memory {metrics['peak_memory_gib']} GiB; wrote {output}")
+
+
+def load_questions(
+    root: Path, args: argparse.Namespace, notes: dict[str, str]
+) -> tuple[list[QuestionRow], list[dict[str, str]]]:
+    """The questions to answer, and rows of the same data set's train split to fit the blind baselines on.
+
+    Raises:
+        UserError: a file is missing or malformed. Questions without a picture go into `notes`.
+    """
+    if args.dataset == "sunrgbd":
+        rows = read_questions(questions_file(root, args.gts_type), root=root)
+        return rows, [csv_cells(row) for row in read_questions(questions_file(root, "train"))]
+    asked, train = read_daquar(root, "test"), read_daquar(root, "train")
+    rows, n_missing = match_frames(root, asked)
+    if n_missing:
+        left_out = len(asked) - len(rows)
+        notes["frames"] = f"{n_missing} are not in {root}; {left_out} of {len(asked)} questions are left out"
+    columns = {"Questions": "question", "Answers": "answer", "Question_Type": "type"}
+    return rows, [{column: getattr(question, field) for column, field in columns.items()} for question in train]
 
 
 def load_system(
@@ -316,11 +356,18 @@ def summary(metrics: dict[str, Any]) -> str:
     blind = {name: result["per_type"] | {"Overall": result["overall"]} for name, result in metrics["blind"].items()}
     lines = [f"{metrics['system']['name']} on {metrics['system']['split']}: exact match with 95 % interval"]
     for kind, cell in (metrics["per_type"] | {"Overall": metrics["overall"]}).items():
-        match = cell["exact_match"]
         best = max(result[kind]["exact_match"]["value"] for result in blind.values())
-        interval = "" if match["low"] is None else f" [{match['low']:.3f}, {match['high']:.3f}]"
-        lines.append(f"  {kind:<24}{match['value']:.3f}{interval}  blind {best:.3f}  n {cell['n_questions']}")
+        lines.append(f"  {kind:<24}{_interval(cell['exact_match'])}  blind {best:.3f}  n {cell['n_questions']}")
+    wups = metrics.get("wups") or {"overall": {}}
+    for name, cell in wups["overall"].items():
+        best = max(result["overall"][name]["value"] for result in wups["blind"].values())
+        lines.append(f"  {name:<24}{_interval(cell)}  blind {best:.3f}")
     return "\n".join(lines)
+
+
+def _interval(cell: dict[str, float | None]) -> str:
+    ends = "" if cell["low"] is None else f" [{cell['low']:.3f}, {cell['high']:.3f}]"
+    return f"{cell['value']:.3f}{ends}"
 
 
 def _captions(predictions: list[dict[str, Any]], *, meteor: bool) -> dict[str, Any] | None:
