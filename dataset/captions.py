@@ -10,9 +10,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from dataset.annotations import Instance
-from dataset.questions import MIN_AREA_SHARE, NUMBERS, Question, clearly_closest, plural, with_article
+from dataset.questions import CAPTION_TYPE, MIN_AREA_SHARE, NUMBERS, Question, clearly_closest, plural, with_article
 
-CAPTION_TYPE = "Caption"
 CAPTION_QUESTION = "Describe the room."
 MAX_NOUNS = 6  # of the largest objects; a longer list is read by nobody
 ORDER_GAP = 0.08  # of the image width between the middles of two neighbours in "from left to right"

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dataset.pictures import ImageSettings, Picture, PictureCache, load_images, make_picture
 from dataset.processor import ImageTextProcessor
 from dataset.prompts import collate_prompts, pack_questions
-from dataset.questions import QuestionRow, read_questions
+from dataset.questions import QuestionRow, questions_file, read_questions, unanswered_file
 from dataset.sunrgbd import Frame, read_frame
 from utils import UserError
 
@@ -397,13 +397,3 @@ def image_placeholders(
 ) -> int:
     """Placeholder tokens in the prompt of a picture of this (height, width); 0 without one, for a blind model."""
     return processor.count_image_tokens(*size, image_tokens=settings.image_tokens) if size else 0
-
-
-def questions_file(root: Path, split: str) -> Path:
-    """`csv_data/{train,val,test}_dataset.csv` below the data root."""
-    return root / "SUNRGBD" / "csv_data" / f"{split}_dataset.csv"
-
-
-def unanswered_file(root: Path) -> Path:
-    """`csv_data/train_unanswered.csv`: questions about training images whose Answers are left empty, for the teacher."""
-    return root / "SUNRGBD" / "csv_data" / "train_unanswered.csv"

@@ -3,11 +3,14 @@
 Reads   ROOT_DATA_DIR/SUNRGBD (pictures and annotations) and the official split in ROOT_DATA_DIR/SUNRGBDtoolbox; without a
         toolbox, the list of the official split in this repository
 Writes  ROOT_DATA_DIR/SUNRGBD/csv_data/{train,val,test}_dataset.csv; train_unanswered.csv, further questions about the training
-        frames without their answers, for a teacher; and questions.json, which says how they were made
+        frames without their answers, for a teacher; {train,val,test}_captions.csv, a description of each frame; and
+        questions.json, which says how they were made
 
     python dataset/prepare_sunrgbd.py            # build
     python dataset/prepare_sunrgbd.py --sunrgbd_zip SUNRGBD.zip --toolbox_zip SUNRGBDtoolbox.zip    # unpack there, then build
     python dataset/prepare_sunrgbd.py --check    # build nothing, list every frame that cannot be used
+    python dataset/prepare_sunrgbd.py --preview 20    # a page with pictures, objects, questions and answers to look at
+    python dataset/prepare_sunrgbd.py --blind_check    # can the questions be answered without an image?
 """
 
 import sys
@@ -31,22 +34,32 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dataset.annotations import frame_nouns, frame_objects
+from dataset.captions import frame_caption
 from dataset.extract import extract_archives
 from dataset.miniature.world import ensure_world
+from dataset.preview import write_preview
 from dataset.questions import (
     ANSWER_SHARE,
     GENERATOR_VERSION,
     MARGINS,
     Question,
     QuestionRow,
+    captions_file,
+    csv_cells,
     frame_candidates,
+    question_rows,
+    questions_file,
+    read_questions,
     select_questions,
     select_unanswered,
+    unanswered_file,
     write_questions,
 )
 from dataset.sunrgbd import Frame, find_frames, official_split, read_rgb
+from evaluation.blind import blind_check
 
 SPLITS = ("train", "val", "test")
+BLIND_CHECK_LEAST = 200  # questions of a type: with fewer, chance alone exceeds the limits
 VOCABULARY_FRAMES = 1000  # frames whose nouns may be asked about when they are absent
 
 
@@ -56,6 +69,7 @@ class FrameReport(NamedTuple):
     questions: list[Question]
     drops: Counter  # annotations that were left out, by reason
     failure: str  # empty when the frame can be used
+    caption: Question | None = None  # None where nothing is shown
 
 
 def build_csv_data(
@@ -89,6 +103,10 @@ def build_csv_data(
     reports = list(read_frames(listed, seed=seed, workers=workers))
     usable = [(frame, report.questions) for frame, report in zip(listed, reports, strict=True) if not report.failure]
     unusable += [(frame.path, report.failure) for frame, report in zip(listed, reports, strict=True) if report.failure]
+    captions = {name: [] for name in SPLITS}
+    for frame, report in zip(listed, reports, strict=True):
+        if report.caption:
+            captions[split[frame.path]] += question_rows(frame, [report.caption])
     rows = {}
     for number, name in enumerate(SPLITS):
         candidates = [(frame, questions) for frame, questions in usable if split[frame.path] == name]
@@ -113,14 +131,15 @@ def build_csv_data(
         "frames": dict(Counter(split[frame.path] for frame, _ in usable)),
         "frames_outside_the_official_split": len(frames) - len(listed),
         "questions": {name: _counts(rows[name]) for name in SPLITS} | {"train_unanswered": _counts(unanswered)},
+        "captions": {name: len(captions[name]) for name in SPLITS},
         "dropped_annotations": dict(sum((report.drops for report in reports), Counter()).most_common()),
         "unusable_frames": dict(sorted(unusable)),
     }
-    folder = root / "SUNRGBD" / "csv_data"
     for name in SPLITS:
-        write_questions(folder / f"{name}_dataset.csv", rows[name])
-    write_questions(folder / "train_unanswered.csv", unanswered)
-    write_json(folder / "questions.json", summary)
+        write_questions(questions_file(root, name), rows[name])
+        write_questions(captions_file(root, name), captions[name])
+    write_questions(unanswered_file(root), unanswered)
+    write_json(questions_file(root, "train").with_name("questions.json"), summary)
     return summary
 
 
@@ -154,7 +173,8 @@ def read_frame_questions(frame: Frame, *, seed: int, vocabulary: Collection[str]
             raise UserError(f"{frame.path}: RGB is {rgb.shape[:2]} and depth {instances[0].mask.shape} pixels")
     except UserError as error:
         return FrameReport([], drops, str(error))
-    return FrameReport(frame_candidates(instances, rgb=rgb, rng=rng, unsure=unsure, vocabulary=vocabulary), drops, "")
+    questions = frame_candidates(instances, rgb=rgb, rng=rng, unsure=unsure, vocabulary=vocabulary)
+    return FrameReport(questions, drops, "", frame_caption(instances, scene=frame.scene, unsure=unsure))
 
 
 def _counts(rows: Sequence[QuestionRow]) -> dict[str, Any]:
@@ -187,6 +207,27 @@ def check_tree(root: Path, *, workers: int | None = None) -> None:
         raise UserError(f"{root / 'SUNRGBD'}: {len(unusable)} frames cannot be used, listed above with the reason")
 
 
+def check_blind(root: Path) -> None:
+    """Fit models that see no image on the training questions and let them answer those of val and test.
+
+    Raises:
+        UserError: they do better than the distribution of answers allows; names the types.
+    """
+    train, *others = ([csv_cells(row) for row in read_questions(questions_file(root, name))] for name in SPLITS)
+    violations = []
+    for name, rows in zip(SPLITS[1:], others, strict=True):
+        counts = Counter(row["Question_Type"] for row in rows)
+        enough = [row for row in rows if counts[row["Question_Type"]] >= BLIND_CHECK_LEAST]
+        judged = sorted({row["Question_Type"] for row in enough})
+        print(f"{name}: {', '.join(judged) or 'no type'} has {BLIND_CHECK_LEAST} questions or more and is judged")
+        violations += [f"{name}: {found}" for found in blind_check(train, enough)]
+    for violation in violations:
+        print(violation)
+    if violations:
+        raise UserError(f"{root}: some questions can be answered without looking, see above")
+    print("none of them can be answered without looking, beyond its most common answer")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -195,7 +236,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--miniature", action="store_true", help="use the built-in world; builds it where it is missing")
     add("--sunrgbd_zip", type=Path, default=None, help="SUNRGBD.zip, to be unpacked into that folder first")
     add("--toolbox_zip", type=Path, default=None, help="SUNRGBDtoolbox.zip, the same; can be done without")
-    add("--check", action="store_true", help="list the frames that cannot be used and write no question file")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="only list the frames that cannot be used")
+    instead.add_argument("--preview", type=int, metavar="N", help="only write csv_data/preview.html with N frames")
+    instead.add_argument("--blind_check", action="store_true", help="only say whether the questions need the image")
     add("--workers", type=int, default=None, help="processes (default: one per core)")
     add("--seed", type=int, default=0, help="decides which questions are kept")
     add("--train_per_frame", type=int, default=2, help="questions per training frame at most")
@@ -211,7 +255,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--root and --miniature name two data sets; give one")
     if args.miniature and (args.sunrgbd_zip or args.toolbox_zip):
         parser.error("--miniature renders its own world; leave out the archives")
-    for flag in ("workers", "train_per_frame", "eval_per_frame", "unanswered_per_frame"):
+    for flag in ("preview", "workers", "train_per_frame", "eval_per_frame", "unanswered_per_frame"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: give at least 1")
     if args.seed < 0:
@@ -232,6 +276,15 @@ def main(args: argparse.Namespace) -> None:
         ensure_world(root, workers=args.workers)
     if args.check:
         check_tree(root, workers=args.workers)
+        return
+    if args.preview:
+        path = questions_file(root, "train").with_name("preview.html")
+        rows = [row for name in SPLITS for row in read_questions(questions_file(root, name), root=root)]
+        write_preview(path, root, rows, n_frames=args.preview)
+        print(f"wrote {path}")
+        return
+    if args.blind_check:
+        check_blind(root)
         return
     summary = build_csv_data(
         root,

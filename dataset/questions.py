@@ -25,6 +25,8 @@ QUESTION_TYPES = (
     "Object Identification", "Color Identification", "Count", "Direction", "Proximity", "Yes/No",
 )  # fmt: skip
 
+CAPTION_TYPE = "Caption"  # of descriptions, which have files of their own and are not counted as right or wrong
+
 # What makes an answer clear. Lengths in metres between centres, in the gravity frame.
 MIN_AREA_SHARE = 0.005  # of the image; smaller objects are neither asked about nor counted
 LARGEST_RATIO = 1.3  # largest visible area against the next noun's
@@ -545,6 +547,21 @@ def question_rows(frame: Frame, questions: Sequence[Question]) -> Iterator[Quest
 
 def _hash(*parts: str) -> str:
     return hashlib.sha256("\n".join((str(GENERATOR_VERSION), *parts)).encode()).hexdigest()[:16]
+
+
+def questions_file(root: Path, split: str) -> Path:
+    """`csv_data/{train,val,test}_dataset.csv` below the data root."""
+    return root / "SUNRGBD" / "csv_data" / f"{split}_dataset.csv"
+
+
+def captions_file(root: Path, split: str) -> Path:
+    """`csv_data/{train,val,test}_captions.csv`: a description of each frame, apart from what is trained on and counted."""
+    return root / "SUNRGBD" / "csv_data" / f"{split}_captions.csv"
+
+
+def unanswered_file(root: Path) -> Path:
+    """`csv_data/train_unanswered.csv`: questions about training images whose Answers are left empty, for the teacher."""
+    return root / "SUNRGBD" / "csv_data" / "train_unanswered.csv"
 
 
 def write_questions(path: Path, rows: Sequence[QuestionRow]) -> None:

@@ -38,18 +38,11 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from dataset.datamodule import (
-    SUNRGBDDataModule,
-    frame_path,
-    group_by_image,
-    image_placeholders,
-    subset_of_images,
-    unanswered_file,
-)
+from dataset.datamodule import SUNRGBDDataModule, frame_path, group_by_image, image_placeholders, subset_of_images
 from dataset.pictures import ImageSettings, load_images
 from dataset.processor import ImageTextProcessor, load_processor
 from dataset.prompts import collate_prompts, pack_questions
-from dataset.questions import QuestionRow
+from dataset.questions import QuestionRow, unanswered_file
 from dataset.store import TensorStore
 from dataset.sunrgbd import frame_group, read_frame
 from distillation.models import greedy_answers, image_features, load_model, overview_patches, restore_student

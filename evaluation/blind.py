@@ -9,7 +9,8 @@ from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 from scipy.special import logsumexp
 
-from evaluation.metrics import CAPTION_TYPE, exact_match, group_by, normalise_answer, order_types
+from dataset.questions import CAPTION_TYPE
+from evaluation.metrics import exact_match, group_by, normalise_answer, order_types
 from utils import UserError
 
 Row = Mapping[str, Any]

@@ -29,9 +29,10 @@ import numpy as np
 from PIL import Image
 
 from dataset.depth import read_depth
+from dataset.questions import CAPTION_TYPE
 from dataset.sunrgbd import read_rgb
 from evaluation.intervals import mcnemar_exact, paired_difference
-from evaluation.metrics import CAPTION_TYPE, evaluate_rows, exact_match, group_by, normalise_answer, order_types
+from evaluation.metrics import evaluate_rows, exact_match, group_by, normalise_answer, order_types
 
 REQUIRED_COLUMNS = ("Question_Id", "Questions", "Question_Type", "Answers", "Model_Answer", "Image_Path", "Depth_Path")
 QUESTION_COLUMNS = ("Question_Id", "Questions", "Question_Type", "Answers")

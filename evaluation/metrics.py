@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from dataset.questions import CAPTION_TYPE
 from evaluation.intervals import cluster_bootstrap_ci, wilson_interval
 from utils import UserError
 
@@ -13,7 +14,6 @@ Row = Mapping[str, Any]
 
 # The order in which tables and plots show the types; captions are scored by `evaluation.captions`, not by equality.
 QUESTION_TYPES = ("Object Identification", "Color Identification", "Count", "Direction", "Proximity", "Yes/No")
-CAPTION_TYPE = "Caption"
 
 _NUMBER_WORDS = {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())

@@ -9,17 +9,10 @@ import pytest
 import torch
 
 from dataset.augmentation import augment
-from dataset.datamodule import (
-    ResumableBatchSampler,
-    SUNRGBDDataModule,
-    frame_path,
-    group_by_image,
-    questions_file,
-    subset_of_images,
-)
+from dataset.datamodule import ResumableBatchSampler, SUNRGBDDataModule, frame_path, group_by_image, subset_of_images
 from dataset.depth import unproject
 from dataset.pictures import ImageSettings, PictureCache, load_images, picture_key
-from dataset.questions import read_questions
+from dataset.questions import questions_file, read_questions
 from dataset.sunrgbd import read_frame
 from utils import UserError
 

@@ -6,15 +6,17 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from benchmarks.prepare import write_tree
+from dataset import prepare_sunrgbd
 from dataset.miniature.world import write_world
 from dataset.prepare_sunrgbd import SPLITS, build_csv_data, check_tree, main, parse_args, read_frame_questions
-from dataset.questions import read_questions
+from dataset.questions import CAPTION_TYPE, captions_file, questions_file, read_questions, write_questions
 from dataset.sunrgbd import find_frames, official_split, read_frame, read_official_list
 from utils import UserError
 
@@ -64,7 +66,7 @@ def test_the_seed_decides_and_the_number_of_workers_does_not(tree):
     assert files(tree) == first
     build_csv_data(tree, seed=4, workers=1)
     assert files(tree)["train_dataset.csv"] != first["train_dataset.csv"]
-    splits = {"train_dataset.csv", "val_dataset.csv", "test_dataset.csv"}
+    splits = {f"{name}_{kind}.csv" for name in SPLITS for kind in ("dataset", "captions")}
     assert set(first) == splits | {"train_unanswered.csv", "questions.json"}
 
 
@@ -246,3 +248,41 @@ def test_real_tree(samples, tmp_path):
     assert found["What is closest to the chair?"] == "shelf"
     assert not any("book" in text or "the shelf" in text for text in found)  # groups, and not unique
     assert sum(report.drops.values()) == 8
+
+
+def test_every_frame_is_described_apart_from_the_questions(tree):
+    build_csv_data(tree, workers=1)
+    for name in ("train", "val", "test"):
+        captions = read_questions(captions_file(tree, name), root=tree)
+        questions = read_questions(questions_file(tree, name), root=tree)
+        assert {row.type for row in captions} == {CAPTION_TYPE} and CAPTION_TYPE not in {row.type for row in questions}
+        assert {row.image_path for row in questions} <= {row.image_path for row in captions}
+        assert len({row.image_path for row in captions}) == len(captions)
+
+
+def test_preview_and_blind_check_of_files_that_are_there(tree, capsys, monkeypatch):
+    build_csv_data(tree, workers=1)
+    before = {path: path.read_bytes() for path in (tree / "SUNRGBD/csv_data").iterdir()}
+    main(parse_args(["--root", str(tree), "--preview", "2"]))
+    page = tree / "SUNRGBD/csv_data/preview.html"
+    assert page.read_text(encoding="utf-8").count("<img") == 2
+    main(parse_args(["--root", str(tree), "--blind_check"]))
+    assert "no type has 200 questions or more" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+    monkeypatch.setattr(prepare_sunrgbd, "BLIND_CHECK_LEAST", 1)
+    for name in ("train", "val", "test"):  # the wording tells the answer
+        rows = [
+            replace(r, answer="no" if "shelf" in r.question else "yes", type="Yes/No") for r in leaky_rows(tree, name)
+        ]
+        write_questions(questions_file(tree, name), rows)
+    with pytest.raises(UserError, match="without looking"):
+        main(parse_args(["--root", str(tree), "--blind_check"]))
+    assert "Yes/No" in capsys.readouterr().out
+
+
+def leaky_rows(tree, name):
+    rows = read_questions(questions_file(tree, name))
+    return [
+        replace(row, id=f"{row.id}{i}", question=f"Is there a {'shelf' if i % 2 else 'bed'}?")
+        for i, row in enumerate(rows)
+    ]

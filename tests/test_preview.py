@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from dataset.annotations import Instance, frame_objects
-from dataset.captions import CAPTION_QUESTION, CAPTION_TYPE, MAX_NOUNS, frame_caption
-from dataset.datamodule import questions_file
+from dataset.captions import CAPTION_QUESTION, MAX_NOUNS, frame_caption
 from dataset.preview import write_preview
-from dataset.questions import MIN_AREA_SHARE, plural, read_questions, with_article
+from dataset.questions import CAPTION_TYPE, MIN_AREA_SHARE, plural, questions_file, read_questions, with_article
 from dataset.sunrgbd import find_frames
 
 SIZE = 50

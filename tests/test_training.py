@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from benchmarks.reproduce import load_script
-from dataset.datamodule import questions_file
-from dataset.questions import read_questions
+from dataset.questions import questions_file, read_questions
 from distillation import training
 from distillation.models import add_lora, load_model
 from distillation.training import SafeCheckpointIO, plain, read_checkpoint

@@ -46,10 +46,11 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from dataset.captions import CAPTION_QUESTION
 from dataset.miniature.renderer import COLORS, NOUNS, PRETRAIN_STYLE, View, render_room
 from dataset.processor import FloatImageProcessor, ImageTextProcessor, save_processor
 from dataset.prompts import collate_prompts, pack_questions
-from dataset.questions import frame_candidates
+from dataset.questions import CAPTION_TYPE, frame_candidates
 from distillation.losses import answer_cross_entropy
 from distillation.models import answer_logits, answers_right
 
@@ -62,7 +63,6 @@ CHAT_TEMPLATE = (
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
-CAPTION_QUESTION = "Describe the room."
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def make_room(seed: int) -> Room:
     rng = np.random.default_rng((seed, 7))
     instances = view.instances()
     asked = frame_candidates(instances, rgb=view.rgb, rng=rng, vocabulary=NOUNS)
-    questions = [(q.type, q.text, q.answer) for q in asked] + [("Caption", CAPTION_QUESTION, caption(view))]
+    questions = [(q.type, q.text, q.answer) for q in asked] + [(CAPTION_TYPE, CAPTION_QUESTION, caption(view))]
     # "The red chair" is unique where "the chair" is not: several times as many spatial questions about the same rooms.
     named = [replace(i, noun=f"{o.color} {o.noun}") for i, o in zip(instances, view.objects, strict=True)]
     asked = frame_candidates(named, rgb=None, rng=rng, vocabulary=())

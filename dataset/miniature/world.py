@@ -14,20 +14,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, data_root, progress, run_script, write_json  # first: loads .env
+from utils import UserError, data_root, locked, progress, run_script, write_json  # first: loads .env
 
 # isort: split
 import argparse
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import partial
 from typing import NamedTuple
@@ -46,7 +44,7 @@ TRAIN, VAL, TEST = 5000, 400, 600
 MARKER, UNFINISHED = "world.json", "unfinished.json"
 # Other code makes other rooms or other questions, so its digest is part of a world's settings.
 ROOM_CODE = ("corruptions.py", "miniature/renderer.py", "miniature/world.py")
-QUESTION_CODE = ("annotations.py", "nouns.json", "prepare_sunrgbd.py", "questions.py")
+QUESTION_CODE = ("annotations.py", "captions.py", "nouns.json", "prepare_sunrgbd.py", "questions.py")
 # Shares as in the real data set, where every collection but realsense/lg and realsense/sa occurs in every split.
 COLLECTIONS = {
     "kv1/NYUdata": 0.14,
@@ -100,8 +98,7 @@ def ensure_world(
     root = root.resolve()
     rooms = {"train": train, "val": val, "test": test, "seed": seed, "code": _digest(ROOM_CODE)}
     settings = {"rooms": rooms, "questions": _digest(QUESTION_CODE)}
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(root.parent):
+    with locked(root.parent):
         found = _settings(root / MARKER)
         if found != settings and found.get("rooms") == rooms:
             build_csv_data(root, seed=seed, workers=workers)
@@ -154,16 +151,6 @@ def _settings(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _parallel(function: Callable, items: list, workers: int) -> Iterable:

@@ -46,13 +46,13 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig
 
 from dataset.daquar import match_frames, read_daquar
-from dataset.datamodule import frame_path, group_by_image, image_placeholders, questions_file
+from dataset.datamodule import frame_path, group_by_image, image_placeholders
 from dataset.depth import ENCODINGS
 from dataset.miniature.world import ensure_world
 from dataset.pictures import DEPTH_SOURCES, MODALITIES, ImageSettings, load_images
 from dataset.processor import IMAGE_TOKENS, ImageTextProcessor, load_processor
 from dataset.prompts import collate_prompts, pack_questions
-from dataset.questions import QuestionRow, csv_cells, read_questions
+from dataset.questions import CAPTION_TYPE, QuestionRow, captions_file, csv_cells, questions_file, read_questions
 from dataset.sunrgbd import read_frame
 from distillation.models import MINIATURE_STUDENT, STUDENT_NAME, image_features, load_model, restore_student
 from distillation.training import (
@@ -67,7 +67,7 @@ from distillation.training import (
 )
 from evaluation.blind import blind_predictions
 from evaluation.captions import caption_scores
-from evaluation.metrics import CAPTION_TYPE, evaluate_rows, exact_match
+from evaluation.metrics import evaluate_rows, exact_match
 from evaluation.wups import wordnet_similarity, wups_scores
 
 
@@ -97,7 +97,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--miniature", action="store_true", help="the built-in world and tiny student")
     # running
     add("--batch_size", type=int, help="questions per generate call (8; miniature 64)")
-    add("--max_new_tokens", type=int, default=32, help="longest answer")
+    add("--captions", action="store_true", help="also describe every room, scored by caption metrics")
+    add("--max_new_tokens", type=int, help="longest answer (32; 96 with --captions)")
     add("--num_workers", type=int, default=0, help="data loading processes")
     add(
         "--precision",
@@ -120,6 +121,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(
             "--miniature: DAQUAR asks about photographs, not about the built-in world; leave one of the two out"
         )
+    if args.dataset == "daquar" and args.captions:
+        parser.error("--captions: DAQUAR has none; leave it out")
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 96 if args.captions else 32
     if args.batch_size is None:
         args.batch_size = 64 if args.miniature else 8
     for name, least in dict(batch_size=1, max_new_tokens=1, num_workers=0).items():
@@ -187,6 +192,7 @@ def load_questions(
     """
     if args.dataset == "sunrgbd":
         rows = read_questions(questions_file(root, args.gts_type), root=root)
+        rows += read_questions(captions_file(root, args.gts_type), root=root) if args.captions else []
         return rows, [csv_cells(row) for row in read_questions(questions_file(root, "train"))]
     asked, train = read_daquar(root, "test"), read_daquar(root, "train")
     rows, n_missing = match_frames(root, asked)
