@@ -1,7 +1,8 @@
 """What the README claims about distillation, from nothing: train every arm over several seeds, write the tables.
 
 All arms of a seed start from the same student and see as many images in as many optimizer steps, with the same precision, batch
-size and schedule rules; they differ in the loss and in what they may read. A seed decides the order of the data, which labels
+size and schedule rules; they differ in the loss, in what they may read, and in learning rates, which were chosen on val
+for each of them. A seed decides the order of the data, which labels
 are kept, and the student's start (the shipped weights with 2 % of noise). Choices were made on the validation split; the tables
 show the test split. What is finished is kept: an interrupted call goes on where it was.
 
@@ -17,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import duration, git_commit, run_script, write_json  # first: loads .env
+from utils import UserError, duration, git_commit, run_script, write_json  # first: loads .env
 
 # isort: split
 import argparse
@@ -45,7 +46,7 @@ FRACTIONS = (1.0, 0.1, 0.05)
 TROUBLE = "knowledge_distillation7b_double_trouble"
 TEACHER = ["--teacher_checkpoint", "miniature_teacher"]
 ASK = ["--teacher_questions", "8"]
-CONTROL = "label-only"
+CONTROL, CONTROL_SCRIPT = "label-only", "baseline_depth"
 START_NOISE = 0.02
 
 
@@ -69,7 +70,7 @@ THREE_PHASES = (
     Stage(f"{TROUBLE}/phase3", 2, tuple(ASK)),
 )
 ARMS = {  # name -> stages; the first is what all others are measured against
-    CONTROL: (Stage("baseline_depth", EPOCHS),),
+    CONTROL: (Stage(CONTROL_SCRIPT, EPOCHS),),
     "double trouble": THREE_PHASES,
 }
 JOINT = Stage(f"{TROUBLE}/phase3", EPOCHS, ("--from_stock", "--vision_lr", "2.5e-4"))  # the rates of the control
@@ -145,47 +146,82 @@ def student_start(work: Path, seed: int) -> Path:
     return folder
 
 
+def stage_flags(stage: Stage, *, fraction: float, seed: int) -> list[str]:
+    """A stage's command line but for its student and the checkpoint that it starts from."""
+    flags = ["--max_epochs", str(stage.epochs), "--seed", str(seed), *stage.flags]
+    flags += ["--label_fraction", str(fraction)] * stage.labels
+    return flags + (TEACHER if stage.script != CONTROL_SCRIPT else [])
+
+
+def file_name(arm: str) -> str:
+    """An arm's name as a part of file names."""
+    return "".join(c if c.isalnum() or c in "-+" else "_" for c in arm)
+
+
 def run_arm(name: str, stages: Sequence[Stage], *, fraction: float, seed: int, work: Path) -> dict[str, Any]:
     """Train the stages of an arm one after the other and score its end on the test split."""
     start, seconds = None, time.monotonic()
-    key = "".join(c if c.isalnum() or c in "-+" else "_" for c in name)
     for stage in stages:
-        run_name = f"{key}_{fraction}_seed{seed}" if stage.labels else f"all_seed{seed}"
-        argv = [
-            "--max_epochs",
-            str(stage.epochs),
-            "--seed",
-            str(seed),
-            "--student_name",
-            str(student_start(work, seed)),
-        ]
-        argv += ["--label_fraction", str(fraction)] * stage.labels + list(stage.flags)
-        argv += TEACHER if stage.script != "baseline_depth" else []
+        run_name = f"{file_name(name)}_{fraction}_seed{seed}" if stage.labels else f"all_seed{seed}"
+        argv = stage_flags(stage, fraction=fraction, seed=seed) + ["--student_name", str(student_start(work, seed))]
         argv += ["--load_checkpoint", str(start)] if start else []
         start = run_once(stage.script, argv, work, name=run_name)
-    results = work / "results" / f"{key}_{fraction}_seed{seed}"
+    results = work / "results" / f"{file_name(name)}_{fraction}_seed{seed}"
     (best,) = start.glob("best-*.ckpt")
     found = scores(evaluate(best, results / "best"))
     if name == CONTROL:  # early stopping or not, whichever turns out better for it
         found = max(found, scores(evaluate(start / "last.ckpt", results / "last")), key=lambda s: s["By depth"])
     found["Val"] = json.loads((logs_of(start) / "run.json").read_text(encoding="utf-8"))["val/exact_match"]
-    return {"arm": name, "fraction": fraction, "seed": seed, "seconds": time.monotonic() - seconds, "scores": found}
+    return {
+        "arm": name,
+        "fraction": fraction,
+        "seed": seed,
+        "flags": [stage_flags(stage, fraction=fraction, seed=seed) for stage in stages],
+        "commit": git_commit(),
+        "seconds": time.monotonic() - seconds,
+        "scores": found,
+    }
 
 
 def table(runs: Sequence[Mapping[str, Any]], fraction: float) -> list[str]:
     """Markdown rows: mean and standard deviation over seeds, paired difference from the control with its 95 % interval."""
     columns = ["By depth", "Overall", *QUESTION_TYPES, "Val"]
     lines = [
-        f"| {100 * fraction:g} % of the labels | {' | '.join(c.removesuffix(' Identification') for c in columns)} | Gain by depth |",
-        "| --- |" + " ---: |" * (len(columns) + 1),
+        f"| {100 * fraction:g} % of the labels | {' | '.join(c.removesuffix(' Identification') for c in columns)} | "
+        "Gain by depth | Gain overall |",
+        "| --- |" + " ---: |" * (len(columns) + 2),
     ]
     chosen = [run for run in runs if run["fraction"] == fraction]
     control = {run["seed"]: run["scores"] for run in chosen if run["arm"] == CONTROL}
     for arm in dict.fromkeys(run["arm"] for run in chosen):
         own = {run["seed"]: run["scores"] for run in chosen if run["arm"] == arm}
         cells = [spread([100 * found[column] for found in own.values()]) for column in columns]
-        gains = [100 * (own[seed]["By depth"] - control[seed]["By depth"]) for seed in own if seed in control]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {interval(gains) if arm != CONTROL else ''} |")
+        gains = [interval(gain(own, control, column)) if arm != CONTROL else "" for column in ("By depth", "Overall")]
+        lines.append(f"| {arm} | {' | '.join([*cells, *gains])} |")
+    return lines
+
+
+def gain(
+    own: Mapping[int, Mapping[str, float]], control: Mapping[int, Mapping[str, float]], column: str
+) -> list[float]:
+    """What an arm has more than the control, in points, seed by seed."""
+    return [100 * (own[seed][column] - control[seed][column]) for seed in own if seed in control]
+
+
+def gain_table(runs: Sequence[Mapping[str, Any]], arm: str) -> list[str]:
+    """Markdown rows: an arm's gain for every type of question and share of labels."""
+    lines = [
+        "| Gain | " + " | ".join(kind.removesuffix(" Identification") for kind in QUESTION_TYPES) + " |",
+        "| --- |" + " ---: |" * len(QUESTION_TYPES),
+    ]
+    for fraction in FRACTIONS:
+        scores_of = {
+            name: {r["seed"]: r["scores"] for r in runs if r["arm"] == name and r["fraction"] == fraction}
+            for name in (arm, CONTROL)
+        }
+        if scores_of[arm]:
+            cells = [interval(gain(scores_of[arm], scores_of[CONTROL], kind)) for kind in QUESTION_TYPES]
+            lines.append(f"| {100 * fraction:g} % of the labels | {' | '.join(cells)} |")
     return lines
 
 
@@ -209,7 +245,7 @@ def write_tables(output: Path, runs: Sequence[Mapping[str, Any]], teacher: Mappi
     text = [
         "# Distillation on the miniature world",
         "",
-        f"{date.today()}, commit {git_commit()}, {torch.get_num_threads()} CPU threads, {duration(seconds)} in all. Share of right answers "
+        f"{date.today()}, commit {', '.join(sorted({run['commit'] for run in runs}))}, {torch.get_num_threads()} CPU threads, {duration(seconds)} in all. Share of right answers "
         f"in % on the test split, mean ± standard deviation over seeds; gain: paired difference from {CONTROL} of the same seed and "
         f"labels, with the 95 % interval over seeds. All arms of a table see as many images in as many optimizer steps. By depth: all "
         f"questions but those about colour; val: overall, on the split on which choices were made. The RGB teacher has {100 * ceiling:.1f} by depth, the best blind baseline {100 * blind:.1f}.",
@@ -217,6 +253,7 @@ def write_tables(output: Path, runs: Sequence[Mapping[str, Any]], teacher: Mappi
     ]
     for fraction in FRACTIONS:
         text += [*table(runs, fraction), ""]
+    text += ["Double trouble against label-only training, type by type:", "", *gain_table(runs, "double trouble"), ""]
     done = [run["scores"]["By depth"] for run in runs if run["arm"] == "double trouble" and run["fraction"] == 1.0]
     share = 100 * (mean(done) - blind) / (ceiling - blind)
     text += [f"With all labels, double trouble closes {share:.0f} % of the gap between blind and the RGB teacher.", ""]
@@ -251,10 +288,12 @@ def main(args: argparse.Namespace) -> None:
         jobs = [(name, stages, fraction) for fraction in FRACTIONS for name, stages in ARMS.items()]
         jobs += [(name, stages, 1.0) for name, stages in FULL_LABEL_ARMS.items()] * (seed < FULL_LABEL_SEEDS)
         for name, stages, fraction in jobs:
-            path = work / "results" / f"{name}_{fraction}_seed{seed}.json"
+            path = work / "results" / f"{file_name(name)}_{fraction}_seed{seed}.json"
             if not path.is_file():
                 write_json(path, run_arm(name, stages, fraction=fraction, seed=seed, work=work))
             runs.append(json.loads(path.read_text(encoding="utf-8")))
+            if runs[-1]["flags"] != [stage_flags(stage, fraction=fraction, seed=seed) for stage in stages]:
+                raise UserError(f"{path}: was made with other flags; start over with another --work, or remove {work}")
         seconds = sum(run["seconds"] for run in runs)
         write_tables(args.output, runs, teacher, seconds)
         print(f"seed {seed}: {len(jobs)} arms done, {duration(time.monotonic() - started)} so far", flush=True)
