@@ -90,6 +90,11 @@ def teacher_of(data, tiny_folder, tiny_teacher, *more):
     return teacher_cache.open_teacher(args, data, start_run(args, script.__file__, data.student))
 
 
+def live_teacher(data, tiny_teacher, groups):
+    model, images = load_model(str(tiny_teacher)).eval(), ImageSettings("rgb", image_tokens="one_tile")
+    return teacher_cache.LiveTeacher(model, data.processor, data.root, images, "32-true", groups)
+
+
 # what trains
 
 
@@ -370,14 +375,7 @@ def test_processes_side_by_side_share_the_looking(places, world, tiny_folder, ti
         teacher_cache.LiveTeacher, "look", lambda self, groups: looked.extend(groups) or look(self, groups)
     )
     rows = [group for group in (*data.train.images, *data.val.images)]
-    live = teacher_cache.LiveTeacher(
-        load_model(str(tiny_teacher)).eval(),
-        data.processor,
-        world,
-        ImageSettings("rgb", image_tokens="one_tile"),
-        "32-true",
-        rows,
-    )
+    live = live_teacher(data, tiny_teacher, rows)
     shares = []
     for rank in (1, 0):  # one after the other: the first finds that the other's share is missing and does it as well
         monkeypatch.setenv("RANK", str(rank))
@@ -393,14 +391,7 @@ def test_two_files_may_number_their_questions_alike(world, tiny_folder, tiny_tea
     data = data_module(world, tiny_folder)
     first = data.train.images[0]
     rows = [replace(row, id="1") for row in first] + [replace(first[0], id="1", question="What is this?", answer="")]
-    live = teacher_cache.LiveTeacher(
-        load_model(str(tiny_teacher)).eval(),
-        data.processor,
-        world,
-        ImageSettings("rgb", image_tokens="one_tile"),
-        "32-true",
-        [rows],
-    )
+    live = live_teacher(data, tiny_teacher, [rows])
     together = teacher_cache.TeacherCache(live, [rows], 1)
     for row in rows:
         alone = teacher_cache.TeacherCache(replace(live, groups=[[row]]), [[row]], 1)
