@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,6 +131,7 @@ def build_csv_data(
         "largest_answer_share": ANSWER_SHARE,
         "frames": dict(Counter(split[frame.path] for frame, _ in usable)),
         "frames_outside_the_official_split": len(frames) - len(listed),
+        "recordings_in_two_splits": _shared_recordings(listed, split),
         "questions": {name: _counts(rows[name]) for name in SPLITS} | {"train_unanswered": _counts(unanswered)},
         "captions": {name: len(captions[name]) for name in SPLITS},
         "dropped_annotations": dict(sum((report.drops for report in reports), Counter()).most_common()),
@@ -141,6 +143,12 @@ def build_csv_data(
     write_questions(unanswered_file(root), unanswered)
     write_json(questions_file(root, "train").with_name("questions.json"), summary)
     return summary
+
+
+def _shared_recordings(frames: Sequence[Frame], split: dict[str, str]) -> dict[str, int]:
+    """How many recordings (`Frame.group`) have frames in two splits: the official one separates frames, not always rooms."""
+    groups = {name: {frame.group for frame in frames if split[frame.path] == name} for name in SPLITS}
+    return {f"{one} {other}": len(groups[one] & groups[other]) for one, other in combinations(SPLITS, 2)}
 
 
 def read_frames(frames: Sequence[Frame], *, seed: int, workers: int | None = None) -> Iterator[FrameReport]:

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -17,7 +18,7 @@ from dataset import prepare_sunrgbd
 from dataset.miniature.world import write_world
 from dataset.prepare_sunrgbd import SPLITS, build_csv_data, check_tree, main, parse_args, read_frame_questions
 from dataset.questions import CAPTION_TYPE, captions_file, questions_file, read_questions, write_questions
-from dataset.sunrgbd import find_frames, official_split, read_frame, read_official_list
+from dataset.sunrgbd import find_frames, frame_group, official_split, read_frame, read_official_list
 from utils import UserError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "dataset" / "prepare_sunrgbd.py"
@@ -56,7 +57,15 @@ def test_files_follow_the_split_and_the_summary_counts_them(tree):
         assert counts["sensors"] == Counter(row.sensor for row in rows)
     assert not images["train"] & images["val"] and not images["train"] & images["test"]
     assert summary["frames"] == {"train": 24, "val": 8, "test": 8} and not summary["unusable_frames"]
+    assert set(summary["recordings_in_two_splits"].values()) == {0}
     assert summary == json.loads((tree / "SUNRGBD" / "csv_data" / "questions.json").read_text())
+
+
+def test_recordings_in_two_splits_are_counted():
+    paths = ["xtion/sun3ddata/home/a/1", "xtion/sun3ddata/home/a/2", "xtion/sun3ddata/home/b/3", "kv1/NYUdata/NYU0001"]
+    frames = [SimpleNamespace(path=path, group=frame_group(f"SUNRGBD/{path}")) for path in paths]
+    split = dict(zip(paths, ("train", "test", "val", "test"), strict=True))
+    assert prepare_sunrgbd._shared_recordings(frames, split) == {"train val": 0, "train test": 1, "val test": 0}
 
 
 def test_the_seed_decides_and_the_number_of_workers_does_not(tree):
