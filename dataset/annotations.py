@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ POLYGON_LAYERS = ("annotation2Dfinal", "annotation")
 BOX_LAYERS = ("annotation2D3D", "annotation3Dfinal", "annotation3D")
 BOX_EXTENT_M = (0.05, 5.0)  # the longest extent of a credible box
 MIN_BOX_IOU = 0.3  # between a mask's bounding box and the rectangle of the 3D box it is joined with
+CONTESTED_IOU = 0.5  # between the box of a mask and a rectangle of another noun that no mask of that noun explains
 SAME_RECTANGLE_SHARE = 0.7  # a polygon lies in a rectangle when this share of its pixels does
 DUPLICATE_IOU = 0.7  # two polygons of one noun that overlap more outline the same object twice
 ERODE_PX_AT_560 = 3  # polygon borders mix fore- and background; scaled with the image width, at least 1
@@ -48,6 +49,7 @@ class Instance:
     depth_m: float  # median z-depth inside the eroded mask; nan when too few pixels were measured
     center_m: np.ndarray  # (3,) centre of the 3D box, else of the unprojected mask; nan when unknown
     size_m: np.ndarray | None  # (3,) extents of the 3D box along x, y, z of the gravity frame; None without a box
+    contested: bool = False  # the 3D layer calls what stands there something else: no answer may be this noun
 
 
 class _Box(NamedTuple):
@@ -172,11 +174,21 @@ def frame_objects(frame: Frame, drops: Counter | None = None) -> tuple[list[Inst
     depths = _Depths(frame, depth_m)
     instances = [_instance(frame, outline, partners.get(i), depths) for i, outline in enumerate(outlines)]
     matched = {id(box) for box in partners.values()}
-    for box in boxes:
-        if id(box) not in matched:
-            drops["3D box without an outline"] += 1
-            unsure.add(box.noun)
+    single = [box for box in boxes if id(box) not in matched]
+    for box in single:
+        drops["3D box without an outline"] += 1
+        unsure.add(box.noun)
+    for i, outline in enumerate(outlines):
+        if i not in partners and _is_called_otherwise(outline, single):
+            drops["object with another noun in 3D"] += 1
+            unsure.add(outline.noun)
+            instances[i] = replace(instances[i], contested=True)
     return instances, frozenset(unsure)
+
+
+def _is_called_otherwise(outline: _Outline, boxes: list[_Box]) -> bool:
+    bounds = np.array(mask_box(outline.mask), dtype=np.float64)
+    return any(box.noun != outline.noun and _iou(bounds, box.rectangle) > CONTESTED_IOU for box in boxes)
 
 
 def frame_nouns(frame: Frame) -> set[str]:

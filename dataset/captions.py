@@ -29,11 +29,12 @@ def frame_caption(instances: Sequence[Instance], *, scene: str, unsure: Collecti
     """
     shown = [thing for thing in instances if thing.mask.mean() >= MIN_AREA_SHARE]
     small = {thing.noun for thing in instances if thing.mask.mean() < MIN_AREA_SHARE}
-    if not shown:
-        return None
     areas: Counter = Counter()
     for thing in shown:
-        areas[thing.noun] += thing.mask.sum()
+        if not thing.contested:
+            areas[thing.noun] += thing.mask.sum()
+    if not areas:
+        return None
     named = [noun for noun, _ in areas.most_common(MAX_NOUNS)]
     counts = Counter(thing.noun for thing in shown)
     vague = set(unsure) | small

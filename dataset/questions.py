@@ -142,7 +142,7 @@ def frame_candidates(
     """
     shown = [thing for thing in instances if thing.mask.mean() >= MIN_AREA_SHARE]
     vague = set(unsure) | {thing.noun for thing in instances if thing.mask.mean() < MIN_AREA_SHARE}
-    counts = Counter(thing.noun for thing in shown)
+    counts = Counter(thing.noun for thing in shown if not thing.contested)
     unique = [thing for thing in shown if counts[thing.noun] == 1 and thing.noun not in vague]
     placed = [thing for thing in unique if np.isfinite(thing.center_m).all()]
     absent = _absent(counts.keys() | vague, asked_nouns() if vocabulary is None else vocabulary)
@@ -239,7 +239,7 @@ def clearly_closest(shown: Sequence[Instance], *, farthest: bool = False) -> Ins
 def _clear_first(things: Sequence[Instance], values: Sequence[float], *, ratio: float, gap: float) -> Instance | None:
     """The thing with the smallest value, if the first of another noun is `ratio` times and `gap` away from it.
 
-    Values of one sign; negative ones rank by the largest size. None without a second noun.
+    Values of one sign; negative ones rank by the largest size. None without a second noun, or where its own is contested.
     """
     order = sorted(range(len(things)), key=values.__getitem__)
     rivals = [i for i in order if things[i].noun != things[order[0]].noun]
@@ -247,7 +247,8 @@ def _clear_first(things: Sequence[Instance], values: Sequence[float], *, ratio: 
         return None
     first, second = values[order[0]], values[rivals[0]]
     small, large = sorted((abs(first), abs(second)))
-    return things[order[0]] if large >= ratio * small and second - first >= gap else None
+    clear = large >= ratio * small and second - first >= gap and not things[order[0]].contested
+    return things[order[0]] if clear else None
 
 
 def _color(thing: Instance, rgb: np.ndarray) -> Question | None:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from dataset.annotations import (
     nouns,
     read_annotation,
 )
+from dataset.captions import frame_caption
 from dataset.depth import encode_sunrgbd
+from dataset.questions import frame_candidates
 from dataset.sunrgbd import Frame, read_frame
 from utils import UserError
 
@@ -182,14 +185,32 @@ def test_boxes_are_joined_by_noun_and_place(make_frame):
 
 def test_a_box_without_an_outline_makes_its_noun_unsure(make_frame):
     entries = [box3d("sofa", (0, 0.5, 2), (1, 1, 1)), box3d("lamp", (0, 0.5, 2), (20, 1, 1))]
-    links = [rectangle(10, 10, 50, 50, 0), rectangle(10, 10, 50, 50, 1)]
+    links = [rectangle(40, 10, 80, 50, 0), rectangle(10, 10, 50, 50, 1)]
     shapes = [rectangle(10, 10, 50, 50, 0)]
     drops = Counter()
     instances, unsure = frame_objects(
         make_frame(annotation=polygons(["chair"], shapes), annotation2D3D=boxes(entries, links)), drops
     )
-    assert instances[0].size_m is None and unsure == {"sofa"}
+    assert instances[0].size_m is None and unsure == {"sofa"} and not instances[0].contested
     assert drops == {"3D box without an outline": 1, "3D box without credible size": 1}
+
+
+def test_an_object_that_the_layers_call_differently_is_no_answer(make_frame):
+    """What is "box" in one layer and "projector" in the other may be either: nothing is asked about both, and neither answers."""
+    entries = [box3d("projector", (0, 0.5, 2), (1, 1, 1)), box3d("sofa", (0, 0.5, 2), (1, 1, 1))]
+    links = [rectangle(10, 10, 50, 50, 0), rectangle(52, 10, 90, 50, 1)]
+    shapes = [rectangle(12, 10, 50, 48, 0), rectangle(52, 10, 90, 50, 1)]
+    drops = Counter()
+    frame = make_frame(annotation=polygons(["box", "sofa"], shapes), annotation2D3D=boxes(entries, links))
+    (box, sofa), unsure = frame_objects(frame, drops)
+    assert box.contested and not sofa.contested and unsure == {"box", "projector"}
+    assert drops == {"3D box without an outline": 1, "object with another noun in 3D": 1}
+    near, far = replace(box, depth_m=1.0), replace(sofa, depth_m=3.0)
+    for things in ((near, far), (replace(near, depth_m=3.0), replace(far, depth_m=1.0))):
+        questions = frame_candidates(things, rgb=None, rng=np.random.default_rng(0), unsure=unsure)
+        assert questions and not any("box" in q.text or "projector" in q.text or q.answer == "box" for q in questions)
+        assert "box" not in frame_caption(things, scene="office", unsure=unsure).answer
+    assert frame_caption([box], scene="office", unsure=unsure) is None
 
 
 def test_boxes_without_rectangles_are_projected(make_frame):
@@ -344,7 +365,8 @@ def test_real_frame(samples):
     drops = Counter()
     instances, unsure = frame_objects(frame, drops)
     assert [thing.noun for thing in instances] == ["shelf", "shelf", "chair", "box"]
-    assert unsure == {"book", "projector"}  # 'books' are groups, and the box of 2D is the projector of 3D
+    assert unsure == {"book", "box", "projector"}  # 'books' are groups, and the box of 2D is the projector of 3D
+    assert [thing.noun for thing in instances if thing.contested] == ["box"]
     assert drops["wall, floor or ceiling"] == 2 and drops["group of objects"] == 3
     for thing in instances:
         assert 1.4 < thing.depth_m < 2.4
