@@ -57,6 +57,12 @@ def test_every_command_line_is_one_that_its_script_takes():
             assert (args.batch_size, args.accumulate_grad_batches, args.precision, args.seed) == (8, 1, "auto", 3)
             assert not stage.labels or args.label_fraction == 0.1
             assert hasattr(args, "teacher_checkpoint") == (name != reproduce.CONTROL)
+            assert (
+                name == reproduce.CONTROL or args.teacher_checkpoint is None
+            )  # few labels: a teacher that has read none
+            assert (name == reproduce.CONTROL) or "--teacher_checkpoint" in reproduce.stage_flags(
+                stage, fraction=1.0, seed=3
+            )
 
 
 def test_finished_arms_are_kept_and_other_flags_are_refused(tmp_path, monkeypatch):
@@ -94,6 +100,6 @@ def test_finished_arms_are_kept_and_other_flags_are_refused(tmp_path, monkeypatc
     assert "closes 50 % of the gap" in written  # 0.6 between 0.3 and 0.9
     reproduce.main(args)
     assert len(trained) == first and (tmp_path / "out/README.md").read_text(encoding="utf-8") == written
-    monkeypatch.setattr(reproduce, "TEACHER", ["--teacher_name", "other"])
+    monkeypatch.setattr(reproduce, "TUNED_TEACHER", ["--teacher_name", "other"])
     with pytest.raises(UserError, match="made with other flags"):
         reproduce.main(args)
