@@ -7,9 +7,13 @@ are kept, and the student's start (the shipped weights with 2 % of noise). Choic
 show the test split. What is finished is kept: an interrupted call goes on where it was.
 
 Writes  <output>/runs.json, a record per arm, label fraction and seed; <output>/README.md, the tables
+        <work>/logs/, what each arm printed
+
+Tiny models leave most of a machine idle: arms run side by side, each on its own share of the cores.
 
     make reproduce
-    python benchmarks/reproduce.py [--seeds 5] [--work DIR] [--output benchmarks/reproduce]
+    python benchmarks/reproduce.py [--seeds 5] [--jobs N] [--work DIR] [--output benchmarks/reproduce]
+    python benchmarks/reproduce.py --arm "double trouble" --fraction 0.1 --seed 3     # one arm only
 """
 
 import sys
@@ -18,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, duration, git_commit, run_script, write_json  # first: loads .env
+from utils import UserError, duration, git_commit, locked, run_script, write_json  # first: loads .env
 
 # isort: split
 import argparse
@@ -27,10 +31,12 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
@@ -91,6 +97,30 @@ FULL_LABEL_ARMS = {  # with all labels only: each term added to those before it,
     "feature-based, gold questions only": (Stage("knowledge_distillation7b_feature_based", EPOCHS),),
 }
 FULL_LABEL_SEEDS = 1  # what they cost in all seeds would not fit into three hours
+MOST_JOBS = 4  # unless asked for more: each takes a GiB
+
+
+@dataclass(frozen=True)
+class Job:
+    """An arm to train and score."""
+
+    arm: str
+    fraction: float
+    seed: int
+
+    @property
+    def stages(self) -> tuple["Stage", ...]:
+        """What it trains, one after the other."""
+        return (ARMS | FULL_LABEL_ARMS)[self.arm]
+
+    @property
+    def name(self) -> str:
+        """A part of file names."""
+        return f"{file_name(self.arm)}_{self.fraction}_seed{self.seed}"
+
+    def record_path(self, work: Path) -> Path:
+        """Where its record is once it is done."""
+        return work / "results" / f"{self.name}.json"
 
 
 def load_script(path: str):
@@ -102,17 +132,18 @@ def load_script(path: str):
 
 
 def run_once(script: str, argv: Sequence[str], work: Path, *, name: str) -> Path:
-    """Train unless this run is finished already; returns its checkpoints folder."""
+    """Train unless this run is finished already; returns its checkpoints folder. Arms that share a run wait for each other."""
     folder = work / script / "checkpoints" / f"miniature_{name}"
     record = logs_of(folder) / "run.json"
-    if record.is_file() and "best" in json.loads(record.read_text(encoding="utf-8")):
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)  # a run is minutes: an unfinished one starts again
-    (path,) = (ROOT / "distillation" / script).glob("train*.py")
-    module = load_script(path.relative_to(ROOT).as_posix())
-    print(f"--- {script} {name}", flush=True)
-    module.main(module.parse_args(["--miniature", "--run_name", name, *argv]))
-    gc.collect()
+    with locked(work / "locks" / script / name):
+        if record.is_file() and "best" in json.loads(record.read_text(encoding="utf-8")):
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)  # a run is minutes: an unfinished one starts again
+        (path,) = (ROOT / "distillation" / script).glob("train*.py")
+        module = load_script(path.relative_to(ROOT).as_posix())
+        print(f"--- {script} {name}", flush=True)
+        module.main(module.parse_args(["--miniature", "--run_name", name, *argv]))
+        gc.collect()
     return folder
 
 
@@ -149,11 +180,12 @@ def student_start(work: Path, seed: int) -> Path:
     return folder
 
 
-def stage_flags(stage: Stage, *, fraction: float, seed: int) -> list[str]:
+def stage_flags(stage: Stage, job: Job) -> list[str]:
     """A stage's command line but for its student and the checkpoint that it starts from."""
-    flags = ["--max_epochs", str(stage.epochs), "--seed", str(seed), *stage.flags]
-    flags += ["--label_fraction", str(fraction)] * stage.labels
-    return flags + (TUNED_TEACHER if stage.script != CONTROL_SCRIPT and fraction == 1 else [])
+    # An arm may have one core only: a loading process would take turns with the training, and hand batches over besides.
+    flags = ["--max_epochs", str(stage.epochs), "--seed", str(job.seed), "--num_workers", "0", *stage.flags]
+    flags += ["--label_fraction", str(job.fraction)] * stage.labels
+    return flags + (TUNED_TEACHER if stage.script != CONTROL_SCRIPT and job.fraction == 1 else [])
 
 
 def file_name(arm: str) -> str:
@@ -161,30 +193,86 @@ def file_name(arm: str) -> str:
     return "".join(c if c.isalnum() or c in "-+" else "_" for c in arm)
 
 
-def run_arm(name: str, stages: Sequence[Stage], *, fraction: float, seed: int, work: Path) -> dict[str, Any]:
+def run_arm(job: Job, work: Path) -> dict[str, Any]:
     """Train the stages of an arm one after the other and score its end on the test split."""
-    start, seconds = None, time.monotonic()
-    for stage in stages:
-        shared = f"all_seed{seed}" if fraction == 1 else f"stock_teacher_seed{seed}"
-        run_name = f"{file_name(name)}_{fraction}_seed{seed}" if stage.labels else shared
-        argv = stage_flags(stage, fraction=fraction, seed=seed) + ["--student_name", str(student_start(work, seed))]
-        argv += ["--load_checkpoint", str(start)] if start else []
-        start = run_once(stage.script, argv, work, name=run_name)
-    results = work / "results" / f"{file_name(name)}_{fraction}_seed{seed}"
-    (best,) = start.glob("best-*.ckpt")
+    started, checkpoints = time.monotonic(), None
+    for stage in job.stages:
+        shared = f"all_seed{job.seed}" if job.fraction == 1 else f"stock_teacher_seed{job.seed}"
+        argv = [*stage_flags(stage, job), "--student_name", str(student_start(work, job.seed))]
+        argv += ["--load_checkpoint", str(checkpoints)] if checkpoints else []
+        checkpoints = run_once(stage.script, argv, work, name=job.name if stage.labels else shared)
+    results = work / "results" / job.name
+    (best,) = checkpoints.glob("best-*.ckpt")
     found = scores(evaluate(best, results / "best"))
-    if name == CONTROL:  # early stopping or not, whichever turns out better for it
-        found = max(found, scores(evaluate(start / "last.ckpt", results / "last")), key=lambda s: s["By depth"])
-    found["Val"] = json.loads((logs_of(start) / "run.json").read_text(encoding="utf-8"))["val/exact_match"]
+    if job.arm == CONTROL:  # early stopping or not, whichever turns out better for it
+        found = max(found, scores(evaluate(checkpoints / "last.ckpt", results / "last")), key=lambda s: s["By depth"])
+    found["Val"] = json.loads((logs_of(checkpoints) / "run.json").read_text(encoding="utf-8"))["val/exact_match"]
     return {
-        "arm": name,
-        "fraction": fraction,
-        "seed": seed,
-        "flags": [stage_flags(stage, fraction=fraction, seed=seed) for stage in stages],
+        "arm": job.arm,
+        "fraction": job.fraction,
+        "seed": job.seed,
+        "flags": [stage_flags(stage, job) for stage in job.stages],
         "commit": git_commit(),
-        "seconds": time.monotonic() - seconds,
+        "seconds": time.monotonic() - started,
+        "threads": torch.get_num_threads(),
         "scores": found,
     }
+
+
+def run_side_by_side(waiting: list[Job], args: argparse.Namespace) -> None:
+    """Train and score arms, `args.jobs` at a time, each in a process with its own share of this machine's cores.
+
+    Raises:
+        UserError: an arm failed; the others that were running are finished first. Names the file with what it printed.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[i :: args.jobs] or [cores[i % len(cores)]] for i in range(args.jobs)]
+    started, total, left, running, failed = time.monotonic(), len(waiting), list(waiting), {}, None
+    try:
+        while running or (left and not failed):
+            for place in [] if failed else range(args.jobs):
+                if left and place not in running:
+                    job = left.pop(0)
+                    running[place] = job, start_process(job, args, shares[place])
+            time.sleep(1)
+            for place, (job, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[place]
+                failed = failed or (job if process.returncode else None)
+                done, spent = total - len(left) - len(running), time.monotonic() - started
+                print(
+                    f"{job.arm}, {100 * job.fraction:g} % of the labels, seed {job.seed}: "
+                    f"{'FAILED' if process.returncode else 'done'}; {done} of {total} arms in {duration(spent)}, about "
+                    f"{duration(spent / done * (total - done))} left",
+                    flush=True,
+                )
+    finally:  # Ctrl-C: an arm that was interrupted starts again in the next call
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+    if failed:
+        raise UserError(f"{failed.arm}: training failed, see {log_path(failed, args.work)}; finished arms are kept")
+
+
+def start_process(job: Job, args: argparse.Namespace, cores: Sequence[int]) -> subprocess.Popen:
+    """This script again, for one arm, on these cores; its output goes into a file."""
+    command = [sys.executable, __file__, "--arm", job.arm, "--fraction", str(job.fraction), "--seed", str(job.seed)]
+    log = log_path(job, args.work)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as output:
+        return subprocess.Popen(
+            [*command, "--work", str(args.work)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=partial(os.sched_setaffinity, 0, cores),  # before torch counts them
+        )
+
+
+def log_path(job: Job, work: Path) -> Path:
+    """What the process of an arm printed."""
+    return work / "logs" / f"{job.name}.txt"
 
 
 def table(runs: Sequence[Mapping[str, Any]], fraction: float) -> list[str]:
@@ -242,20 +330,23 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean(values):+.1f} [{mean(values) - half:+.1f}, {mean(values) + half:+.1f}]"
 
 
-def write_tables(output: Path, runs: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any], seconds: float) -> None:
+def write_tables(output: Path, runs: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any]) -> None:
     """The tables with what they are about; and runs.json, from which they can be made again."""
     blind = max(scores(found)["By depth"] for found in teacher["blind"].values())
     ceiling = scores(teacher)["By depth"]
+    commits = ", ".join(sorted({run["commit"] for run in runs}))
+    spent, threads = duration(sum(run["seconds"] for run in runs)), max(run["threads"] for run in runs)
     text = [
         "# Distillation on the miniature world",
         "",
-        f"{date.today()}, commit {', '.join(sorted({run['commit'] for run in runs}))}, {torch.get_num_threads()} CPU threads, {duration(seconds)} in all. Share of right answers "
-        f"in % on the test split, mean ± standard deviation over seeds; gain: paired difference from {CONTROL} of the same seed and "
-        f"labels, with the 95 % interval over seeds. All arms of a table see as many images in as many optimizer steps. By depth: all "
-        f"questions but those about colour; val: overall, on the split on which choices were made. The RGB teacher was tuned on all labels of the training set and has {100 * ceiling:.1f} by depth, "
-        f"the best blind baseline {100 * blind:.1f}. Where labels are scarce the stock teacher teaches, which has read none of "
-        f"this data set's. One teacher serves all seeds. Questions to the teacher are about the true scenes and use the "
-        f"templates of the test questions.",
+        f"{date.today()}, commit {commits}; {spent} in all for the arms, each in a process with {threads} CPU thread(s). Share of "
+        f"right answers in % on the test split, mean ± standard deviation over seeds; gain: paired difference from {CONTROL} of the "
+        "same seed and labels, with the 95 % interval over seeds. All arms of a table see as many images in as many optimizer "
+        "steps. By depth: all questions but those about colour; val: overall, on the split on which choices were made. The RGB "
+        f"teacher was tuned on all labels of the training set and has {100 * ceiling:.1f} by depth, the best blind baseline "
+        f"{100 * blind:.1f}. Where labels are scarce the stock teacher teaches, which has read none of this data set's. One "
+        "teacher serves all seeds. Questions to the teacher are about the true scenes and use the templates of the test "
+        "questions.",
         "",
     ]
     for fraction in FRACTIONS:
@@ -270,40 +361,63 @@ def write_tables(output: Path, runs: Sequence[Mapping[str, Any]], teacher: Mappi
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
+    cores = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="repetitions of every arm")
+    parser.add_argument(
+        "--jobs", type=int, default=min(cores, MOST_JOBS), help="arms at a time, each with its share of the cores"
+    )
     parser.add_argument(
         "--work", type=Path, default=ROOT / "benchmarks" / "reproduce.work", help="checkpoints and results"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "reproduce", help="tables")
+    parser.add_argument("--arm", choices=[*ARMS, *FULL_LABEL_ARMS], help="train and score this one only, no tables")
+    parser.add_argument("--fraction", type=float, choices=FRACTIONS, default=1.0, help="of the labels, with --arm")
+    parser.add_argument("--seed", type=int, default=0, help="with --arm")
     args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error(f"--seeds {args.seeds}: give at least 1")
+    for flag, least in (("seeds", 1), ("jobs", 1), ("seed", 0)):
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag} {getattr(args, flag)}: give at least {least}")
+    if args.arm is None and (args.fraction, args.seed) != (1.0, 0):
+        parser.error("--fraction and --seed are of one arm; name it with --arm")
+    if args.arm in FULL_LABEL_ARMS and args.fraction != 1:
+        parser.error(f"--fraction {args.fraction}: {args.arm} is trained with all labels only")
+    args.work = args.work.resolve()
     return args
 
 
+def study(seeds: int) -> list[Job]:
+    """All arms, the main comparison first: a study that was cut short has it whole for some seeds."""
+    main = [Job(arm, fraction, seed) for seed in range(seeds) for fraction in FRACTIONS for arm in ARMS]
+    return main + [Job(arm, 1.0, seed) for seed in range(min(seeds, FULL_LABEL_SEEDS)) for arm in FULL_LABEL_ARMS]
+
+
+def read_record(job: Job, work: Path) -> dict[str, Any] | None:
+    """The record of a finished arm; None while it is not. Raises UserError when it was made with other flags."""
+    path = job.record_path(work)
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["flags"] != [stage_flags(stage, job) for stage in job.stages]:
+        raise UserError(f"{path}: was made with other flags; start over with another --work, or remove {work}")
+    return record
+
+
 def main(args: argparse.Namespace) -> None:
-    """Seed by seed, so that an interrupted study has whole comparisons."""
-    started, work = time.monotonic(), args.work.resolve()
-    os.environ["MAIN_ROOT_DATA_DIR"] = str(work)  # apart from the user's own runs
-    folder = run_once("baseline_rgb7b", [], work, name="teacher")
+    """The teacher, then all arms that are not finished yet, then the tables."""
+    os.environ["MAIN_ROOT_DATA_DIR"] = str(args.work)  # apart from the user's own runs
+    folder = run_once("baseline_rgb7b", [], args.work, name="teacher")
+    if args.arm:
+        job = Job(args.arm, args.fraction, args.seed)
+        if read_record(job, args.work) is None:
+            write_json(job.record_path(args.work), run_arm(job, args.work))
+        return
     (best,) = folder.glob("best-*.ckpt")
-    teacher = evaluate(best, work / "results" / "teacher")
-    runs = []
+    teacher = evaluate(best, args.work / "results" / "teacher")
+    jobs = study(args.seeds)
+    run_side_by_side([job for job in jobs if read_record(job, args.work) is None], args)
     args.output.mkdir(parents=True, exist_ok=True)
-    for seed in range(args.seeds):
-        jobs = [(name, stages, fraction) for fraction in FRACTIONS for name, stages in ARMS.items()]
-        jobs += [(name, stages, 1.0) for name, stages in FULL_LABEL_ARMS.items()] * (seed < FULL_LABEL_SEEDS)
-        for name, stages, fraction in jobs:
-            path = work / "results" / f"{file_name(name)}_{fraction}_seed{seed}.json"
-            if not path.is_file():
-                write_json(path, run_arm(name, stages, fraction=fraction, seed=seed, work=work))
-            runs.append(json.loads(path.read_text(encoding="utf-8")))
-            if runs[-1]["flags"] != [stage_flags(stage, fraction=fraction, seed=seed) for stage in stages]:
-                raise UserError(f"{path}: was made with other flags; start over with another --work, or remove {work}")
-        seconds = sum(run["seconds"] for run in runs)
-        write_tables(args.output, runs, teacher, seconds)
-        print(f"seed {seed}: {len(jobs)} arms done, {duration(time.monotonic() - started)} so far", flush=True)
+    write_tables(args.output, [read_record(job, args.work) for job in jobs], teacher)
     print((args.output / "README.md").read_text(encoding="utf-8"))
 
 

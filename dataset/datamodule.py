@@ -256,6 +256,7 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         self.images_per_epoch: int | None = None
         self.train: SUNRGBDDataset | None = None
         self.val: SUNRGBDDataset | None = None
+        self._files: dict[Path, list[QuestionRow]] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the question files, once. Raises UserError that names file and row."""
@@ -284,11 +285,17 @@ class SUNRGBDDataModule(pl.LightningDataModule):
 
     def rows(self, split: str) -> list[QuestionRow]:
         """All questions of `train`, `val` or `test`."""
-        return read_questions(questions_file(self.root, split), root=self.root)
+        return list(self._read(questions_file(self.root, split)))
 
     def unanswered_rows(self) -> list[QuestionRow]:
         """Questions about training images that have no gold answer."""
-        return read_questions(unanswered_file(self.root), root=self.root, answered=False)
+        return list(self._read(unanswered_file(self.root), answered=False))
+
+    def _read(self, path: Path, **options: bool) -> list[QuestionRow]:
+        """A question file, read and checked once: that takes seconds."""
+        if path not in self._files:
+            self._files[path] = read_questions(path, root=self.root, **options)
+        return self._files[path]
 
     def _train_set(self, rows: list[QuestionRow], **options: Any) -> SUNRGBDDataset:
         options |= {"questions_per_image": self.questions_per_image, "augmentation": self.augmentation}

@@ -649,14 +649,14 @@ def _parse(cells: dict[str, str | None], *, where: str, answered: bool) -> Quest
 
 
 def _stays_inside(path: str) -> bool:
-    return (
-        not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts and not set(path) & set("\\:")
-    )
+    return not path.startswith("/") and ".." not in path.split("/") and not set(path) & set("\\:")
 
 
 def _check_pictures(path: Path, rows: Sequence[QuestionRow], lines: dict[str, int], root: Path) -> None:
     seen = set()
     for row in rows:
+        if (row.image_path, row.depth_path) in seen:
+            continue
         image, depth = PurePosixPath(row.image_path), PurePosixPath(row.depth_path)
         # Pictures are read from these two folders, which hold one file each: a row must not promise another one.
         if image.parent.name != "image" or depth.parent != image.parent.with_name("depth"):
@@ -664,7 +664,7 @@ def _check_pictures(path: Path, rows: Sequence[QuestionRow], lines: dict[str, in
                 f"{path}:{lines[row.id]}: Image_Path and Depth_Path must lie in image/ and depth/ of one frame, got {image} and "
                 f"{depth}; hole-filled depth is chosen with --depth_source bfx"
             )
-        for picture in {row.image_path, row.depth_path} - seen:
-            seen.add(picture)
+        seen.add((row.image_path, row.depth_path))
+        for picture in (row.image_path, row.depth_path):
             if not (root / picture).is_file():
                 raise UserError(f"{path}:{lines[row.id]}: {picture} does not exist below {root}")

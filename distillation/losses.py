@@ -393,8 +393,11 @@ def _unit(x: Tensor) -> Tensor:
 def _cosines(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of every row of a with every row of b; autocast would round the products to half precision."""
     with torch.autocast(a.device.type, enabled=False):
-        a, b = _unit(a), _unit(b)
-        return a @ b.to(a.dtype).mT
+        a, b = _unit(a), _wide(b)
+        lengths = b.norm(dim=-1).clamp(
+            min=1e-6
+        )  # divided out last: a unit copy of a bank would cost more than its product
+        return (a @ b.to(a.dtype).mT) / lengths.to(a.dtype)[..., None, :]
 
 
 def _log_probs(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:

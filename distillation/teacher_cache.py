@@ -363,7 +363,7 @@ def stored_outputs(
         return [i for i, name in found if store.get(name) is None or store.get(pooled_name(name)) is None]
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    with locked(folder, shared=True):
+    with locked(folder, shared=world_size > 1):  # another run with this teacher waits and finds what it said
         own = missing()[rank::world_size]
         if own or store.get(HEAD) is None:
             write_json(folder / "teacher.json", record)

@@ -1,10 +1,16 @@
-"""The study's statistics and the fairness of its arms; the training itself is what the scripts' own tests are about."""
+"""The study's statistics, its processes and the fairness of its arms; training is what the scripts' own tests are about."""
+
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from scipy import stats
 
 from benchmarks import reproduce
+from benchmarks.reproduce import Job
 from distillation.models import MINIATURE_STUDENT, load_model
 from evaluation.metrics import QUESTION_TYPES
 from utils import UserError, write_json
@@ -49,7 +55,7 @@ def test_every_command_line_is_one_that_its_script_takes():
     for name, stages in (reproduce.ARMS | reproduce.FULL_LABEL_ARMS).items():
         for stage in stages:
             (path,) = (reproduce.ROOT / "distillation" / stage.script).glob("train*.py")
-            flags = reproduce.stage_flags(stage, fraction=0.1, seed=3)
+            flags = reproduce.stage_flags(stage, Job(name, 0.1, 3))
             start = [] if "--from_stock" in flags else ["--load_checkpoint", "run"]
             args = reproduce.load_script(str(path.relative_to(reproduce.ROOT))).parse_args(
                 ["--miniature", *flags, *start]
@@ -61,8 +67,67 @@ def test_every_command_line_is_one_that_its_script_takes():
                 name == reproduce.CONTROL or args.teacher_checkpoint is None
             )  # few labels: a teacher that has read none
             assert (name == reproduce.CONTROL) or "--teacher_checkpoint" in reproduce.stage_flags(
-                stage, fraction=1.0, seed=3
+                stage, Job(name, 1.0, 3)
             )
+
+
+def test_arms_run_side_by_side_on_cores_of_their_own(tmp_path, monkeypatch):
+    """Every arm once, no more than asked for at a time, each on its share of the cores; a failure names its log."""
+    jobs, cores = reproduce.study(2), sorted(os.sched_getaffinity(0))
+    running, most, seen = set(), 0, []
+
+    class Process:
+        returncode = None
+
+        def __init__(self, job, share):
+            nonlocal most
+            running.add(job)
+            most, self.job = max(most, len(running)), job
+            seen.append((job, tuple(share)))
+
+        def poll(self):
+            self.returncode = int(self.job == failing)
+            running.discard(self.job)
+            return self.returncode
+
+    monkeypatch.setattr(reproduce, "start_process", lambda job, args, share: Process(job, share))
+    monkeypatch.setattr(reproduce.time, "sleep", lambda seconds: None)
+    args = reproduce.parse_args(["--jobs", "3", "--work", str(tmp_path)])
+    failing = None
+    reproduce.run_side_by_side(jobs, args)
+    assert most == 3 and not running
+    assert sorted(job.name for job, _ in seen) == sorted(job.name for job in jobs)
+    assert {core for _, share in seen for core in share} == set(cores)
+    failing, seen[:] = jobs[4], []
+    with pytest.raises(UserError, match=rf"{jobs[4].arm}: training failed, see .*{jobs[4].name}.txt"):
+        reproduce.run_side_by_side(jobs, args)
+    assert not running and len(seen) < len(jobs)
+
+
+def test_the_process_of_an_arm_is_pinned_before_it_counts_its_cores(tmp_path, monkeypatch):
+    """The real process, its output in the arm's file: here of a stand-in that prints its cores and command line."""
+    script = tmp_path / "arm.py"
+    script.write_text("import os, sys; print(sorted(os.sched_getaffinity(0)), sys.argv[1:])", encoding="utf-8")
+    monkeypatch.setattr(reproduce, "__file__", str(script))
+    args, job = reproduce.parse_args(["--work", str(tmp_path)]), Job(reproduce.CONTROL, 0.1, 3)
+    core = max(os.sched_getaffinity(0))
+    assert reproduce.start_process(job, args, [core]).wait() == 0
+    printed = reproduce.log_path(job, args.work).read_text(encoding="utf-8")
+    assert printed.startswith(f"[{core}] ['--arm', 'label-only', '--fraction', '0.1', '--seed', '3', '--work'")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--jobs", "0"], "--jobs 0: give at least 1"),
+        (["--seed", "2"], "name it with --arm"),
+        (["--arm", "CE + LoCa", "--fraction", "0.1"], "with all labels only"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(argv, message):
+    script = [sys.executable, "benchmarks/reproduce.py", *argv]
+    found = subprocess.run(script, cwd=reproduce.ROOT, capture_output=True, text=True)
+    assert found.returncode == 2 and message in found.stderr
 
 
 def test_finished_arms_are_kept_and_other_flags_are_refused(tmp_path, monkeypatch):
@@ -88,8 +153,14 @@ def test_finished_arms_are_kept_and_other_flags_are_refused(tmp_path, monkeypatc
         )
         return system | {"blind": {"majority": blind}}
 
+    def run_here(jobs, args):
+        for job in jobs:
+            flags = ["--arm", job.arm, "--fraction", str(job.fraction), "--seed", str(job.seed)]
+            reproduce.main(reproduce.parse_args([*flags, "--work", str(args.work)]))
+
     monkeypatch.setattr(reproduce, "run_once", train)
     monkeypatch.setattr(reproduce, "evaluate", evaluate)
+    monkeypatch.setattr(reproduce, "run_side_by_side", run_here)
     monkeypatch.setattr(reproduce, "student_start", lambda work, seed: work)
     monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(tmp_path))
     args = reproduce.parse_args(["--seeds", "2", "--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")])
@@ -100,6 +171,10 @@ def test_finished_arms_are_kept_and_other_flags_are_refused(tmp_path, monkeypatc
     assert "closes 50 % of the gap" in written  # 0.6 between 0.3 and 0.9
     reproduce.main(args)
     assert len(trained) == first and (tmp_path / "out/README.md").read_text(encoding="utf-8") == written
+    records = json.loads((tmp_path / "out/runs.json").read_text(encoding="utf-8"))["runs"]
+    assert [(run["arm"], run["fraction"], run["seed"]) for run in records] == [
+        (job.arm, job.fraction, job.seed) for job in reproduce.study(2)
+    ]
     monkeypatch.setattr(reproduce, "TUNED_TEACHER", ["--teacher_name", "other"])
     with pytest.raises(UserError, match="made with other flags"):
         reproduce.main(args)
