@@ -256,7 +256,7 @@ def greedy_answers(
 ) -> Answers:
     """Greedy answers of all question blocks of a packed batch at once; the image prefix is computed once for all of them.
 
-    A block that already has its answer (labels) keeps it: its hidden states are those of teacher forcing.
+    A step computes only blocks that are still open: short answers do not wait for long ones at full cost. A block that already has its answer (labels) keeps it: its hidden states are those of teacher forcing.
 
     Args:
         model: student or teacher.
@@ -302,14 +302,18 @@ def greedy_answers(
     newest = hidden[rows, last.clamp(min=0)]  # (B, blocks, D)
     positions = text["position_ids"].gather(1, last.clamp(min=0))
     for step in range(max_new_tokens):
-        chosen = (newest @ head.to(newest.dtype).T + barred.to(newest.dtype)).argmax(-1)  # (B, blocks)
-        for row, block in (segments != PADDING_SEGMENT).nonzero().tolist():
-            tokens[row][block].append(int(chosen[row, block]))
-            states[row][block].append(newest[row, block])
+        chosen = (newest @ head.to(newest.dtype).T + barred.to(newest.dtype)).argmax(-1)  # (B, open blocks)
+        for row, (ids, owners) in enumerate(zip(chosen.tolist(), segments.tolist(), strict=True)):
+            for column, (token, segment) in enumerate(zip(ids, owners, strict=True)):
+                if segment != PADDING_SEGMENT:
+                    tokens[row][segment - 1].append(token)
+                    states[row][segment - 1].append(newest[row, column])
         segments = torch.where(chosen == end_of_turn, PADDING_SEGMENT, segments)
-        if step + 1 == max_new_tokens or bool((segments == PADDING_SEGMENT).all()):
+        width = int((segments != PADDING_SEGMENT).sum(1).max())
+        if step + 1 == max_new_tokens or width == 0:
             break
-        positions = positions + 1
+        open_first = (segments == PADDING_SEGMENT).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
+        chosen, segments, positions = (values.gather(1, open_first) for values in (chosen, segments, positions + 1))
         cached = torch.cat([cached, segments], dim=1)
         mask = visible_segments(segments, cached)
         newest = run(input_ids=chosen, position_ids=positions, attention_mask=mask[:, None])

@@ -9,7 +9,12 @@ import sys
 import pytest
 import torch
 
+from dataset.pictures import ImageSettings, load_images
+from dataset.processor import load_processor
+from dataset.prompts import pack_questions
 from dataset.questions import read_questions
+from dataset.sunrgbd import read_frame
+from distillation.models import load_model
 from distillation.training import read_checkpoint
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
 from tests.test_training import train
@@ -68,12 +73,40 @@ def test_checkpoint_by_path_name_and_experiment(places, world, tmp_path, name):
 
 @pytest.mark.parametrize("modality", ["depth", "rgb", "blind"])
 def test_batched_answers_equal_single_ones(places, tiny_folder, tmp_path, modality):
-    """With random weights, so that answers are long and varied: left padding must not change a single token."""
+    """With random weights, so that answers are long and varied: neither neighbours nor padding may change a single token."""
     system = ("--model_id", str(tiny_folder), "--pixel_data_type", modality, "--image_tokens", "one_tile")
     batched, _ = evaluate(tmp_path / "a", *system, "--batch_size", "16")
     single, _ = evaluate(tmp_path / "b", *system, "--batch_size", "1")
     assert [row["Model_Answer"] for row in batched] == [row["Model_Answer"] for row in single]
     assert len({row["Model_Answer"] for row in batched}) > 1
+
+
+@pytest.mark.parametrize("modality", ["rgb", "depth", "blind"])
+@pytest.mark.parametrize("image_tokens", ["one_tile", "anyres"])
+def test_answers_are_those_of_stock_generate(places, world, tiny_folder, tmp_path, modality, image_tokens):
+    """One question at a time, its own prompt and picture, stock greedy `generate`: the same words, long answers included."""
+    system = ("--model_id", str(tiny_folder), "--pixel_data_type", modality, "--image_tokens", image_tokens)
+    rows, _ = evaluate(tmp_path / "a", *system, "--batch_size", "5")
+    processor, model = load_processor(str(tiny_folder)), load_model(str(tiny_folder)).eval()
+    settings = ImageSettings(modality, image_tokens=image_tokens)
+    barred = [processor.image_token_id, processor.video_token_id]
+    barred += range(len(processor.tokenizer), model.config.text_config.vocab_size)
+    for row in rows[::3]:
+        frame = read_frame(world, row["Image_Path"].rsplit("/", 2)[0])
+        (picture,) = load_images(frame, [settings])
+        n = 0 if picture is None else processor.count_image_tokens(*picture.shape[:2], image_tokens=image_tokens)
+        ids = torch.tensor([pack_questions(processor, [row["Questions"]], None, n_image_tokens=n).input_ids])
+        pixels = {} if picture is None else processor.pixels([picture], image_tokens=image_tokens)
+        new = model.generate(
+            input_ids=ids,
+            do_sample=False,
+            max_new_tokens=6,
+            suppress_tokens=barred,
+            eos_token_id=processor.tokenizer.eos_token_id,
+            **pixels,
+        )[0, ids.shape[1] :]
+        assert row["Model_Answer"] == " ".join(processor.tokenizer.decode(new, skip_special_tokens=True).split())
+    assert len({row["Model_Answer"] for row in rows}) > 1
 
 
 @pytest.mark.parametrize("modality", ["rgb", "depth", "blind"])

@@ -43,7 +43,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import GenerationConfig
 
 from dataset.daquar import match_frames, read_daquar
 from dataset.datamodule import frame_path, group_by_image, image_placeholders
@@ -54,7 +53,7 @@ from dataset.processor import IMAGE_TOKENS, ImageTextProcessor, load_processor
 from dataset.prompts import collate_prompts, pack_questions
 from dataset.questions import CAPTION_TYPE, QuestionRow, captions_file, csv_cells, questions_file, read_questions
 from dataset.sunrgbd import read_frame
-from distillation.models import MINIATURE_STUDENT, STUDENT_NAME, image_features, load_model, restore_student
+from distillation.models import MINIATURE_STUDENT, STUDENT_NAME, greedy_answers, load_model, restore_student
 from distillation.training import (
     EXPERIMENTS,
     best_checkpoint,
@@ -96,7 +95,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--image_tokens", choices=IMAGE_TOKENS, help="tiles of a grid, or one tile (anyres; miniature one_tile)")
     add("--miniature", action="store_true", help="the built-in world and tiny student")
     # running
-    add("--batch_size", type=int, help="questions per generate call (8; miniature 64)")
+    add("--batch_size", type=int, help="images at a time, with all of their questions (1; miniature 8)")
     add("--captions", action="store_true", help="also describe every room, scored by caption metrics")
     add("--max_new_tokens", type=int, help="longest answer (32; 96 with --captions)")
     add("--num_workers", type=int, default=0, help="data loading processes")
@@ -126,7 +125,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.max_new_tokens is None:
         args.max_new_tokens = 96 if args.captions else 32
     if args.batch_size is None:
-        args.batch_size = 64 if args.miniature else 8
+        args.batch_size = 8 if args.miniature else 1
     for name, least in dict(batch_size=1, max_new_tokens=1, num_workers=0).items():
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)}: give at least {least}")
@@ -274,44 +273,41 @@ def recorded_images(args: argparse.Namespace, recorded: dict[str, Any], path: Pa
     return dataclasses.replace(images, modality="blind") if args.pixel_data_type == "blind" else images
 
 
-class QuestionBatches(Dataset):
-    """Batches of questions, those of one image side by side, each image read once per batch."""
+class ImageBatches(Dataset):
+    """Batches of images, each with all of its questions behind one image prefix (see dataset.prompts)."""
 
     def __init__(
         self, root: Path, rows: list[QuestionRow], images: ImageSettings, processor: ImageTextProcessor, batch_size: int
     ) -> None:
         self.root, self.images, self.processor = root, images, processor
-        ordered = [row for group in group_by_image(rows) for row in group]
-        self.batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+        groups = group_by_image(rows)
+        self.batches = [groups[i : i + batch_size] for i in range(0, len(groups), batch_size)]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        groups = group_by_image(self.batches[index])
+        groups = self.batches[index]
         pictures = [load_images(read_frame(self.root, frame_path(g[0])), [self.images])[0] for g in groups]
         blind = self.images.modality == "blind"
         prompts = [
             pack_questions(
                 self.processor,
-                [row.question],
+                [row.question for row in group],
                 None,
                 n_image_tokens=image_placeholders(
                     self.processor, None if picture is None else picture.shape[:2], self.images
                 ),
             )
             for group, picture in zip(groups, pictures, strict=True)
-            for row in group
         ]
         return {
-            "rows": [row for group in groups for row in group],
-            "owner": [i for i, group in enumerate(groups) for _ in group],  # the picture of each question
+            "rows": groups,
             "text": collate_prompts(prompts, pad_token_id=self.processor.tokenizer.pad_token_id),
             "images": {} if blind else self.processor.pixels(pictures, image_tokens=self.images.image_tokens),
         }
 
 
-@torch.no_grad()
 def answer_questions(
     model: torch.nn.Module,
     processor: ImageTextProcessor,
@@ -320,40 +316,27 @@ def answer_questions(
     images: ImageSettings,
     args: argparse.Namespace,
 ) -> dict[str, str]:
-    """Greedy answers by question id. The vision tower sees an image once per batch, however many questions it has."""
+    """Greedy answers by question id. Tower and language model see an image once, however many questions it has."""
     tokenizer = processor.tokenizer
-    decoding = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=args.max_new_tokens,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        pad_token_id=tokenizer.pad_token_id,
-        # Placeholders, and the padding rows of the output layer behind the tokenizer's vocabulary, are no words.
-        suppress_tokens=[
-            processor.image_token_id,
-            processor.video_token_id,
-            *range(len(tokenizer), model.config.text_config.vocab_size),
-        ],
-    )
-    batches = QuestionBatches(root, rows, images, processor, args.batch_size)
+    batches = ImageBatches(root, rows, images, processor, args.batch_size)
     loader = DataLoader(batches, batch_size=None, num_workers=args.num_workers)
     mixed = resolve_precision(args.precision) == "bf16-mixed"
     answers = {}
     for batch in progress(loader, total=len(batches), label="answering, batch"):
-        text = {name: value.to(model.device) for name, value in batch["text"].items()}
+        text, pictures = ({k: v.to(model.device) for k, v in batch[part].items()} for part in ("text", "images"))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
-            pictures = {}
-            if batch["images"]:
-                features = image_features(model, {k: v.to(model.device) for k, v in batch["images"].items()})
-                features.pooler_output = tuple(features.pooler_output[i] for i in batch["owner"])
-                pictures["mm_encoder_outputs"] = {"image": features}
-            ids = model.generate(
-                input_ids=text["input_ids"],
-                attention_mask=text["attention_mask"][:, 0, -1].long(),  # the last token of a row sees all but padding
-                generation_config=decoding,
-                **pictures,
+            found = greedy_answers(
+                model,
+                text,
+                pictures,
+                vocab_size=len(tokenizer),
+                end_of_turn=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+                max_new_tokens=args.max_new_tokens,
+                forbidden=(processor.image_token_id, processor.video_token_id),
             )
-        words = tokenizer.batch_decode(ids[:, text["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers |= {row.id: " ".join(word.split()) for row, word in zip(batch["rows"], words, strict=True)}
+        for group, tokens in zip(batch["rows"], found.tokens, strict=True):
+            words = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            answers |= {row.id: " ".join(word.split()) for row, word in zip(group, words, strict=True)}
     return answers
 
 
