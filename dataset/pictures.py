@@ -87,7 +87,7 @@ def measured_share(depth: np.ndarray, *, grid: int, image_tokens: str) -> np.nda
     Args:
         depth: (H, W, 3) encoded depth, nan = no measurement; RGB is measured everywhere.
         grid: patches per side of the tile.
-        image_tokens: "one_tile" pads the picture to a square, "anyres" stretches it.
+        image_tokens: "one_tile" pads the picture to a square, the others stretch it.
 
     Returns:
         (grid * grid,) float32 in [0, 1], row by row.
@@ -106,7 +106,7 @@ class Picture:
     """One frame as a model takes it."""
 
     tiles: Tensor  # (tiles, 3, S, S) float32 pixels, or (tiles, P, D) vision features of a frozen tower
-    size: Tensor  # (2,) int64, height and width before it was cut
+    size: Tensor  # (2,) int64, height and width that the model takes it to have
     measured: Tensor  # (P,) float32 in [0, 1], `measured_share` of depth; ones for RGB
 
 
@@ -115,7 +115,7 @@ def make_picture(image: np.ndarray, processor: ImageTextProcessor, image_tokens:
     grid = math.isqrt(processor.num_image_tokens)
     return Picture(
         tiles=processor.tiles(image, image_tokens=image_tokens),
-        size=torch.tensor(image.shape[:2]),
+        size=torch.tensor(processor.shown_size(*image.shape[:2], image_tokens=image_tokens)),
         measured=torch.tensor(measured_share(image, grid=grid, image_tokens=image_tokens)),
     )
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_utils import PILImageResampling
+from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from utils import UserError, hf_token, model_source, write_json
 
-IMAGE_TOKENS = ("anyres", "one_tile")
+IMAGE_TOKENS = ("anyres", "two_tile", "one_tile")
 
 
 class FloatImageProcessor(LlavaOnevisionImageProcessorPil):
@@ -55,18 +55,25 @@ class ImageTextProcessor(LlavaOnevisionProcessor):
 
         Args:
             images: each (H, W, 3), uint8 RGB or float32 in [0, 1] with nan for holes.
-            image_tokens: "anyres" = tiles of the best-fitting grid and an overview; "one_tile" = the padded image only.
+            image_tokens: "anyres" = tiles of the best-fitting grid and an overview; "two_tile" = the same with a grid of one
+                tile, by shrinking the picture into it, which needs no other setting in the model; "one_tile" = the padded
+                image only.
 
         Returns:
             pixel_values (B, tiles, 3, S, S) float32, image_sizes (B, 2) and batch_num_images, which tells the model how
             many tiles to expect.
         """
         tiles = [self.tiles(image, image_tokens=image_tokens) for image in images]
-        return self.join(tiles, [torch.tensor(image.shape[:2]) for image in images], image_tokens=image_tokens)
+        sizes = [torch.tensor(self.shown_size(*image.shape[:2], image_tokens=image_tokens)) for image in images]
+        return self.join(tiles, sizes, image_tokens=image_tokens)
 
     def tiles(self, image: np.ndarray, *, image_tokens: str) -> torch.Tensor:
         """(tiles, 3, S, S) float32 of one image, see `pixels`."""
         array = image if image.dtype == np.uint8 else image * np.float32(255)
+        height, width = self.shown_size(*image.shape[:2], image_tokens=image_tokens)
+        if (height, width) != image.shape[:2]:
+            size, resample = SizeDict(height=height, width=width), self.image_processor.resample
+            array = self.image_processor.resize(array.transpose(2, 0, 1), size, resample).transpose(1, 2, 0)
         # The stock processor gives one tile per image when several images share a sequence; so it gets a lone one twice.
         nested = [[array] * (2 if image_tokens == "one_tile" else 1)]
         out = self.image_processor(nested, return_tensors="pt", do_convert_rgb=False, input_data_format="channels_last")
@@ -83,12 +90,21 @@ class ImageTextProcessor(LlavaOnevisionProcessor):
             "batch_num_images": torch.tensor(n_images),
         }
 
+    def shown_size(self, height: int, width: int, *, image_tokens: str) -> tuple[int, int]:
+        """(height, width) that the model takes a picture to have: its own, or shrunk to fit into one tile for "two_tile"."""
+        if image_tokens != "two_tile":
+            return height, width
+        tile = self.image_processor.size
+        scale = min(tile["height"] / height, tile["width"] / width, 1)
+        return max(round(height * scale), 1), max(round(width * scale), 1)
+
     def count_image_tokens(self, height: int, width: int, *, image_tokens: str) -> int:
         """Placeholders that an image of this size takes in the sequence."""
         if image_tokens == "one_tile":
             return self.num_image_tokens + 1  # the newline
         size = self.image_processor.size
-        return self._get_number_of_features(height, width, size["height"], size["width"])
+        shown = self.shown_size(height, width, image_tokens=image_tokens)
+        return self._get_number_of_features(*shown, size["height"], size["width"])
 
 
 def load_processor(name: str) -> ImageTextProcessor:

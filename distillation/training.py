@@ -125,7 +125,12 @@ def add_common_args(parser: argparse.ArgumentParser, *, leave_out: Sequence[str]
         action=argparse.BooleanOptionalAction,
         help="keep the student's pictures on disk, ready to use (with --miniature: yes, unless --augmentation)",
     )
-    add("--image_tokens", choices=IMAGE_TOKENS, default="anyres", help="tiles of a grid, or one tile per picture")
+    add(
+        "--image_tokens",
+        choices=IMAGE_TOKENS,
+        default="anyres",
+        help="tiles of a grid and an overview, one tile and an overview, or one",
+    )
     add("--num_workers", type=int, default=4, help="data loading processes")
     # optimisation
     add("--batch_size", type=int, default=2, help="images per step and device")
@@ -139,6 +144,11 @@ def add_common_args(parser: argparse.ArgumentParser, *, leave_out: Sequence[str]
     add("--gradient_clip", type=float, default=1.0, help="largest gradient norm; 0 = no clipping")
     add("--seed", type=int, default=0, help="of the order of the data, augmentation, adapters and dropout")
     # machine
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="keep less of the forward pass and compute it again: the same gradients in less memory, a third slower",
+    )
     add("--precision", default="auto", help="a Lightning precision; auto = bf16-mixed where the GPU can, else 32-true")
     add("--accelerator", default="auto", help="a Lightning accelerator: auto, cpu, gpu, ...")
     add("--devices", default="auto", help="a Lightning device list or count")
@@ -688,6 +698,9 @@ def train(
         )
         load_student(module.student, path, run.record, builds_on=builds_on)
         run.record["load_checkpoint"] = str(path)
+    if args.gradient_checkpointing:
+        # Reentrant checkpointing would need an input with a gradient, which a frozen tower's does not have.
+        module.student.gradient_checkpointing_enable({"use_reentrant": False})
     if args.dry_run:
         dry_run(module, data, args)
         return
@@ -736,6 +749,7 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
     """
     free = {"resume", "run_name", "git_commit", "export", "save_final_pt", "num_workers", "max_epochs", "max_steps"}
     free |= {"accelerator", "devices", "strategy", "load_checkpoint", "picture_cache", "vision_cache", "teacher"}
+    free |= {"gradient_checkpointing"}
     free |= {"teacher_val_exact_match"}  # follows from the teacher
     for name in sorted(run.record.keys() - free):
         if recorded.get(name) != run.record[name]:

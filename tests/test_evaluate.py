@@ -82,7 +82,7 @@ def test_batched_answers_equal_single_ones(places, tiny_folder, tmp_path, modali
 
 
 @pytest.mark.parametrize("modality", ["rgb", "depth", "blind"])
-@pytest.mark.parametrize("image_tokens", ["one_tile", "anyres"])
+@pytest.mark.parametrize("image_tokens", ["one_tile", "two_tile", "anyres"])
 def test_answers_are_those_of_stock_generate(places, world, tiny_folder, tmp_path, modality, image_tokens):
     """One question at a time, its own prompt and picture, stock greedy `generate`: the same words, long answers included."""
     system = ("--model_id", str(tiny_folder), "--pixel_data_type", modality, "--image_tokens", image_tokens)

@@ -7,16 +7,25 @@ import pytest
 import torch
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from dataset.processor import FloatImageProcessor, load_processor
+from dataset.processor import IMAGE_TOKENS, FloatImageProcessor, load_processor
 from utils import UserError
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "anyres"),
-    [(730, 530, 2929), (561, 427, 3039), (640, 480, 2929), (591, 441, 2929), (681, 531, 3039), (1920, 1080, 7269)],
+    ("width", "height", "anyres", "two_tile"),
+    [
+        (730, 530, 2929, 1261),
+        (561, 427, 3039, 1317),
+        (640, 480, 2929, 1317),
+        (591, 441, 2929, 1317),
+        (681, 531, 3039, 1317),
+        (1920, 1080, 7269, 1149),
+    ],
 )
-def test_token_counts_of_sun_rgbd_sizes(real_size, width, height, anyres):
+def test_token_counts_of_sun_rgbd_sizes(real_size, width, height, anyres, two_tile):
+    """Those of the stock processor with its own grids, and with a grid of one tile."""
     assert real_size.count_image_tokens(height, width, image_tokens="anyres") == anyres
+    assert real_size.count_image_tokens(height, width, image_tokens="two_tile") == two_tile
     assert real_size.count_image_tokens(height, width, image_tokens="one_tile") == 730
 
 
@@ -32,7 +41,23 @@ def test_rgb_takes_the_stock_path(real_size):
     assert torch.equal(real_size.pixels([image], image_tokens="one_tile")["pixel_values"], pair[:1])
 
 
-@pytest.mark.parametrize("image_tokens", ["anyres", "one_tile"])
+def test_two_tiles_are_what_a_grid_of_one_tile_shows(real_size):
+    """The stock processor with that grid cuts the same tiles, up to one more resizing."""
+    rows, columns = np.mgrid[0:427, 0:561] / 561
+    image = np.stack([rows, columns, np.sin(9 * rows)], axis=-1)
+    image = np.rint(127.5 + 127.5 * image.clip(-1, 1)).astype(np.uint8)
+    stock = LlavaOnevisionImageProcessorPil(
+        size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3, image_grid_pinpoints=[[384, 384]]
+    )
+    expected = stock([[image]], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    ours = real_size.pixels([image], image_tokens="two_tile")
+    assert ours["pixel_values"].shape == expected.shape == (1, 2, 3, 384, 384)
+    difference = (ours["pixel_values"] - expected).abs()
+    assert difference.mean() < 0.01 and difference.quantile(0.99) < 0.05
+    assert ours["image_sizes"].tolist() == [[292, 384]]
+
+
+@pytest.mark.parametrize("image_tokens", ["anyres", "two_tile", "one_tile"])
 def test_float_image_agrees_with_eight_bit(real_size, image_tokens):
     """Without holes the float path shows the same picture as the stock one, up to bilinear against bicubic."""
     rows, columns = np.mgrid[0:106, 0:146] / 146
@@ -58,7 +83,7 @@ def test_holes_do_not_bleed(real_size):
 
 def test_all_holes_stay_finite(real_size):
     image = np.full((53, 73, 3), np.nan, np.float32)
-    for mode in ("anyres", "one_tile"):
+    for mode in IMAGE_TOKENS:
         assert torch.isfinite(real_size.pixels([image], image_tokens=mode)["pixel_values"]).all()
 
 
@@ -66,7 +91,7 @@ def test_save_and_load(processor, tiny_folder):
     loaded = load_processor(str(tiny_folder))
     assert isinstance(loaded.image_processor, FloatImageProcessor)
     image = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
-    for mode in ("anyres", "one_tile"):
+    for mode in IMAGE_TOKENS:
         ours, theirs = (p.pixels([image], image_tokens=mode)["pixel_values"] for p in (loaded, processor))
         assert torch.equal(ours, theirs)
     text = "Where is the bed?<|im_end|><image>"

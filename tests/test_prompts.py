@@ -41,7 +41,7 @@ def loss_and_gradients(model, processor, groups, **options):
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, logits
 
 
-@pytest.mark.parametrize("image_tokens", ["one_tile", "anyres"])
+@pytest.mark.parametrize("image_tokens", ["one_tile", "two_tile", "anyres"])
 def test_packed_equals_separate_sequences(processor, tiny_folder, image_tokens):
     model = load_model(str(tiny_folder))
     images = [picture(1), picture(2)]

@@ -319,6 +319,24 @@ def test_a_picture_cache_changes_no_weight_and_needs_room(places, tiny_folder, m
         train("baseline_depth", tiny_folder, "--picture_cache", "--depth_encoding", "grey", "--run_name", "full")
 
 
+@pytest.mark.parametrize("name", ["baseline_depth", "baseline_rgb7b"])
+def test_gradient_checkpointing_changes_no_weight_and_keeps_less(name, places, tiny_folder, monkeypatch):
+    """The 7B has frozen parts and adapters, which is where checkpointing goes wrong silently."""
+    kept, states = {}, {}
+    for run, more in (("plain", ()), ("again", ("--gradient_checkpointing",))):
+        kept[run] = 0
+
+        def pack(tensor, run=run):
+            kept[run] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            train(name, tiny_folder, "--max_steps", "3", *more, "--run_name", run)
+        states[run] = read_checkpoint(places / name / "checkpoints" / run / "last.ckpt")["state_dict"]
+    assert kept["again"] < 0.7 * kept["plain"]
+    assert all(torch.equal(states["again"][key], value) for key, value in states["plain"].items())
+
+
 def test_a_used_run_folder_and_missing_checkpoints(places, tiny_folder):
     with pytest.raises(UserError, match="make one with: python distillation/baseline_depth/train.py"):
         train("baseline_depth", tiny_folder, "--load_checkpoint")

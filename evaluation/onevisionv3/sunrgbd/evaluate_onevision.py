@@ -92,7 +92,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--pixel_data_type", choices=MODALITIES, help="what it sees; blind = no image")
     add("--depth_encoding", choices=tuple(ENCODINGS), help="depth -> 3 channels (metric_log3)")
     add("--depth_source", choices=DEPTH_SOURCES, help="raw, or bfx = hole-filled (raw)")
-    add("--image_tokens", choices=IMAGE_TOKENS, help="tiles of a grid, or one tile (anyres; miniature one_tile)")
+    add("--image_tokens", choices=IMAGE_TOKENS, help="as in training (anyres; miniature one_tile)")
     add("--miniature", action="store_true", help="the built-in world and tiny student")
     # running
     add("--batch_size", type=int, help="images at a time, with all of their questions (1; miniature 8)")
