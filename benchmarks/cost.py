@@ -1,0 +1,673 @@
+"""What distilling and scoring one question costs: the usual loops against ours, on the same weights, with the same loss.
+
+Training, several questions per image, tower frozen (phase 2): every arm computes KL(teacher || student) on the answer tokens.
+    original       the loop of the first public implementation: teacher in every step, all logits, LoCa over every token
+    TRL            the same with the loss of TRL's GKD, which masks before it adds up; its own code where `trl` is installed
+    online         ours with the teacher in memory: logits at answer tokens only
+    cached         + the teacher's hidden states stored: no teacher any more
+    packed         + all questions of an image behind one image prefix
+    cached vision  + what the frozen tower sees stored
+Scoring: stock `generate` question by question against all questions of an image at once.
+
+Each arm runs in a process of its own, arms take turns, the median of the rounds counts. The losses of the arms, and the answers
+of both ways of scoring, must be equal, or the run fails. The ceiling is a plain matrix product in the same process. The models
+are small and their vocabularies large, which no ratio of a CPU run can hide: what the levers mean at true size is counted in
+floating point operations of the true 0.5B and 7B.
+
+Writes  <output>/README.md and <output>/results.json
+
+    make bench
+    python benchmarks/cost.py [--rounds 3] [--seconds 2] [--output benchmarks/cost]
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, duration, git_commit, run_script, write_json  # first: loads .env
+
+# isort: split
+import argparse
+import gc
+import multiprocessing
+import os
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+from dataset.prompts import IGNORE, PREFIX_SEGMENT, PackedPrompt, collate_prompts
+from distillation.losses import forward_kl
+from distillation.models import answer_logits, answer_states, greedy_answers, set_trainable, tower_features
+
+QUESTIONS = 4  # per image
+QUESTION_TOKENS, PREFIX_TOKENS = 14, 4
+TILE, PATCH, TILES = 112, 14, 5  # pixels, pixels, and tiles of the grid with its overview
+IMAGE_SIZE = (162, 224)  # 2 x 2 tiles; the padding to their shape is left out again: 268 tokens, as SUN RGB-D's 2,929
+IMAGE_TOKENS = 268
+ANSWER_TOKENS = 4  # generated per question when scoring
+LOSS_TOLERANCE = 1e-4  # relative, between arms
+LOCA_ALPHA = 0.9
+
+
+class Width(NamedTuple):
+    """Of a pair of models."""
+
+    vocabulary: int
+    vision: int
+    student: int
+    teacher: int
+
+
+PAIRS = {"V=32k": Width(32_000, 64, 64, 128), "V=8k": Width(8_000, 64, 256, 768)}
+STUDENT_LAYERS, TEACHER_LAYERS = 2, 4
+
+
+class Example(NamedTuple):
+    """One image with its questions."""
+
+    images: dict[str, Tensor]
+    prefix: list[int]
+    questions: list[tuple[list[int], list[int]]]  # tokens of the question, tokens of the answer
+
+
+# --- models and data ---------------------------------------------------------------------------------------------------------
+
+
+def build_model(width: int, layers: int, pair: Width) -> LlavaOnevisionForConditionalGeneration:
+    """A LLaVA-OneVision with random weights, the same in every process."""
+    torch.manual_seed(width)
+    heads = max(width // 64, 2)
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=pair.vision,
+            intermediate_size=4 * pair.vision,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=TILE,
+            patch_size=PATCH,
+            vision_use_head=False,
+        ),
+        text_config=Qwen2Config(
+            vocab_size=pair.vocabulary,
+            hidden_size=width,
+            intermediate_size=8 * width // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            initializer_range=0.1,  # far from the flat start of training: answers depend on the input
+            tie_word_embeddings=True,
+        ),
+        image_token_index=pair.vocabulary - 1,
+        video_token_index=pair.vocabulary - 2,
+        image_grid_pinpoints=[[TILE * rows, TILE * columns] for rows in (1, 2) for columns in (1, 2)],
+        tie_word_embeddings=True,
+    )
+    model = LlavaOnevisionForConditionalGeneration(config).eval()
+    set_trainable(model, vision=False, projector=True, language=True)
+    return model
+
+
+def build_student(pair: Width) -> LlavaOnevisionForConditionalGeneration:
+    """The student of a pair."""
+    return build_model(pair.student, STUDENT_LAYERS, pair)
+
+
+def build_teacher(pair: Width) -> LlavaOnevisionForConditionalGeneration:
+    """The teacher of a pair, frozen."""
+    return build_model(pair.teacher, TEACHER_LAYERS, pair).requires_grad_(False)
+
+
+def random_example(seed: int, vocabulary: int) -> Example:
+    """An image with questions that have no answers yet."""
+    random = torch.Generator().manual_seed(seed)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(100, vocabulary - 100, (n,), generator=random).tolist()
+
+    images = {
+        "pixel_values": torch.randn(1, TILES, 3, TILE, TILE, generator=random),
+        "image_sizes": torch.tensor([IMAGE_SIZE]),
+        "batch_num_images": torch.tensor([1]),
+    }
+    return Example(
+        images,
+        [*range(PREFIX_TOKENS), *[vocabulary - 1] * IMAGE_TOKENS],
+        [(tokens(QUESTION_TOKENS), []) for _ in range(QUESTIONS)],
+    )
+
+
+def text_of(example: Example, chosen: slice = slice(None)) -> dict[str, Tensor]:
+    """Questions of an example behind one image prefix, as a batch of one."""
+    n = len(example.prefix)
+    ids, labels = list(example.prefix), [IGNORE] * n
+    segments, positions = [PREFIX_SEGMENT] * n, list(range(n))
+    for k, (question, answer) in enumerate(example.questions[chosen], 1):
+        ids += question + answer
+        labels += [IGNORE] * len(question) + answer
+        segments += [k] * (len(question) + len(answer))
+        positions += range(n, n + len(question) + len(answer))
+    return collate_prompts([PackedPrompt(ids, labels, segments, positions)], pad_token_id=0)
+
+
+def singles(example: Example) -> list[dict[str, Tensor]]:
+    """Every question of an example in a sequence of its own."""
+    return [text_of(example, slice(k, k + 1)) for k in range(QUESTIONS)]
+
+
+def count_answer_tokens(example: Example) -> int:
+    """Over all questions of an example."""
+    return sum(len(answer) for _, answer in example.questions)
+
+
+# --- the teacher looks once --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def prepare(pair: Width, folder: Path, n_images: int) -> dict[str, Any]:
+    """Examples with the teacher's answers, its hidden states and what the tower sees; and what that costs per question.
+
+    The teacher's own answers are the gold ones: where the teacher is right LoCa changes nothing, so that the original loop,
+    which pays for it on every token, ends up with the loss of the others.
+    """
+    teacher, student, examples, seconds, tower_seconds = build_teacher(pair), build_student(pair), [], [], []
+    for seed in range(n_images):
+        example = random_example(seed, pair.vocabulary)
+        options = dict(vocab_size=pair.vocabulary, end_of_turn=-1, max_new_tokens=3)
+        (answers,) = greedy_answers(teacher, text_of(example), example.images, **options).tokens
+        questions = [(q, a[: 1 + k % 3]) for k, ((q, _), a) in enumerate(zip(example.questions, answers, strict=True))]
+        example = example._replace(questions=questions)
+        started = time.perf_counter()
+        hidden, _ = answer_states(teacher, text_of(example), example.images)
+        seconds.append(time.perf_counter() - started)
+        features = tower_features(student, example.images["pixel_values"][0])[None]
+        tower_seconds.append(time.perf_counter() - started - seconds[-1])
+        examples.append({"example": tuple(example), "hidden": hidden, "features": features})
+    head = teacher.get_output_embeddings().weight
+    torch.save({"examples": examples, "head": head}, folder / "cache.pt")
+    return {"teacher_s": median(seconds) / QUESTIONS, "tower_s": median(tower_seconds) / QUESTIONS}
+
+
+# --- the arms: each computes the loss of an image and its gradient ----------------------------------------------------------
+
+
+@dataclass
+class Arm:
+    """What a step needs."""
+
+    student: nn.Module
+    teacher: nn.Module | None  # None where its hidden states are stored
+    head: Tensor  # (V, H) the teacher's output layer
+
+
+def original_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """LoCa and KL over all tokens in full, then the mask. Logits (1, T, V), labels (1, T); summed over answer tokens."""
+    p = teacher.softmax(-1)
+    gold = labels.clamp(min=0)[..., None]
+    p_gold, (p_top, top) = p.gather(-1, gold), p.max(-1, keepdim=True)
+    s = LOCA_ALPHA / (1 - p_gold + p_top)
+    calibrated = (s * p).scatter(-1, gold, 1 - s * (1 - p_gold))
+    p = torch.where(top == gold, p, calibrated)
+    kl = F.kl_div(student.log_softmax(-1), p, reduction="none").sum(-1)
+    return kl[labels != IGNORE].sum()
+
+
+def trl_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """TRL's generalised JSD at beta 0, the forward KL: its own function, or the published formula where it is not installed."""
+    try:
+        from trl.experimental.gkd import GKDTrainer
+    except ImportError:
+        terms = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
+        return terms[labels != IGNORE].sum()
+    return GKDTrainer.generalized_jsd_loss(student, teacher, labels=labels, beta=0, num_items_in_batch=1)
+
+
+def full_logits(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Arm, dict[str, Any]], float]:
+    """A step as it is usually written: both models produce the logits of every token, question by question."""
+
+    def step(arm: Arm, stored: dict[str, Any]) -> float:
+        example, total = Example(*stored["example"]), 0.0
+        for text in singles(example):
+            inputs = {"input_ids": text["input_ids"], "attention_mask": torch.ones_like(text["input_ids"])}
+            with torch.no_grad():
+                teacher = arm.teacher(**inputs, **example.images).logits
+            student = arm.student(**inputs, **example.images).logits
+            part = loss(student[:, :-1], teacher[:, :-1], text["labels"][:, 1:]) / count_answer_tokens(example)
+            part.backward()
+            total += part.item()
+        return total
+
+    return step
+
+
+def online(arm: Arm, stored: dict[str, Any]) -> float:
+    """Ours with the teacher in memory, question by question."""
+    example, total = Example(*stored["example"]), 0.0
+    for text in singles(example):
+        with torch.no_grad():
+            teacher, _ = answer_logits(arm.teacher, text, example.images, vocab_size=len(arm.head))
+        total += _backward(arm, text, example.images, teacher, example)
+    return total
+
+
+def cached(arm: Arm, stored: dict[str, Any]) -> float:
+    """Ours with stored hidden states of the teacher, question by question."""
+    example, total, start = Example(*stored["example"]), 0.0, 0
+    for text, (_, answer) in zip(singles(example), example.questions, strict=True):
+        hidden = stored["hidden"][start : start + len(answer)]
+        start += len(answer)
+        total += _backward(arm, text, example.images, hidden @ arm.head.T, example)
+    return total
+
+
+def packed(arm: Arm, stored: dict[str, Any]) -> float:
+    """Ours with all questions of the image in one sequence."""
+    example = Example(*stored["example"])
+    return _backward(arm, text_of(example), example.images, stored["hidden"] @ arm.head.T, example)
+
+
+def packed_vision(arm: Arm, stored: dict[str, Any]) -> float:
+    """Ours with what the frozen tower saw read back besides."""
+    example = Example(*stored["example"])
+    seen = {name: value for name, value in example.images.items() if name != "pixel_values"}
+    seen["features"] = stored["features"]
+    return _backward(arm, text_of(example), seen, stored["hidden"] @ arm.head.T, example)
+
+
+def _backward(arm: Arm, text: dict[str, Tensor], images: dict[str, Tensor], teacher: Tensor, example: Example) -> float:
+    logits, targets = answer_logits(arm.student, text, images, vocab_size=len(arm.head))
+    loss = forward_kl(student_logits=logits, teacher_logits=teacher) * len(targets) / count_answer_tokens(example)
+    loss.backward()
+    return loss.item()
+
+
+ARMS: dict[str, Callable[[Arm, dict[str, Any]], float]] = {
+    "original": full_logits(original_loss),
+    "TRL": full_logits(trl_loss),
+    "online": online,
+    "cached": cached,
+    "packed": packed,
+    "cached vision": packed_vision,
+}
+WITH_TEACHER = ("original", "TRL", "online")
+
+
+def measure_arm(name: str, pair: Width, folder: Path, seconds: float) -> dict[str, float]:
+    """Loss of the first image, questions per second and growth of the peak memory of one arm, in this process."""
+    stored = torch.load(folder / "cache.pt", weights_only=True)
+    arm = Arm(build_student(pair), build_teacher(pair) if name in WITH_TEACHER else None, stored["head"])
+    step, examples = ARMS[name], stored["examples"]
+    gc.collect()
+    before = resident_mib()
+    loss = step(arm, examples[0])  # also warms up
+    n, started = 0, time.perf_counter()
+    while n == 0 or time.perf_counter() - started < seconds:
+        arm.student.zero_grad()
+        step(arm, examples[n % len(examples)])
+        n += 1
+    spent = time.perf_counter() - started
+    return {"loss": loss, "questions_per_s": n * QUESTIONS / spent, "growth_mib": peak_mib() - before}
+
+
+def resident_mib() -> float:
+    """Memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def peak_mib() -> float:
+    """The most that this process has ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+# --- scoring -----------------------------------------------------------------------------------------------------------------
+
+
+def score_one_by_one(model: nn.Module, examples: Sequence[Example]) -> list[list[int]]:
+    """Stock greedy `generate`, a call per question."""
+    answers = []
+    for example in examples:
+        for text in singles(example):
+            mask = torch.ones_like(text["input_ids"])
+            ids = model.generate(
+                input_ids=text["input_ids"],
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=ANSWER_TOKENS,
+                eos_token_id=None,
+                pad_token_id=0,
+                **example.images,
+            )
+            answers.append(ids[0, text["input_ids"].shape[1] :].tolist())
+    return answers
+
+
+def score_together(model: nn.Module, examples: Sequence[Example]) -> list[list[int]]:
+    """Ours: the questions of an image share its prefix."""
+    options = dict(vocab_size=model.config.text_config.vocab_size, end_of_turn=-1, max_new_tokens=ANSWER_TOKENS)
+    return [
+        answer
+        for example in examples
+        for row in greedy_answers(model, text_of(example), example.images, **options).tokens
+        for answer in row
+    ]
+
+
+SCORING = {"one by one": score_one_by_one, "together": score_together}
+
+
+@torch.no_grad()
+def measure_scoring(name: str, pair: Width, folder: Path, seconds: float) -> dict[str, Any]:
+    """Answers to the first image's questions, and questions per second."""
+    model = build_student(pair)
+    examples = [random_example(seed, pair.vocabulary) for seed in range(4)]
+    answers = SCORING[name](model, examples[:1])
+    n, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        SCORING[name](model, [examples[n % len(examples)]])
+        n += 1
+    return {"answers": answers, "questions_per_s": n * QUESTIONS / (time.perf_counter() - started)}
+
+
+# --- how near the machine's limit --------------------------------------------------------------------------------------------
+
+
+def measure_ceiling(seconds: float) -> dict[str, float]:
+    """GFLOP/s of a training step at a size where arithmetic decides, and of a plain matrix product of its typical shape."""
+    width = Width(8_000, 64, 1024, 1024)
+    student = build_model(width.student, STUDENT_LAYERS, width)
+    example = random_example(0, width.vocabulary)
+    example = example._replace(questions=[(q, [5]) for q, _ in example.questions * 10])
+    text, hidden = text_of(example), torch.randn(len(example.questions), width.teacher)
+    arm = Arm(student, None, student.get_output_embeddings().weight.detach())
+
+    def step() -> None:
+        student.zero_grad()
+        _backward(arm, text, example.images, hidden @ arm.head.T, example)
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    n_tokens = text["input_ids"].shape[1]
+    a, b = torch.randn(n_tokens, width.student), torch.randn(width.student, 8 * width.student // 3)
+    product = 2 * n_tokens * b.numel()
+    rates = {"step": [], "product": []}
+    for _ in range(3):
+        rates["step"].append(counter.get_total_flops() * _per_second(step, seconds / 2))
+        rates["product"].append(product * _per_second(lambda: a @ b, seconds / 4))
+    return {name: median(values) / 1e9 for name, values in rates.items()}
+
+
+def _per_second(call: Callable[[], Any], seconds: float) -> float:
+    call()
+    n, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        call()
+        n += 1
+    return n / (time.perf_counter() - started)
+
+
+# --- floating point operations at true size ----------------------------------------------------------------------------------
+
+
+def true_config(size: str) -> LlavaOnevisionConfig:
+    """The published configurations of the 0.5B and the 7B (llava-hf/llava-onevision-qwen2-*-ov-hf)."""
+    vision = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=26,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    small = size == "0.5b"
+    text = Qwen2Config(
+        vocab_size=152000 if small else 152128,
+        hidden_size=896 if small else 3584,
+        intermediate_size=4864 if small else 18944,
+        num_hidden_layers=24 if small else 28,
+        num_attention_heads=14 if small else 28,
+        num_key_value_heads=2 if small else 4,
+        tie_word_embeddings=small,
+    )
+    return LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=151646,
+        video_token_index=151647,
+        tie_word_embeddings=small,
+    )
+
+
+def meta_model(size: str) -> LlavaOnevisionForConditionalGeneration:
+    """A model of true size without memory for its weights."""
+    with torch.device("meta"):
+        model = LlavaOnevisionForConditionalGeneration(true_config(size))
+    model.tie_weights()
+    return model
+
+
+def true_flops() -> dict[str, float]:
+    """TFLOP per question of a training step (tower frozen) at true size: 5 tiles, 2,929 image tokens, 4 questions per image.
+
+    Counted on meta tensors, forward and backward, with the attention over the full square that a mask costs.
+    """
+    image, block, answer, tiles = 2929, 24, 3, 5
+    alone, together = image + block + answer, image + QUESTIONS * (block + answer)
+    teacher, student = (_Counted(meta_model(size)) for size in ("7b", "0.5b"))
+    see = student.tower(tiles)
+    learn = student.text(alone, backward=True) + student.projector(tiles, backward=True)
+    learn_packed = (student.text(together, backward=True) + student.projector(tiles, backward=True)) / QUESTIONS
+    teach = teacher.tower(tiles) + teacher.projector(tiles) + teacher.text(alone)
+    heads = {n: teacher.head(n) + student.head(n, backward=True) for n in (alone, answer)}
+    stored = heads[answer]
+    return {
+        "original": teach + see + learn + heads[alone],
+        "TRL": teach + see + learn + heads[alone],
+        "online": teach + see + learn + heads[answer],
+        "cached": see + learn + stored,
+        "packed": see / QUESTIONS + learn_packed + stored,
+        "cached vision": learn_packed + stored,
+    }
+
+
+class _Counted:
+    """TFLOP of the parts of a model on meta tensors."""
+
+    def __init__(self, model: LlavaOnevisionForConditionalGeneration) -> None:
+        self.model, self.width = model, model.config.text_config.hidden_size
+
+    def tower(self, tiles: int) -> float:
+        pixels = torch.empty(tiles, 3, 384, 384, device="meta")
+        return self._count(lambda: self.model.model.vision_tower(pixels), backward=False)
+
+    def projector(self, tiles: int, *, backward: bool = False) -> float:
+        features = torch.empty(tiles, 729, 1152, device="meta")
+        return self._count(lambda: self.model.model.multi_modal_projector(features), backward=backward)
+
+    def text(self, n_tokens: int, *, backward: bool = False) -> float:
+        # The tokens need a gradient: it goes on into the projector.
+        states = torch.empty(1, n_tokens, self.width, device="meta", requires_grad=backward)
+        return self._count(lambda: self.model.model.language_model(inputs_embeds=states)[0], backward=backward)
+
+    def head(self, n_tokens: int, *, backward: bool = False) -> float:
+        states = torch.empty(1, n_tokens, self.width, device="meta", requires_grad=backward)
+        return self._count(lambda: self.model.lm_head(states), backward=backward)
+
+    def _count(self, forward: Callable[[], Any], *, backward: bool) -> float:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            out = forward()
+            if backward:
+                out.sum().backward()
+        return counter.get_total_flops() / 1e12
+
+
+# --- the run -----------------------------------------------------------------------------------------------------------------
+
+
+def apart(call: Callable[..., Any], *args: Any) -> Any:
+    """The result of a call in a process of its own, which has everything imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.cost"])
+    with context.Pool(1) as pool:
+        return pool.apply(call, args)
+
+
+def take_turns(
+    names: Sequence[str], rounds: int, measure: Callable[[str], dict[str, Any]], label: str
+) -> dict[str, list]:
+    """`rounds` measurements per name, in turn, every second round the other way round."""
+    found: dict[str, list] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in list(names)[:: 1 if number % 2 == 0 else -1]:
+            found[name].append(measure(name))
+            print(
+                f"{label}, round {number + 1}: {name} {found[name][-1]['questions_per_s']:.2f} questions/s", flush=True
+            )
+    return found
+
+
+def check_equal_losses(found: dict[str, list], label: str) -> None:
+    """Raises UserError unless all arms have computed the same loss."""
+    losses = {name: runs[0]["loss"] for name, runs in found.items()}
+    low, high = min(losses.values()), max(losses.values())
+    if not high - low <= LOSS_TOLERANCE * abs(low):
+        raise UserError(f"{label}: the arms' losses differ, no ratio means anything: {losses}")
+
+
+def training_part(args: argparse.Namespace) -> dict[str, Any]:
+    """Both pairs of models: the arms, and what storing the teacher's outputs costs."""
+    results = {}
+    for label, pair in PAIRS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            costs = apart(prepare, pair, Path(folder), 4)
+            found = take_turns(
+                list(ARMS),
+                args.rounds,
+                lambda name, pair=pair, folder=folder: apart(measure_arm, name, pair, Path(folder), args.seconds),
+                label,
+            )
+        check_equal_losses(found, label)
+        results[label] = {"costs": costs, "arms": {name: _medians(runs) for name, runs in found.items()}}
+    return results
+
+
+def _medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: median(run[key] for run in runs) for key in runs[0]}
+
+
+def scoring_part(args: argparse.Namespace) -> dict[str, float]:
+    """Questions per second of both ways of scoring. Raises UserError when their answers differ."""
+    pair = PAIRS["V=8k"]
+    found = take_turns(
+        list(SCORING),
+        args.rounds,
+        lambda name: apart(measure_scoring, name, pair, ROOT, args.seconds),
+        "scoring",
+    )
+    answers = [runs[0]["answers"] for runs in found.values()]
+    if answers[0] != answers[1]:
+        raise UserError(f"scoring: the answers differ, the ratio means nothing: {answers}")
+    return {name: median(run["questions_per_s"] for run in runs) for name, runs in found.items()}
+
+
+def report(results: dict[str, Any], seconds: float) -> str:
+    """The tables."""
+    text = [
+        "# Cost of a question",
+        "",
+        f"`make bench`, {date.today()}, commit {git_commit()}, {os.cpu_count()} CPU cores ({platform.machine()}), "
+        f"{torch.get_num_threads()} threads, {duration(seconds)} in all. Ratios to the original loop; medians. All arms have the "
+        f"same weights and the same loss to {LOSS_TOLERANCE:g}. {QUESTIONS} questions per image, tower frozen, forward and backward.",
+        "",
+    ]
+    for label, part in results["training"].items():
+        text += [f"## Training, {label}", "", *training_table(part, results["tflop"]), ""]
+    one, together = results["scoring"]["one by one"], results["scoring"]["together"]
+    step, product = results["ceiling"]["step"], results["ceiling"]["product"]
+    text += [
+        "## Scoring",
+        "",
+        f"One by one {one:.1f} questions/s, together {together:.1f}: {together / one:.1f}x, the same answers.",
+        "",
+        "## Ceiling",
+        "",
+        f"A training step of a width of 1,024 does {step:.0f} GFLOP/s, a plain matrix product {product:.0f}: "
+        f"{100 * step / product:.0f} %.",
+        "",
+        "## At true size",
+        "",
+        "TFLOP per question stand in the last column, counted for the true 0.5B and 7B on meta tensors: what a GPU is spared. The "
+        "ratios of questions per second are of small models with large vocabularies on a CPU, where the output layer weighs far "
+        "more than it does at true size; neither says what the other is.",
+    ]
+    return "\n".join(text) + "\n"
+
+
+def training_table(part: dict[str, Any], tflop: dict[str, float]) -> list[str]:
+    """Markdown rows, and when the stored outputs have paid for themselves."""
+    arms, costs = part["arms"], part["costs"]
+    base = arms["original"]
+    lines = [
+        "| Arm | questions/s | ratio | peak memory growth, MiB | of the original's | loss | TFLOP per question at true size |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, run in arms.items():
+        lines.append(
+            f"| {name} | {run['questions_per_s']:.2f} | {run['questions_per_s'] / base['questions_per_s']:.1f} | "
+            f"{run['growth_mib']:.0f} | {run['growth_mib'] / base['growth_mib']:.2f} | {run['loss']:.5f} | {tflop[name]:.2f} |"
+        )
+    saved = 1 / arms["online"]["questions_per_s"] - 1 / arms["packed"]["questions_per_s"]
+    epochs = costs["teacher_s"] / saved
+    lines += [
+        "",
+        f"The teacher's one look costs {1000 * costs['teacher_s']:.1f} ms per question, storing what the tower sees "
+        f"{1000 * costs['tower_s']:.1f} ms: against `online` it has paid for itself within epoch {max(1, -(-epochs // 1)):.0f} "
+        f"({epochs:.2f} epochs).",
+    ]
+    return lines
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of every arm")
+    parser.add_argument("--seconds", type=float, default=2.0, help="that a measurement lasts at least")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "cost", help="tables")
+    args = parser.parse_args(argv)
+    if args.rounds < 1 or args.seconds <= 0:
+        parser.error("--rounds and --seconds: give more than 0")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, check, write."""
+    started = time.monotonic()
+    results = {
+        "training": training_part(args),
+        "scoring": scoring_part(args),
+        "ceiling": apart(measure_ceiling, args.seconds),
+        "tflop": apart(true_flops),
+    }
+    text = report(results, time.monotonic() - started)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "README.md").write_text(text, encoding="utf-8")
+    write_json(args.output / "results.json", results | {"commit": git_commit(), "date": str(date.today())})
+    print(text)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)
