@@ -209,6 +209,15 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
+def core_shares(n: int) -> list[list[int]]:
+    """The cores that this process may use, shared out to `n` jobs; where there are too few, jobs share one.
+
+    Small models leave most of a machine idle, and two processes that both want all cores wait for each other instead.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    return [cores[i::n] or [cores[i % len(cores)]] for i in range(n)]
+
+
 def git_commit() -> str:
     """The commit of this checkout with `-dirty` behind it when files differ from it; `unknown` outside a checkout."""
     with suppress(OSError, subprocess.CalledProcessError):

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, duration, git_commit, locked, run_script, write_json  # first: loads .env
+from utils import UserError, core_shares, duration, git_commit, locked, run_script, write_json  # first: loads .env
 
 # isort: split
 import argparse
@@ -225,8 +225,7 @@ def run_side_by_side(waiting: list[Job], args: argparse.Namespace) -> None:
     Raises:
         UserError: an arm failed; the others that were running are finished first. Names the file with what it printed.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    shares = [cores[i :: args.jobs] or [cores[i % len(cores)]] for i in range(args.jobs)]
+    shares = core_shares(args.jobs)
     started, total, left, running, failed = time.monotonic(), len(waiting), list(waiting), {}, None
     try:
         while running or (left and not failed):

@@ -1,0 +1,49 @@
+"""The demo's command lines, its processes, and how it ends when a step fails."""
+
+import os
+import time
+
+import pytest
+
+from benchmarks.reproduce import load_script
+from dataset.miniature.demo import CONTROL, SYSTEMS, Runner, Step, chains
+from utils import ROOT, UserError
+
+
+def test_every_command_is_one_that_its_script_takes(tmp_path):
+    first, baselines, phases = chains("run", tmp_path)
+    for step in (*first, *baselines, *phases):
+        load_script(step.script).parse_args(list(step.flags))
+    scored = [step.flags[step.flags.index("--name") + 1] for step in (*baselines, *phases) if "--name" in step.flags]
+    assert sorted(scored) == sorted(SYSTEMS) and CONTROL in SYSTEMS
+
+
+def test_steps_are_pinned_and_say_who_they_are(tmp_path, capfd):
+    script = tmp_path / "cores.py"
+    script.write_text("import os, sys; print(sorted(os.sched_getaffinity(0)), sys.argv[1:])", encoding="utf-8")
+    core, before = max(os.sched_getaffinity(0)), os.sched_getaffinity(0)
+    try:
+        Runner().run([Step("who", str(script), ("--a", "b c"))], [core])
+    finally:
+        os.sched_setaffinity(0, before)
+    out = capfd.readouterr().out
+    assert f"[who] [{core}] ['--a', 'b c']" in out
+    assert f'[who] python {script} --a "b c"' in out and "[who] took 0:0" in out
+
+
+def test_a_failing_step_is_named_and_stops_the_others(tmp_path):
+    (tmp_path / "wait.py").write_text("import time; time.sleep(60)", encoding="utf-8")
+    (tmp_path / "fail.py").write_text("raise SystemExit(3)", encoding="utf-8")
+    (tmp_path / "never.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
+    runner, started = Runner(), time.monotonic()
+    waiting = [Step("waits", str(tmp_path / "wait.py")), Step("never", str(tmp_path / "never.py"))]
+    with pytest.raises(UserError, match="breaks failed with exit code 3"):
+        runner.side_by_side([[Step("breaks", str(tmp_path / "fail.py"))], waiting])
+    assert time.monotonic() - started < 30
+    assert all(process.poll() is not None for process in runner.processes)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_command_takes_no_unknown_flag():
+    with pytest.raises(SystemExit):
+        load_script((ROOT / "dataset/miniature/demo.py").relative_to(ROOT).as_posix()).parse_args(["--epochs", "3"])
