@@ -203,7 +203,12 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(handle, mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that is at work in {folder}", file=sys.stderr, flush=True)
+            fcntl.flock(handle, mode)
         yield
     finally:
         os.close(handle)

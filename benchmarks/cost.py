@@ -543,8 +543,8 @@ def take_turns(
 def check_equal_losses(found: dict[str, list], label: str) -> None:
     """Raises UserError unless all arms have computed the same loss."""
     losses = {name: runs[0]["loss"] for name, runs in found.items()}
-    low, high = min(losses.values()), max(losses.values())
-    if not high - low <= LOSS_TOLERANCE * abs(low):
+    first = next(iter(losses.values()))
+    if not all(abs(loss - first) <= LOSS_TOLERANCE * abs(first) for loss in losses.values()):  # nan is not
         raise UserError(f"{label}: the arms' losses differ, no ratio means anything: {losses}")
 
 

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from benchmarks.cost import true_config
 from dataset.datamodule import SUNRGBDDataModule
 from dataset.pictures import ImageSettings, load_images
 from dataset.prepare_sunrgbd import build_csv_data
@@ -12,7 +13,6 @@ from dataset.questions import read_questions
 from dataset.sunrgbd import read_frame
 from distillation.losses import answer_cross_entropy
 from distillation.models import answer_logits, image_features
-from tests.test_models import true_config
 
 KV1 = "SUNRGBD/kv1/b3dodata/img_0063"
 KV2 = "SUNRGBD/kv2/align_kv2/2014-12-18_11-31-54_260595134347"
