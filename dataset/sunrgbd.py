@@ -145,7 +145,10 @@ def _tilt(folder: Path) -> np.ndarray:
 
 
 def _scene(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else "idk"
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else "idk"
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
 
 
 def official_split(root: Path, frames: list[Frame], *, val_share: float = 0.1) -> dict[str, str]:
