@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.annotations import frame_nouns, frame_objects
+from dataset.annotations import Coverage, frame_nouns, frame_objects
 from dataset.captions import frame_caption
 from dataset.extract import extract_archives
 from dataset.miniature.world import ensure_world
@@ -61,6 +61,7 @@ from evaluation.blind import blind_check
 
 SPLITS = ("train", "val", "test")
 BLIND_CHECK_LEAST = 200  # questions of a type: with fewer, chance alone exceeds the limits
+UNKNOWN_LISTED, UNKNOWN_PRINTED = 100, 10  # of the most frequent names that are not in the noun table
 VOCABULARY_FRAMES = 1000  # frames whose nouns may be asked about when they are absent
 
 
@@ -69,6 +70,7 @@ class FrameReport(NamedTuple):
 
     questions: list[Question]
     drops: Counter  # annotations that were left out, by reason
+    coverage: Coverage  # what the noun table knows of the outlines
     failure: str  # empty when the frame can be used
     caption: Question | None = None  # None where nothing is shown
 
@@ -135,6 +137,7 @@ def build_csv_data(
         "questions": {name: _counts(rows[name]) for name in SPLITS} | {"train_unanswered": _counts(unanswered)},
         "captions": {name: len(captions[name]) for name in SPLITS},
         "dropped_annotations": dict(sum((report.drops for report in reports), Counter()).most_common()),
+        "noun_table": _coverage(sum((report.coverage for report in reports), Coverage())),
         "unusable_frames": dict(sorted(unusable)),
     }
     for name in SPLITS:
@@ -171,18 +174,36 @@ def _vocabulary(frames: Sequence[Frame]) -> list[str]:
 
 def read_frame_questions(frame: Frame, *, seed: int, vocabulary: Collection[str]) -> FrameReport:
     """Read a frame's annotations and pictures and ask what can be asked."""
-    drops: Counter = Counter()
+    drops, coverage = Counter(), Coverage()
     digest = hashlib.sha256(frame.path.encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])  # independent of the other frames
     try:
-        instances, unsure = frame_objects(frame, drops)
+        instances, unsure = frame_objects(frame, drops, coverage)
         rgb = read_rgb(frame.root / frame.image_path)
         if instances and instances[0].mask.shape != rgb.shape[:2]:
             raise UserError(f"{frame.path}: RGB is {rgb.shape[:2]} and depth {instances[0].mask.shape} pixels")
     except UserError as error:
-        return FrameReport([], drops, str(error))
+        return FrameReport([], drops, coverage, str(error))
     questions = frame_candidates(instances, rgb=rgb, rng=rng, unsure=unsure, vocabulary=vocabulary)
-    return FrameReport(questions, drops, "", frame_caption(instances, scene=frame.scene, unsure=unsure))
+    return FrameReport(questions, drops, coverage, "", frame_caption(instances, scene=frame.scene, unsure=unsure))
+
+
+def _coverage(coverage: Coverage) -> dict[str, Any]:
+    """What share of the outlined objects and of their area has a noun; walls, floors and ceilings are counted apart."""
+    objects = {key: count for key, count in coverage.outlines.items() if key != "structure"}
+    area = {key: share for key, share in coverage.area.items() if key != "structure"}
+    return {
+        "known_share_of_outlines": _share(objects),
+        "known_share_of_area": _share(area),
+        "outlines": dict(sorted(coverage.outlines.items())),
+        "area_in_pictures": {kind: round(share, 3) for kind, share in sorted(coverage.area.items())},
+        "most_frequent_unknown_names": dict(coverage.unknown_names.most_common(UNKNOWN_LISTED)),
+    }
+
+
+def _share(parts: dict[str, float]) -> float | None:
+    total = sum(parts.values())
+    return round(parts.get("known", 0) / total, 4) if total else None
 
 
 def _counts(rows: Sequence[QuestionRow]) -> dict[str, Any]:
@@ -194,6 +215,20 @@ def _counts(rows: Sequence[QuestionRow]) -> dict[str, Any]:
         "sensors": dict(Counter(row.sensor for row in rows).most_common()),
         "types_by_sensor": dict(sorted(Counter(f"{row.sensor} {row.type}" for row in rows).items())),
     }
+
+
+def print_coverage(found: dict[str, Any]) -> None:
+    """Print which share of the outlines the noun table knows, as `questions.json` has it."""
+    if found["known_share_of_area"] is None:
+        print("nouns: no object is outlined in any frame")
+        return
+    names = list(found["most_frequent_unknown_names"].items())[:UNKNOWN_PRINTED]
+    print(
+        f"nouns: {found['known_share_of_outlines']:.1%} of the outlined objects and {found['known_share_of_area']:.1%} of their "
+        f"area are in the noun table, not counting {found['outlines'].get('structure', 0)} walls, floors and ceilings"
+    )
+    if names:
+        print("most frequent other names: " + ", ".join(f"{name or '(none)'} {n}" for name, n in names))
 
 
 def check_tree(root: Path, *, workers: int | None = None) -> None:
@@ -305,6 +340,7 @@ def main(args: argparse.Namespace) -> None:
     for name, counts in summary["questions"].items():
         types = ", ".join(f"{kind} {n}" for kind, n in counts["types"].items())
         print(f"{name}: {counts['all']} questions about {counts['images']} images ({types})")
+    print_coverage(summary["noun_table"])
     if summary["unusable_frames"]:
         print(f"{len(summary['unusable_frames'])} frames cannot be used; --check lists them")
 
