@@ -56,7 +56,7 @@ from dataset.questions import (
     unanswered_file,
     write_questions,
 )
-from dataset.sunrgbd import Frame, find_frames, official_split, read_rgb
+from dataset.sunrgbd import Frame, find_frames, missing_frames, official_split, read_rgb
 from evaluation.blind import blind_check
 
 SPLITS = ("train", "val", "test")
@@ -133,6 +133,7 @@ def build_csv_data(
         "largest_answer_share": ANSWER_SHARE,
         "frames": dict(Counter(split[frame.path] for frame, _ in usable)),
         "frames_outside_the_official_split": len(frames) - len(listed),
+        "missing_frames": _collections(missing_frames(root, frames)),
         "recordings_in_two_splits": _shared_recordings(listed, split),
         "questions": {name: _counts(rows[name]) for name in SPLITS} | {"train_unanswered": _counts(unanswered)},
         "captions": {name: len(captions[name]) for name in SPLITS},
@@ -146,6 +147,11 @@ def build_csv_data(
     write_questions(unanswered_file(root), unanswered)
     write_json(questions_file(root, "train").with_name("questions.json"), summary)
     return summary
+
+
+def _collections(paths: Sequence[str]) -> dict[str, int]:
+    """How many frame paths there are of each collection, such as `kv1/NYUdata`."""
+    return dict(sorted(Counter("/".join(path.split("/")[1:3]) for path in paths).items()))
 
 
 def _shared_recordings(frames: Sequence[Frame], split: dict[str, str]) -> dict[str, int]:
@@ -217,6 +223,13 @@ def _counts(rows: Sequence[QuestionRow]) -> dict[str, Any]:
     }
 
 
+def print_missing(collections: dict[str, int]) -> None:
+    """Print how many frames of the official split the tree lacks, which happens when it was unpacked in part."""
+    if collections:
+        counts = ", ".join(f"{name} {n}" for name, n in collections.items())
+        print(f"{sum(collections.values())} frames of the official split are not there ({counts})")
+
+
 def print_coverage(found: dict[str, Any]) -> None:
     """Print which share of the outlines the noun table knows, as `questions.json` has it."""
     if found["known_share_of_area"] is None:
@@ -246,8 +259,16 @@ def check_tree(root: Path, *, workers: int | None = None) -> None:
     sensors = Counter(frame.sensor for frame in frames)
     print(f"{len(frames)} frames ({', '.join(f'{name} {n}' for name, n in sorted(sensors.items()))}); split: ", end="")
     print(", ".join(f"{name} {n}" for name, n in sorted(Counter(split.values()).items())) or "none listed")
+    print_missing(_collections(missing_frames(root, frames)))
     if unusable:
         raise UserError(f"{root / 'SUNRGBD'}: {len(unusable)} frames cannot be used, listed above with the reason")
+
+
+def _rows_of_all_splits(root: Path) -> list[QuestionRow]:
+    """A tree of a few frames may have a split without questions, but not three."""
+    paths = [questions_file(root, name) for name in SPLITS]
+    filled = [path for path in paths if not path.is_file() or path.read_bytes().count(b"\n") > 1]
+    return [row for path in filled or paths for row in read_questions(path, root=root)]
 
 
 def check_blind(root: Path) -> None:
@@ -322,8 +343,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.preview:
         path = questions_file(root, "train").with_name("preview.html")
-        rows = [row for name in SPLITS for row in read_questions(questions_file(root, name), root=root)]
-        write_preview(path, root, rows, n_frames=args.preview)
+        write_preview(path, root, _rows_of_all_splits(root), n_frames=args.preview)
         print(f"wrote {path}")
         return
     if args.blind_check:
@@ -341,6 +361,7 @@ def main(args: argparse.Namespace) -> None:
         types = ", ".join(f"{kind} {n}" for kind, n in counts["types"].items())
         print(f"{name}: {counts['all']} questions about {counts['images']} images ({types})")
     print_coverage(summary["noun_table"])
+    print_missing(summary["missing_frames"])
     if summary["unusable_frames"]:
         print(f"{len(summary['unusable_frames'])} frames cannot be used; --check lists them")
 

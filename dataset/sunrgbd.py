@@ -161,20 +161,35 @@ def official_split(root: Path, frames: list[Frame], *, val_share: float = 0.1) -
     Raises:
         UserError: the file is unreadable, or missing from a tree of other frames.
     """
+    listed = _listed_split(root, frames, val_share)
+    return {frame.path: listed[frame.path] for frame in frames if frame.path in listed}
+
+
+def missing_frames(root: Path, frames: list[Frame]) -> list[str]:
+    """Paths that the official split lists and the tree of these frames does not have, not even as an unusable folder.
+
+    Raises:
+        UserError: as `official_split`.
+    """
+    listed = _listed_split(root, frames, val_share=0.1)
+    return sorted(path for path in listed.keys() - {frame.path for frame in frames} if not (root / path).is_dir())
+
+
+def _listed_split(root: Path, frames: list[Frame], val_share: float) -> dict[str, str]:
+    """`frame path -> train | val | test` of all frames that the split of this tree lists."""
     path = root / "SUNRGBDtoolbox" / "traintestSUNRGBD" / "allsplit.mat"
-    names = {frame.path: frame.path.removeprefix("SUNRGBD/") for frame in frames}
     if path.exists():
         listed = _toolbox_split(path, val_share)
     else:
         listed = read_official_list()
-        known = sum(name in listed for name in names.values())
+        known = sum(frame.path.removeprefix("SUNRGBD/") in listed for frame in frames)
         # Other data in this layout reuses names such as kv1/NYUdata/NYU0001, so a few that match prove nothing.
-        if 2 * known < len(names):
+        if 2 * known < len(frames):
             raise UserError(
-                f"{path} is missing, and the official split names only {known} of the {len(names)} frames; "
+                f"{path} is missing, and the official split names only {known} of the {len(frames)} frames; "
                 "unpack SUNRGBDtoolbox.zip there"
             )
-    return {path: listed[name] for path, name in names.items() if name in listed}
+    return {f"SUNRGBD/{name}": split for name, split in listed.items()}
 
 
 def _toolbox_split(path: Path, val_share: float) -> dict[str, str]:

@@ -161,7 +161,19 @@ def test_pictures_must_be_registered(tree):
 
 def test_check_of_a_sound_tree_writes_nothing(tree, capsys):
     main(parse_args(["--root", str(tree), "--check", "--workers", "1"]))
-    assert "40 frames" in capsys.readouterr().out and not (tree / "SUNRGBD" / "csv_data").exists()
+    printed = capsys.readouterr().out
+    assert "40 frames" in printed and "not there" not in printed and not (tree / "SUNRGBD" / "csv_data").exists()
+
+
+def test_a_tree_that_was_unpacked_in_part(tree, capsys):
+    """What is lost is said by collection; what is there stays usable."""
+    gone = [frame.path for frame in find_frames(tree)[0]][:3]
+    for path in gone:
+        shutil.rmtree(tree / path)
+    lost = Counter("/".join(path.split("/")[1:3]) for path in gone)
+    assert build_csv_data(tree, workers=1)["missing_frames"] == lost
+    check_tree(tree, workers=1)
+    assert "3 frames of the official split are not there" in capsys.readouterr().out
 
 
 def test_frames_outside_the_split_and_a_missing_split(tree):
@@ -300,6 +312,12 @@ def test_preview_and_blind_check_of_files_that_are_there(tree, capsys, monkeypat
     main(parse_args(["--root", str(tree), "--preview", "2"]))
     page = tree / "SUNRGBD/csv_data/preview.html"
     assert page.read_text(encoding="utf-8").count("<img") == 2
+    val = questions_file(tree, "val")
+    val.write_bytes(before[val].splitlines(keepends=True)[0])  # few frames may leave a split without questions
+    main(parse_args(["--root", str(tree), "--preview", "100"]))
+    shown = {row.image_path for name in ("train", "test") for row in read_questions(questions_file(tree, name))}
+    assert page.read_text(encoding="utf-8").count("<img") == len(shown)
+    val.write_bytes(before[val])
     main(parse_args(["--root", str(tree), "--blind_check"]))
     assert "no type has 200 questions or more" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before
