@@ -1,7 +1,7 @@
 """Find the frames of a SUN RGB-D tree: image and depth files, sensor, camera, tilt, scene, official split.
 
 The tree is `ROOT_DATA_DIR/SUNRGBD/<sensor>/<collection>/.../<frame>/`; `xtion/sun3ddata` is two levels deeper than the other
-collections, so frames are recognised by their `image/` folder and not by their depth in the tree. The official split is
+collections, so frames are recognised by their `image/` or `depth/` folder and not by their place in the tree. The official split is
 `ROOT_DATA_DIR/SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat` (Song et al., CVPR 2015); `official_split.txt.xz` holds the same
 split for a tree without the toolbox.
 
@@ -86,7 +86,7 @@ def find_frames(root: Path) -> tuple[list[Frame], list[tuple[str, str]]]:
 
 def _frame_folders(top: Path) -> Iterator[Path]:
     for folder, subfolders, _ in os.walk(top, followlinks=True):
-        if "image" in subfolders and "depth" in subfolders:
+        if "image" in subfolders or "depth" in subfolders:  # without one of them it is a frame, but an unusable one
             subfolders.clear()
             yield Path(folder)
         else:

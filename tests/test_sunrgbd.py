@@ -111,6 +111,8 @@ def test_the_list_of_the_official_split():
     ("damage", "complaint"),
     [
         (lambda f: next((f / "depth").iterdir()).unlink(), "depth: expected one"),
+        (lambda f: shutil.rmtree(f / "depth"), "depth: expected one"),
+        (lambda f: shutil.rmtree(f / "image"), "image: expected one"),
         (lambda f: (f / "image" / "second.jpg").write_bytes(b""), "image: expected one"),
         (lambda f: (f / "intrinsics.txt").write_text("1 2 3"), "intrinsics.txt: expected 3x3"),
         (lambda f: (f / "intrinsics.txt").unlink(), "intrinsics.txt"),
