@@ -259,7 +259,7 @@ def frame_nouns(frame: Frame) -> set[str]:
 
 
 def _first_layer(frame: Frame, layers: tuple[str, ...], drops: Counter) -> tuple[str, dict] | None:
-    """The first layer that names an object and, of those with polygons, has one, as (layer, annotation); None without one.
+    """The first layer that names objects, and in a layer of polygons has one, as (layer, annotation); None when none does.
 
     Raises:
         UserError: none does, and one of them cannot be read.
@@ -336,9 +336,8 @@ def _outlines(
             unsure.add(noun)
         else:
             outlines.append(_Outline(index, noun, mask))
-    return outlines, unsure | (_named(names.values()) - {outline.noun for outline in outlines}) | _hinted(
-        names.values()
-    )
+    missing = _named(names.values()) - {outline.noun for outline in outlines}
+    return outlines, unsure | missing | _hinted(names.values())
 
 
 def _named(names: Iterable[str]) -> set[str]:
