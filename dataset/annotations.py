@@ -9,8 +9,8 @@ full of slips, so polygon and box are joined by noun and place, and whatever can
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from dataset.depth import read_depth
 from dataset.sunrgbd import Frame
 from utils import UserError
 
+NOUN_TABLE = Path(__file__).with_name("nouns.json")
 POLYGON_LAYERS = ("annotation2Dfinal", "annotation")
 BOX_LAYERS = ("annotation2D3D", "annotation3Dfinal", "annotation3D")
 BOX_EXTENT_M = (0.05, 5.0)  # the longest extent of a credible box
@@ -31,9 +32,11 @@ MIN_BOX_IOU = 0.3  # between a mask's bounding box and the rectangle of the 3D b
 CONTESTED_IOU = 0.5  # between the box of a mask and a rectangle of another noun that no mask of that noun explains
 SAME_RECTANGLE_SHARE = 0.7  # a polygon lies in a rectangle when this share of its pixels does
 DUPLICATE_IOU = 0.7  # two polygons of one noun that overlap more outline the same object twice
+DUPLICATE_BOX_IOU = 0.5  # the same of two 3D boxes, measured on their extents
 ERODE_PX_AT_560 = 3  # polygon borders mix fore- and background; scaled with the image width, at least 1
 MIN_DEPTH_SHARE = 0.0008  # of the image, measured inside the eroded mask: 200 pixels of 561x427
 MIN_DEPTH_VALID = 0.3  # of the eroded mask
+MIN_HINT = 3  # letters of a noun at the beginning or end of an unknown name
 MAX_CUTS = 16  # characters taken out of one broken JSON file
 
 
@@ -52,6 +55,32 @@ class Instance:
     contested: bool = False  # the 3D layer calls what stands there something else: no answer may be this noun
 
 
+@dataclass
+class Coverage:
+    """How much of what annotators outlined has a name of the noun table; by kind: "known", "unknown", "structure".
+
+    Structure are walls, floors and ceilings. Groups are known though they are no instances; an object without a name is unknown.
+    """
+
+    outlines: Counter = field(default_factory=Counter)
+    area: Counter = field(default_factory=Counter)  # inside the pictures, which have an area of 1 each
+    unknown_names: Counter = field(default_factory=Counter)  # by their letters: outlines
+
+    def add(self, name: str, area: float) -> None:
+        """Count an outline; the name is empty where there is none."""
+        noun = canonical_noun(name)
+        kind = "unknown" if noun is None else "known" if noun in asked_nouns() else "structure"
+        self.outlines[kind] += 1
+        self.area[kind] += area
+        if noun is None:
+            self.unknown_names[letters(name)] += 1
+
+    def __add__(self, other: "Coverage") -> "Coverage":
+        return Coverage(
+            self.outlines + other.outlines, self.area + other.area, self.unknown_names + other.unknown_names
+        )
+
+
 class _Box(NamedTuple):
     noun: str
     rectangle: np.ndarray  # (4,) x0, y0, x1, y1 in pixels, clipped to the image
@@ -67,8 +96,12 @@ class _Outline(NamedTuple):
 
 @cache
 def nouns() -> dict[str, dict[str, Any]]:
-    """The table `nouns.json`: canonical noun -> its `plural`, `aliases`, `similar` nouns, and `asked` (default true)."""
-    return json.loads(Path(__file__).with_name("nouns.json").read_text(encoding="utf-8"))
+    """The table `nouns.json`: canonical noun -> what is known about it; see `dataset.build_nouns`.
+
+    `plural`; `aliases` and `found`, other names of one such thing; `unclear`, names of what may hold any number of them; `not`,
+    what only looks like a name; `similar`, nouns that annotators may have used instead; `asked`, false for parts of the room.
+    """
+    return json.loads(NOUN_TABLE.read_text(encoding="utf-8"))
 
 
 @cache
@@ -83,36 +116,55 @@ def canonical_noun(raw: str) -> str | None:
     Case, spaces, underscores, digits, stray punctuation and suffixes such as ':occluded' do not matter: 'Night_Stand2',
     'nightstand' and 'bedside table:truncated' are all 'night stand'. A plural ('chairs') gives the noun too.
     """
-    found = _spellings().get(_key(raw))
+    found = _spellings().get(letters(raw))
     return found[0] if found else None
 
 
 def names_group(raw: str) -> bool:
-    """Whether the name is a plural, so that one outline covers an unknown number of objects."""
-    found = _spellings().get(_key(raw))
+    """Whether the name is a plural or unclear, so that one outline covers an unknown number of objects."""
+    found = _spellings().get(letters(raw))
     return bool(found and found[1])
 
 
-def _key(raw: str) -> str:
-    # Layers disagree on spaces ('cardboardbox', 'night_stand'), so spellings are compared by their letters alone.
+def hinted_nouns(raw: str) -> set[str]:
+    """The asked nouns that begin or end a name which the table does not know: a 'tablecloth' may lie on a table.
+
+    What bears such a name is none of them, or nobody knows how many ('chairback', 'fiveredchairs').
+    """
+    key = letters(raw)
+    parts = {key[:i] for i in range(MIN_HINT, len(key))} | {key[i:] for i in range(1, len(key) - MIN_HINT + 1)}
+    return {_spellings()[part][0] for part in parts & _spellings().keys()} & set(asked_nouns())
+
+
+def letters(raw: str) -> str:
+    """What names are compared by. Layers disagree on spaces ('cardboardbox', 'night_stand'), so it is their letters alone."""
     return re.sub("[^a-z]", "", str(raw).lower().split(":")[0])
 
 
 @cache
 def _spellings() -> dict[str, tuple[str, bool]]:
-    """Letters of a spelling -> (noun, is a plural). A plural that the table lists as an alias is one object."""
+    return spellings(nouns())
+
+
+def spellings(table: dict[str, dict[str, Any]]) -> dict[str, tuple[str, bool]]:
+    """Letters of a spelling -> (noun, is a plural or unclear). A plural that the table lists as an alias is one object."""
     singular, plural = {}, {}
-    for noun, entry in nouns().items():
-        for name in (noun, *entry["aliases"]):
-            singular[_key(name)] = (noun, False)
+    for noun, entry in table.items():
+        for name in (noun, *entry["aliases"], *entry.get("found", ())):
+            singular[letters(name)] = (noun, False)
             for form in (f"{name}s", f"{name}es", f"{name[:-1]}ies"):
-                plural[_key(form)] = (noun, True)
-        plural[_key(entry["plural"])] = (noun, True)
+                plural[letters(form)] = (noun, True)
+        for name in (entry["plural"], *entry.get("unclear", ())):
+            plural[letters(name)] = (noun, True)
     return plural | singular
 
 
-def read_annotation(path: Path) -> dict:
+def read_annotation(path: Path, drops: Counter | None = None) -> dict:
     """Read one index.json, repairing the slips that occur in the data set: stray backslashes, line breaks inside values, junk.
+
+    Args:
+        path: the file.
+        drops: counts it when it was repaired, for then something may be lost.
 
     Raises:
         UserError: the file is missing or beyond repair.
@@ -125,6 +177,8 @@ def read_annotation(path: Path) -> dict:
     for version, cuts in ((text, 0), (plain, MAX_CUTS)):
         value, reason = _parse_json(version, cuts)
         if isinstance(value, dict) and value:
+            if version is not text and drops is not None:
+                drops["file with damaged JSON"] += 1
             return value
     raise UserError(f"{path}: annotation is beyond repair ({reason or 'not a JSON object'})")
 
@@ -148,16 +202,20 @@ def frame_instances(frame: Frame, drops: Counter | None = None) -> list[Instance
     return frame_objects(frame, drops)[0]
 
 
-def frame_objects(frame: Frame, drops: Counter | None = None) -> tuple[list[Instance], frozenset[str]]:
+def frame_objects(
+    frame: Frame, drops: Counter | None = None, coverage: Coverage | None = None
+) -> tuple[list[Instance], frozenset[str]]:
     """The instances of a frame, and the nouns of which there may be more than the instances show.
 
     Each polygon is an instance. Polygons of one `objects` entry are usually several objects ('books' on two shelves); only
     when they lie in the rectangle of one 3D box are they one object, cut in two by something in front of it. A noun is unsure
-    when an outline is a group ('chairs'), is missing or cannot be drawn, or when a 3D box has no outline of that noun.
+    when an outline is a group ('chairs'), is missing or cannot be drawn, when an unknown name hints at it ('chairback'), or when
+    a 3D box has no outline of that noun.
 
     Args:
         frame: its depth file is read, the hole-filled one only where the measured one is too sparse.
-        drops: counts what was left out, by reason.
+        drops: counts what was left out, by reason. Every polygon of the layer that was read is an instance or in one of them.
+        coverage: counts what the noun table knows.
 
     Returns:
         instances in the order of the polygons, and the unsure nouns.
@@ -167,9 +225,9 @@ def frame_objects(frame: Frame, drops: Counter | None = None) -> tuple[list[Inst
     """
     drops = Counter() if drops is None else drops
     depth_m = read_depth(frame.root / frame.depth_path)
-    outlines, unsure = _outlines(frame, depth_m.shape, drops)
+    outlines, unsure = _outlines(frame, depth_m.shape, drops, Coverage() if coverage is None else coverage)
     boxes = _boxes(frame, depth_m.shape, drops)
-    outlines = _without_duplicates(_merge_split_objects(outlines, boxes), drops)
+    outlines = _without_duplicates(_merge_split_objects(outlines, boxes, drops), drops)
     partners = _match(outlines, boxes)
     depths = _Depths(frame, depth_m)
     instances = [_instance(frame, outline, partners.get(i), depths) for i, outline in enumerate(outlines)]
@@ -197,12 +255,11 @@ def frame_nouns(frame: Frame) -> set[str]:
         layer = _first_layer(frame, POLYGON_LAYERS, Counter())
     except UserError:
         return set()
-    names = _names(layer[1]).values() if layer else ()
-    return {noun for name in names if (noun := canonical_noun(name)) in asked_nouns()}
+    return _named(_names(layer[1]).values()) if layer else set()
 
 
 def _first_layer(frame: Frame, layers: tuple[str, ...], drops: Counter) -> tuple[str, dict] | None:
-    """The first layer that names an object, as (layer, annotation); None when none does.
+    """The first layer that names objects, and in a layer of polygons has one, as (layer, annotation); None when none does.
 
     Raises:
         UserError: none does, and one of them cannot be read.
@@ -213,32 +270,33 @@ def _first_layer(frame: Frame, layers: tuple[str, ...], drops: Counter) -> tuple
         if not path.is_file():
             continue
         try:
-            annotation = read_annotation(path)
+            annotation = read_annotation(path, drops)
         except UserError as error:
             drops[f"unreadable {layer}"] += 1
             failure = error
             continue
-        if _names(annotation):
+        if _names(annotation) and (layer in BOX_LAYERS or any(_polygons(annotation))):
             return layer, annotation
+        drops[f"empty {layer}"] += 1
     if failure:
         raise failure
     return None
 
 
 def _polygons(annotation: dict) -> Iterator[tuple[int, dict]]:
-    """(index into `objects`, polygon) of the only frame; whatever is not a polygon is passed over."""
-    frames = annotation.get("frames")
-    first = frames[0] if isinstance(frames, list) and frames else None
+    """(index into `objects`, polygon) of the only frame. What is not a polygon is an empty one, what has no index gets -1."""
+    first = _items(annotation.get("frames")).get(0)
     polygons = first.get("polygon") if isinstance(first, dict) else None
-    for polygon in _items(polygons).values():
-        if isinstance(polygon, dict) and isinstance(polygon.get("object"), int):
-            yield polygon["object"], polygon
+    for item in _items(polygons).values():
+        polygon = item if isinstance(item, dict) else {}
+        index = polygon.get("object")
+        yield index if type(index) is int else -1, polygon
 
 
 def _items(value: Any) -> dict[int, Any]:
     """Elements of a JSON array by index. Arrays were also written as objects with numbered keys, and one element as itself."""
     if isinstance(value, dict):
-        numbered = all(str(key).isdecimal() for key in value)
+        numbered = all(re.fullmatch("0|[1-9][0-9]{0,8}", key) for key in value)
         return {int(key): item for key, item in value.items()} if numbered else {0: value}
     return dict(enumerate(value)) if isinstance(value, list) else {}
 
@@ -250,7 +308,9 @@ def _names(annotation: dict) -> dict[int, str]:
     return {index: name for index, name in named.items() if isinstance(name, str)}
 
 
-def _outlines(frame: Frame, shape: tuple[int, int], drops: Counter) -> tuple[list[_Outline], set[str]]:
+def _outlines(
+    frame: Frame, shape: tuple[int, int], drops: Counter, coverage: Coverage
+) -> tuple[list[_Outline], set[str]]:
     layer = _first_layer(frame, POLYGON_LAYERS, drops)
     if layer is None:
         drops["frame without polygons"] += 1
@@ -260,20 +320,40 @@ def _outlines(frame: Frame, shape: tuple[int, int], drops: Counter) -> tuple[lis
     for index, polygon in _polygons(layer[1]):
         name = names.get(index, "")
         noun = canonical_noun(name)
-        if noun is None:
+        mask = _rasterise(polygon, shape)
+        coverage.add(name, 0.0 if mask is None else float(mask.mean()))
+        if index not in names:
+            drops["polygon of no named object"] += 1
+        elif noun is None:
             drops["name not in the noun table"] += 1
         elif noun not in asked_nouns():
             drops["wall, floor or ceiling"] += 1
         elif names_group(name):
             drops["group of objects"] += 1
             unsure.add(noun)
-        elif (mask := _rasterise(polygon, shape)) is None:
+        elif mask is None:
             drops["outline without area in the image"] += 1
             unsure.add(noun)
         else:
             outlines.append(_Outline(index, noun, mask))
-    named = {noun for name in names.values() if (noun := canonical_noun(name)) in asked_nouns()}
-    return outlines, unsure | (named - {outline.noun for outline in outlines})
+    missing = _named(names.values()) - {outline.noun for outline in outlines}
+    return outlines, unsure | missing | _hinted(names.values())
+
+
+def _named(names: Iterable[str]) -> set[str]:
+    return {noun for name in names if (noun := canonical_noun(name)) in asked_nouns()}
+
+
+def _hinted(names: Iterable[str]) -> set[str]:
+    """Nouns that may be there under another name: 'chairback', and a carpet may be a rug."""
+    hinted: set[str] = set()
+    for name in names:
+        noun = canonical_noun(name)
+        if noun is None:
+            hinted |= hinted_nouns(name)
+        elif noun not in asked_nouns():
+            hinted.update(nouns()[noun].get("similar", ()))
+    return hinted
 
 
 def _rasterise(polygon: dict, shape: tuple[int, int]) -> np.ndarray | None:
@@ -307,26 +387,43 @@ def _boxes(frame: Frame, shape: tuple[int, int], drops: Counter) -> list[_Box]:
         return []
     name, annotation = layer
     linked = dict(_polygons(annotation)) if name == "annotation2D3D" else {}
-    entries = _items(annotation["objects"])
+    entries, names = _items(annotation["objects"]), _names(annotation)
+    if len(names) < len(entries):
+        drops["3D object without a name"] += len(entries) - len(names)
     boxes = []
-    for index, entry_name in _names(annotation).items():
+    for index, entry_name in names.items():
         noun = canonical_noun(entry_name)
         if noun not in asked_nouns():
+            drops["3D box of another noun"] += 1
             continue
         extent = _extent(_items(entries[index].get("polygon")).get(0))
         if extent is None:
             drops["3D box without credible size"] += 1
             continue
         center_m, size_m, corners_m = extent
-        if name == "annotation2D3D":
-            rectangle = _bounds(*(_numbers(linked.get(index, {}).get(axis)) for axis in "xy"), shape)
+        if index in linked:
+            rectangle = _bounds(*(_numbers(linked[index].get(axis)) for axis in "xy"), shape)
         else:
             rectangle = _project(corners_m, frame, shape)
         if rectangle is None:
             drops["3D box outside the image"] += 1
         else:
             boxes.append(_Box(noun, rectangle, center_m, size_m))
-    return boxes
+    return _without_duplicate_boxes(boxes, drops)
+
+
+def _without_duplicate_boxes(boxes: list[_Box], drops: Counter) -> list[_Box]:
+    kept: list[_Box] = []
+    for box in boxes:
+        if any(other.noun == box.noun and _iou(_span(other), _span(box)) > DUPLICATE_BOX_IOU for other in kept):
+            drops["3D box drawn twice"] += 1
+        else:
+            kept.append(box)
+    return kept
+
+
+def _span(box: _Box) -> np.ndarray:
+    return np.concatenate([box.center_m - box.size_m / 2, box.center_m + box.size_m / 2])
 
 
 def _extent(polygon: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
@@ -367,7 +464,7 @@ def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _merge_split_objects(outlines: list[_Outline], boxes: list[_Box]) -> list[_Outline]:
+def _merge_split_objects(outlines: list[_Outline], boxes: list[_Box], drops: Counter) -> list[_Outline]:
     """Join the polygons of one `objects` entry that lie in the rectangle of one 3D box of their noun."""
     merged: dict[Any, _Outline] = {}
     for order, outline in enumerate(outlines):
@@ -378,6 +475,8 @@ def _merge_split_objects(outlines: list[_Outline], boxes: list[_Box]) -> list[_O
             home = _home([outline], boxes) if home is None else home
         key = (outline.entry, home) if home is not None else (outline.entry, "alone", order)
         before = merged.get(key)
+        if before:
+            drops["piece joined to its object"] += 1
         merged[key] = outline._replace(mask=before.mask | outline.mask) if before else outline
     return list(merged.values())
 
@@ -419,9 +518,11 @@ def _match(outlines: list[_Outline], boxes: list[_Box]) -> dict[int, _Box]:
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:
-    width, height = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
-    shared = max(width, 0) * max(height, 0)
-    return shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared)
+    """Of two boxes in any number of dimensions, each a low corner followed by a high one."""
+    n = len(a) // 2
+    shared = np.prod(np.maximum(np.minimum(a[n:], b[n:]) - np.maximum(a[:n], b[:n]), 0))
+    union = np.prod(a[n:] - a[:n]) + np.prod(b[n:] - b[:n]) - shared
+    return float(shared / union) if union > 0 else 0.0
 
 
 class _Depths:

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.annotations import frame_nouns, frame_objects
+from dataset.annotations import Coverage, frame_nouns, frame_objects
 from dataset.captions import frame_caption
 from dataset.extract import extract_archives
 from dataset.miniature.world import ensure_world
@@ -56,11 +56,12 @@ from dataset.questions import (
     unanswered_file,
     write_questions,
 )
-from dataset.sunrgbd import Frame, find_frames, official_split, read_rgb
+from dataset.sunrgbd import Frame, find_frames, missing_frames, official_split, read_rgb
 from evaluation.blind import blind_check
 
 SPLITS = ("train", "val", "test")
 BLIND_CHECK_LEAST = 200  # questions of a type: with fewer, chance alone exceeds the limits
+UNKNOWN_LISTED, UNKNOWN_PRINTED = 100, 10  # of the most frequent names that are not in the noun table
 VOCABULARY_FRAMES = 1000  # frames whose nouns may be asked about when they are absent
 
 
@@ -69,6 +70,7 @@ class FrameReport(NamedTuple):
 
     questions: list[Question]
     drops: Counter  # annotations that were left out, by reason
+    coverage: Coverage  # what the noun table knows of the outlines
     failure: str  # empty when the frame can be used
     caption: Question | None = None  # None where nothing is shown
 
@@ -131,10 +133,12 @@ def build_csv_data(
         "largest_answer_share": ANSWER_SHARE,
         "frames": dict(Counter(split[frame.path] for frame, _ in usable)),
         "frames_outside_the_official_split": len(frames) - len(listed),
+        "missing_frames": _collections(missing_frames(root, frames)),
         "recordings_in_two_splits": _shared_recordings(listed, split),
         "questions": {name: _counts(rows[name]) for name in SPLITS} | {"train_unanswered": _counts(unanswered)},
         "captions": {name: len(captions[name]) for name in SPLITS},
         "dropped_annotations": dict(sum((report.drops for report in reports), Counter()).most_common()),
+        "noun_table": _coverage(sum((report.coverage for report in reports), Coverage())),
         "unusable_frames": dict(sorted(unusable)),
     }
     for name in SPLITS:
@@ -143,6 +147,11 @@ def build_csv_data(
     write_questions(unanswered_file(root), unanswered)
     write_json(questions_file(root, "train").with_name("questions.json"), summary)
     return summary
+
+
+def _collections(paths: Sequence[str]) -> dict[str, int]:
+    """How many frame paths there are of each collection, such as `kv1/NYUdata`."""
+    return dict(sorted(Counter("/".join(path.split("/")[1:3]) for path in paths).items()))
 
 
 def _shared_recordings(frames: Sequence[Frame], split: dict[str, str]) -> dict[str, int]:
@@ -171,18 +180,36 @@ def _vocabulary(frames: Sequence[Frame]) -> list[str]:
 
 def read_frame_questions(frame: Frame, *, seed: int, vocabulary: Collection[str]) -> FrameReport:
     """Read a frame's annotations and pictures and ask what can be asked."""
-    drops: Counter = Counter()
+    drops, coverage = Counter(), Coverage()
     digest = hashlib.sha256(frame.path.encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])  # independent of the other frames
     try:
-        instances, unsure = frame_objects(frame, drops)
+        instances, unsure = frame_objects(frame, drops, coverage)
         rgb = read_rgb(frame.root / frame.image_path)
         if instances and instances[0].mask.shape != rgb.shape[:2]:
             raise UserError(f"{frame.path}: RGB is {rgb.shape[:2]} and depth {instances[0].mask.shape} pixels")
     except UserError as error:
-        return FrameReport([], drops, str(error))
+        return FrameReport([], drops, coverage, str(error))
     questions = frame_candidates(instances, rgb=rgb, rng=rng, unsure=unsure, vocabulary=vocabulary)
-    return FrameReport(questions, drops, "", frame_caption(instances, scene=frame.scene, unsure=unsure))
+    return FrameReport(questions, drops, coverage, "", frame_caption(instances, scene=frame.scene, unsure=unsure))
+
+
+def _coverage(coverage: Coverage) -> dict[str, Any]:
+    """What share of the outlined objects and of their area has a noun; walls, floors and ceilings are counted apart."""
+    objects = {key: count for key, count in coverage.outlines.items() if key != "structure"}
+    area = {key: share for key, share in coverage.area.items() if key != "structure"}
+    return {
+        "known_share_of_outlines": _share(objects),
+        "known_share_of_area": _share(area),
+        "outlines": dict(sorted(coverage.outlines.items())),
+        "area_in_pictures": {kind: round(share, 3) for kind, share in sorted(coverage.area.items())},
+        "most_frequent_unknown_names": dict(coverage.unknown_names.most_common(UNKNOWN_LISTED)),
+    }
+
+
+def _share(parts: dict[str, float]) -> float | None:
+    total = sum(parts.values())
+    return round(parts.get("known", 0) / total, 4) if total else None
 
 
 def _counts(rows: Sequence[QuestionRow]) -> dict[str, Any]:
@@ -194,6 +221,27 @@ def _counts(rows: Sequence[QuestionRow]) -> dict[str, Any]:
         "sensors": dict(Counter(row.sensor for row in rows).most_common()),
         "types_by_sensor": dict(sorted(Counter(f"{row.sensor} {row.type}" for row in rows).items())),
     }
+
+
+def print_missing(collections: dict[str, int]) -> None:
+    """Print how many frames of the official split the tree lacks, which happens when it was unpacked in part."""
+    if collections:
+        counts = ", ".join(f"{name} {n}" for name, n in collections.items())
+        print(f"{sum(collections.values())} frames of the official split are not there ({counts})")
+
+
+def print_coverage(found: dict[str, Any]) -> None:
+    """Print which share of the outlines the noun table knows, as `questions.json` has it."""
+    if found["known_share_of_area"] is None:
+        print("nouns: no object is outlined in any frame")
+        return
+    names = list(found["most_frequent_unknown_names"].items())[:UNKNOWN_PRINTED]
+    print(
+        f"nouns: {found['known_share_of_outlines']:.1%} of the outlined objects and {found['known_share_of_area']:.1%} of their "
+        f"area are in the noun table, not counting {found['outlines'].get('structure', 0)} walls, floors and ceilings"
+    )
+    if names:
+        print("most frequent other names: " + ", ".join(f"{name or '(none)'} {n}" for name, n in names))
 
 
 def check_tree(root: Path, *, workers: int | None = None) -> None:
@@ -211,8 +259,16 @@ def check_tree(root: Path, *, workers: int | None = None) -> None:
     sensors = Counter(frame.sensor for frame in frames)
     print(f"{len(frames)} frames ({', '.join(f'{name} {n}' for name, n in sorted(sensors.items()))}); split: ", end="")
     print(", ".join(f"{name} {n}" for name, n in sorted(Counter(split.values()).items())) or "none listed")
+    print_missing(_collections(missing_frames(root, frames)))
     if unusable:
         raise UserError(f"{root / 'SUNRGBD'}: {len(unusable)} frames cannot be used, listed above with the reason")
+
+
+def _rows_of_all_splits(root: Path) -> list[QuestionRow]:
+    """A tree of a few frames may have a split without questions, but not three."""
+    paths = [questions_file(root, name) for name in SPLITS]
+    filled = [path for path in paths if not path.is_file() or path.read_bytes().count(b"\n") > 1]
+    return [row for path in filled or paths for row in read_questions(path, root=root)]
 
 
 def check_blind(root: Path) -> None:
@@ -287,8 +343,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.preview:
         path = questions_file(root, "train").with_name("preview.html")
-        rows = [row for name in SPLITS for row in read_questions(questions_file(root, name), root=root)]
-        write_preview(path, root, rows, n_frames=args.preview)
+        write_preview(path, root, _rows_of_all_splits(root), n_frames=args.preview)
         print(f"wrote {path}")
         return
     if args.blind_check:
@@ -305,6 +360,8 @@ def main(args: argparse.Namespace) -> None:
     for name, counts in summary["questions"].items():
         types = ", ".join(f"{kind} {n}" for kind, n in counts["types"].items())
         print(f"{name}: {counts['all']} questions about {counts['images']} images ({types})")
+    print_coverage(summary["noun_table"])
+    print_missing(summary["missing_frames"])
     if summary["unusable_frames"]:
         print(f"{len(summary['unusable_frames'])} frames cannot be used; --check lists them")
 

@@ -145,7 +145,8 @@ def frame_candidates(
     counts = Counter(thing.noun for thing in shown if not thing.contested)
     unique = [thing for thing in shown if counts[thing.noun] == 1 and thing.noun not in vague]
     placed = [thing for thing in unique if np.isfinite(thing.center_m).all()]
-    absent = _absent(counts.keys() | vague, asked_nouns() if vocabulary is None else vocabulary)
+    # Where nothing is outlined nobody looked, or all of it has unknown names: that is no reason to call a thing absent.
+    absent = _absent(counts.keys() | vague, asked_nouns() if vocabulary is None else vocabulary) if counts else []
     kinds = [
         _identification(shown),
         [(question,) for thing in unique if rgb is not None and (question := _color(thing, rgb))],

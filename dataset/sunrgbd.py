@@ -1,7 +1,7 @@
 """Find the frames of a SUN RGB-D tree: image and depth files, sensor, camera, tilt, scene, official split.
 
 The tree is `ROOT_DATA_DIR/SUNRGBD/<sensor>/<collection>/.../<frame>/`; `xtion/sun3ddata` is two levels deeper than the other
-collections, so frames are recognised by their `image/` folder and not by their depth in the tree. The official split is
+collections, so frames are recognised by their `image/` or `depth/` folder and not by their place in the tree. The official split is
 `ROOT_DATA_DIR/SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat` (Song et al., CVPR 2015); `official_split.txt.xz` holds the same
 split for a tree without the toolbox.
 
@@ -86,7 +86,7 @@ def find_frames(root: Path) -> tuple[list[Frame], list[tuple[str, str]]]:
 
 def _frame_folders(top: Path) -> Iterator[Path]:
     for folder, subfolders, _ in os.walk(top, followlinks=True):
-        if "image" in subfolders and "depth" in subfolders:
+        if "image" in subfolders or "depth" in subfolders:  # without one of them it is a frame, but an unusable one
             subfolders.clear()
             yield Path(folder)
         else:
@@ -145,7 +145,10 @@ def _tilt(folder: Path) -> np.ndarray:
 
 
 def _scene(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else "idk"
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else "idk"
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
 
 
 def official_split(root: Path, frames: list[Frame], *, val_share: float = 0.1) -> dict[str, str]:
@@ -158,20 +161,35 @@ def official_split(root: Path, frames: list[Frame], *, val_share: float = 0.1) -
     Raises:
         UserError: the file is unreadable, or missing from a tree of other frames.
     """
+    listed = _listed_split(root, frames, val_share)
+    return {frame.path: listed[frame.path] for frame in frames if frame.path in listed}
+
+
+def missing_frames(root: Path, frames: list[Frame]) -> list[str]:
+    """Paths that the official split lists and the tree of these frames does not have, not even as an unusable folder.
+
+    Raises:
+        UserError: as `official_split`.
+    """
+    listed = _listed_split(root, frames, val_share=0.1)
+    return sorted(path for path in listed.keys() - {frame.path for frame in frames} if not (root / path).is_dir())
+
+
+def _listed_split(root: Path, frames: list[Frame], val_share: float) -> dict[str, str]:
+    """`frame path -> train | val | test` of all frames that the split of this tree lists."""
     path = root / "SUNRGBDtoolbox" / "traintestSUNRGBD" / "allsplit.mat"
-    names = {frame.path: frame.path.removeprefix("SUNRGBD/") for frame in frames}
     if path.exists():
         listed = _toolbox_split(path, val_share)
     else:
         listed = read_official_list()
-        known = sum(name in listed for name in names.values())
+        known = sum(frame.path.removeprefix("SUNRGBD/") in listed for frame in frames)
         # Other data in this layout reuses names such as kv1/NYUdata/NYU0001, so a few that match prove nothing.
-        if 2 * known < len(names):
+        if 2 * known < len(frames):
             raise UserError(
-                f"{path} is missing, and the official split names only {known} of the {len(names)} frames; "
+                f"{path} is missing, and the official split names only {known} of the {len(frames)} frames; "
                 "unpack SUNRGBDtoolbox.zip there"
             )
-    return {path: listed[name] for path, name in names.items() if name in listed}
+    return {f"SUNRGBD/{name}": split for name, split in listed.items()}
 
 
 def _toolbox_split(path: Path, val_share: float) -> dict[str, str]:

@@ -39,6 +39,14 @@ def test_rotation_oracles():
     assert decode_depth(words).tolist() == [[8.0, 8.0, 1.0, 0.0]]
 
 
+def test_all_words_decode_as_in_the_toolbox():
+    """read3dPoints.m: bitor(bitshift(d, -3), bitshift(d, 16 - 3)) in 16 bits, over 1000 in single precision, at most 8."""
+    words = np.arange(65536)
+    toolbox = ((words // 8) | (words * 2**13 % 2**16)).astype(np.float32) / np.float32(1000)
+    toolbox[toolbox > 8] = 8
+    np.testing.assert_array_equal(decode_depth(words.astype(np.uint16).reshape(256, 256)).ravel(), toolbox)
+
+
 def test_encoding_is_the_inverse_of_decoding():
     millimetres = np.arange(65536)
     words = encode_sunrgbd(millimetres / 1000)

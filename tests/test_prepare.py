@@ -57,8 +57,30 @@ def test_files_follow_the_split_and_the_summary_counts_them(tree):
         assert counts["sensors"] == Counter(row.sensor for row in rows)
     assert not images["train"] & images["val"] and not images["train"] & images["test"]
     assert summary["frames"] == {"train": 24, "val": 8, "test": 8} and not summary["unusable_frames"]
+    assert summary["noun_table"]["known_share_of_outlines"] == summary["noun_table"]["known_share_of_area"] == 1
+    assert set(summary["noun_table"]["outlines"]) == {"known", "structure"}
     assert set(summary["recordings_in_two_splits"].values()) == {0}
     assert summary == json.loads((tree / "SUNRGBD" / "csv_data" / "questions.json").read_text())
+
+
+def test_the_summary_says_what_the_noun_table_knows(tree, capsys):
+    """Two names of a frame are not in the table; the shares leave out walls and floors."""
+    frames, _ = find_frames(tree)
+    path = tree / frames[0].path / "annotation2Dfinal" / "index.json"
+    layer = json.loads(path.read_text())
+    layer["objects"][0]["name"], layer["objects"][1]["name"] = "gizmo", "Gizmo2"
+    path.write_text(json.dumps(layer))
+    main(parse_args(["--root", str(tree), "--workers", "1"]))
+    found = json.loads((tree / "SUNRGBD" / "csv_data" / "questions.json").read_text())["noun_table"]
+    n = sum(polygon["object"] in (0, 1) for polygon in layer["frames"][0]["polygon"])
+    assert found["outlines"]["unknown"] == n == found["most_frequent_unknown_names"]["gizmo"]
+    known = found["outlines"]["known"]
+    assert found["known_share_of_outlines"] == round(known / (known + n), 4)
+    area = found["area_in_pictures"]
+    assert found["known_share_of_area"] == pytest.approx(area["known"] / (area["known"] + area["unknown"]), abs=1e-3)
+    printed = capsys.readouterr().out
+    assert f"nouns: {found['known_share_of_outlines']:.1%} of the outlined objects" in printed
+    assert f"most frequent other names: gizmo {n}" in printed
 
 
 def test_recordings_in_two_splits_are_counted():
@@ -139,7 +161,19 @@ def test_pictures_must_be_registered(tree):
 
 def test_check_of_a_sound_tree_writes_nothing(tree, capsys):
     main(parse_args(["--root", str(tree), "--check", "--workers", "1"]))
-    assert "40 frames" in capsys.readouterr().out and not (tree / "SUNRGBD" / "csv_data").exists()
+    printed = capsys.readouterr().out
+    assert "40 frames" in printed and "not there" not in printed and not (tree / "SUNRGBD" / "csv_data").exists()
+
+
+def test_a_tree_that_was_unpacked_in_part(tree, capsys):
+    """What is lost is said by collection; what is there stays usable."""
+    gone = [frame.path for frame in find_frames(tree)[0]][:3]
+    for path in gone:
+        shutil.rmtree(tree / path)
+    lost = Counter("/".join(path.split("/")[1:3]) for path in gone)
+    assert build_csv_data(tree, workers=1)["missing_frames"] == lost
+    check_tree(tree, workers=1)
+    assert "3 frames of the official split are not there" in capsys.readouterr().out
 
 
 def test_frames_outside_the_split_and_a_missing_split(tree):
@@ -258,7 +292,8 @@ def test_real_tree(samples, tmp_path):
     assert not any(
         "book" in text or "the shelf" in text or "box" in text for text in found
     )  # groups, not unique, contested
-    assert sum(report.drops.values()) == 9
+    assert sum(report.drops.values()) == 10
+    assert report.coverage.outlines == {"known": 7, "structure": 2} and not report.coverage.unknown_names
 
 
 def test_every_frame_is_described_apart_from_the_questions(tree):
@@ -277,6 +312,12 @@ def test_preview_and_blind_check_of_files_that_are_there(tree, capsys, monkeypat
     main(parse_args(["--root", str(tree), "--preview", "2"]))
     page = tree / "SUNRGBD/csv_data/preview.html"
     assert page.read_text(encoding="utf-8").count("<img") == 2
+    val = questions_file(tree, "val")
+    val.write_bytes(before[val].splitlines(keepends=True)[0])  # few frames may leave a split without questions
+    main(parse_args(["--root", str(tree), "--preview", "100"]))
+    shown = {row.image_path for name in ("train", "test") for row in read_questions(questions_file(tree, name))}
+    assert page.read_text(encoding="utf-8").count("<img") == len(shown)
+    val.write_bytes(before[val])
     main(parse_args(["--root", str(tree), "--blind_check"]))
     assert "no type has 200 questions or more" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before

@@ -111,6 +111,8 @@ def test_the_list_of_the_official_split():
     ("damage", "complaint"),
     [
         (lambda f: next((f / "depth").iterdir()).unlink(), "depth: expected one"),
+        (lambda f: shutil.rmtree(f / "depth"), "depth: expected one"),
+        (lambda f: shutil.rmtree(f / "image"), "image: expected one"),
         (lambda f: (f / "image" / "second.jpg").write_bytes(b""), "image: expected one"),
         (lambda f: (f / "intrinsics.txt").write_text("1 2 3"), "intrinsics.txt: expected 3x3"),
         (lambda f: (f / "intrinsics.txt").unlink(), "intrinsics.txt"),
@@ -134,6 +136,22 @@ def test_optional_files(own_world):
     shutil.rmtree(folder / "depth_bfx")
     frame = read_frame(own_world, frames[0].path)
     assert frame.scene == "office" and frame.depth_bfx_path is None and (frame.tilt == np.eye(3)).all()
+    (folder / "scene.txt").write_bytes(b"caf\xe9")
+    assert read_frame(own_world, frames[0].path).scene.startswith("caf")
+    (folder / "scene.txt").unlink()
+    assert read_frame(own_world, frames[0].path).scene == "idk"
+
+
+def test_the_last_extrinsics_count_and_intrinsics_may_be_one_line(own_world):
+    frame = find_frames(own_world)[0][0]
+    folder = own_world / frame.path
+    turned = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]])
+    np.savetxt(folder / "extrinsics" / "99990101000000.txt", turned)
+    np.savetxt(folder / "extrinsics" / "00010101000000.txt", -turned)
+    (folder / "intrinsics.txt").write_text("500 0 300 0 510 200 0 0 1")
+    again = read_frame(own_world, frame.path)
+    np.testing.assert_array_equal(again.tilt, turned[:, :3])
+    np.testing.assert_array_equal(again.intrinsics, [[500, 0, 300], [0, 510, 200], [0, 0, 1]])
 
 
 def test_empty_tree(tmp_path):

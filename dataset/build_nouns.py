@@ -1,0 +1,178 @@
+"""Fill the noun table with the spellings that annotators used, and say what the table covers.
+
+SUN RGB-D's names are free text: "woodenchair", "chiar", "chair2". People write the table's nouns with their plurals, `aliases`,
+`unclear` and `similar` names; this script adds, as `found`, the spellings in lists of raw names that follow from them: a known
+name behind words of colour, material, size or place, or with one slip of the pen. It proposes, a person looks at the diff of
+the table, and what is wrong goes into the noun's `not`: "chain" is no chair. Names of two nouns are proposed for neither.
+
+Reads   dataset/nouns.json and lists of raw names: .json (an array, or an object whose keys they are), .csv (the column
+        Name_6585, as in tables of the toolbox's label names), or a name per line
+Writes  dataset/nouns.json
+
+    python dataset/build_nouns.py names.json names.csv
+    python dataset/build_nouns.py --check names.json names.csv    # write nothing, fail when the table would change
+
+The table that comes with this repository was made from the 14,424 names of Yannick947/data_generator_sunrgbd
+(raw_to_cleaned_names.json) and the 6,113 names of the toolbox's segmentation labels, in this order.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, atomic_path, run_script
+
+# isort: split
+import argparse
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from dataset.annotations import NOUN_TABLE, letters, nouns, spellings
+
+Table = dict[str, dict[str, Any]]
+
+FIELDS = ("plural", "aliases", "found", "not", "unclear", "similar", "asked")
+QUALIFIERS = tuple(
+    "black white blue red green yellow brown grey gray orange pink purple dark silver gold wood wooden metal plastic glass "
+    "leather steel iron small big large little tiny long tall low short round circular square left right front back rear middle "
+    "center centre corner upper lower top bottom another other second first third single double old new empty open closed "
+    "office kitchen school student classroom library bathroom bedroom".split()
+)
+SLIP_LETTERS = 5  # shorter names are one letter away from too many others
+HEADS_SHOWN = 40
+
+
+def read_names(path: Path) -> list[str]:
+    """The raw names of a list, in its order.
+
+    Raises:
+        UserError: the list cannot be read or holds no name.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            names = [name for name in json.loads(text) if isinstance(name, str)]
+        elif path.suffix == ".csv":
+            names = [row["Name_6585"] for row in csv.DictReader(text.splitlines())]
+        else:
+            names = text.splitlines()
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: no list of names ({type(error).__name__}: {error})") from error
+    if not names:
+        raise UserError(f"{path}: holds no names")
+    return names
+
+
+def with_found(table: Table, names: Iterable[str]) -> Table:
+    """The table with `found` made anew from raw names; what it held before plays no part."""
+    bare = {noun: {key: value for key, value in entry.items() if key != "found"} for noun, entry in table.items()}
+    known = spellings(bare)
+    singular = {spelling: noun for spelling, (noun, group) in known.items() if not group}
+    slips = _slips(singular)
+    found: dict[str, set[str]] = {noun: set() for noun in bare}
+    for key in {letters(name) for name in names} - known.keys():
+        noun = _behind_qualifiers(key, singular) or _with_one_slip(key, slips)
+        if noun and key not in bare[noun].get("not", ()):
+            found[noun].add(key)
+    filled = {noun: {**entry, "found": sorted(found[noun])} for noun, entry in bare.items()}
+    return {noun: {key: entry[key] for key in FIELDS if key in entry} for noun, entry in filled.items()}
+
+
+def _behind_qualifiers(key: str, singular: dict[str, str]) -> str | None:
+    """The noun of `smallwoodentable`."""
+    for qualifier in QUALIFIERS:
+        if key.startswith(qualifier):
+            rest = key.removeprefix(qualifier)
+            noun = singular.get(rest) or _behind_qualifiers(rest, singular)
+            if noun:
+                return noun
+    return None
+
+
+def _slips(singular: dict[str, str]) -> dict[str, set[str]]:
+    """Name less one letter -> the nouns of which it may be a rest."""
+    slips: dict[str, set[str]] = {}
+    for spelling, noun in singular.items():
+        if len(spelling) >= SLIP_LETTERS:
+            for rest in _less_one(spelling):
+                slips.setdefault(rest, set()).add(noun)
+    return slips
+
+
+def _less_one(key: str) -> set[str]:
+    """The word and what is left without one of its letters, apart from the first, which is seldom wrong."""
+    return {key} | {key[:i] + key[i + 1 :] for i in range(1, len(key))}
+
+
+def _with_one_slip(key: str, slips: dict[str, set[str]]) -> str | None:
+    """The only noun of which the key is a name with one letter left out, added, exchanged or moved.
+
+    Not with an s at its end: that is a plural, or a slip in one.
+    """
+    if len(key) < SLIP_LETTERS - 1 or key.endswith("s"):
+        return None
+    near = set().union(*(slips.get(rest, ()) for rest in _less_one(key)))
+    return near.pop() if len(near) == 1 else None
+
+
+def table_text(table: Table) -> str:
+    """The file's text: a line per noun."""
+    lines = (f"  {json.dumps(noun)}: {json.dumps(entry)}" for noun, entry in table.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def print_coverage(table: Table, lists: dict[Path, list[str]]) -> None:
+    """Print which share of each list's names the table knows, and the words on which most of the others end."""
+    known = spellings(table)
+    print(f"{len(table)} nouns, {sum(not group for _, group in known.values()):,} spellings")
+    for path, names in lists.items():
+        mapped = sum(letters(name) in known for name in names)
+        print(f"{path.name}: {mapped:,} of {len(names):,} names ({mapped / len(names):.1%}) are in the table")
+    names = [name for listed in lists.values() for name in listed]
+    unknown = {key: None for name in names if (key := letters(name)) not in known}
+    words = _words(names)
+    heads = Counter(_head(key, words) for key in unknown)
+    print(
+        "most of the others end in: " + ", ".join(f"{head} {n}" for head, n in heads.most_common(HEADS_SHOWN) if head)
+    )
+
+
+def _words(names: Iterable[str]) -> Collection[str]:
+    """Words that stand alone in some name, or last in one that has several."""
+    return {words[-1] for name in names if (words := re.findall("[a-z]{3,}", name.lower()))}
+
+
+def _head(key: str, words: Collection[str]) -> str:
+    """The longest of the words that a longer name ends in, else the name: `papertoweldispenser` is a dispenser."""
+    return next((key[i:] for i in range(1, len(key) - 2) if key[i:] in words), key)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lists", type=Path, nargs="+", metavar="LIST", help="file with raw names")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when the table would change")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Refresh the table, or check it, and print what it covers."""
+    lists = {path: read_names(path) for path in args.lists}
+    table = with_found(nouns(), (name for names in lists.values() for name in names))
+    print_coverage(table, lists)
+    if args.check and table != nouns():
+        changed = sorted(noun for noun in table if table[noun] != nouns()[noun])
+        raise UserError(f"{NOUN_TABLE}: the lists give other spellings of {', '.join(changed)}; run without --check")
+    if not args.check:
+        with atomic_path(NOUN_TABLE) as part:
+            part.write_text(table_text(table), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)
