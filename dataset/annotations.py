@@ -37,6 +37,10 @@ ERODE_PX_AT_560 = 3  # polygon borders mix fore- and background; scaled with the
 MIN_DEPTH_SHARE = 0.0008  # of the image, measured inside the eroded mask: 200 pixels of 561x427
 MIN_DEPTH_VALID = 0.3  # of the eroded mask
 MIN_HINT = 3  # letters of a noun at the beginning or end of an unknown name
+ACCESSORIES = tuple(  # last words of names of what belongs to a thing and is no second one: a door's handle, a table's cloth
+    "handle handles knob knobs frame frames jamb way hinge lock bell stop stopper sill ledge rod rail ring holder hanger brush pad "
+    "mat paper cloth sheet sheets cover lid label sticker reflection shadow".split()
+)
 MAX_CUTS = 16  # characters taken out of one broken JSON file
 
 
@@ -336,21 +340,24 @@ def _outlines(
             unsure.add(noun)
         else:
             outlines.append(_Outline(index, noun, mask))
-    missing = _named(names.values()) - {outline.noun for outline in outlines}
-    return outlines, unsure | missing | _hinted(names.values())
+    outlined = {outline.noun for outline in outlines}
+    return outlines, unsure | (_named(names.values()) - outlined) | _hinted(names.values(), outlined)
 
 
 def _named(names: Iterable[str]) -> set[str]:
     return {noun for name in names if (noun := canonical_noun(name)) in asked_nouns()}
 
 
-def _hinted(names: Iterable[str]) -> set[str]:
-    """Nouns that may be there under another name: 'chairback', and a carpet may be a rug."""
+def _hinted(names: Iterable[str], outlined: set[str]) -> set[str]:
+    """Nouns of which there may be more under another name: 'chairback', and a carpet may be a rug.
+
+    A 'doorhandle' says only that there is a door, which is known where one is outlined.
+    """
     hinted: set[str] = set()
     for name in names:
         noun = canonical_noun(name)
         if noun is None:
-            hinted |= hinted_nouns(name)
+            hinted |= hinted_nouns(name) - (outlined if letters(name).endswith(ACCESSORIES) else set())
         elif noun not in asked_nouns():
             hinted.update(nouns()[noun].get("similar", ()))
     return hinted

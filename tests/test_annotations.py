@@ -107,6 +107,18 @@ def test_what_hints_at_a_noun_is_not_counted(make_frame):
     assert {(q.text, q.answer) for q in asked} == {("Is there a bed?", "no"), ("Is there a chair?", "yes")}
 
 
+def test_an_accessory_is_no_second_thing_but_tells_of_the_first(make_frame):
+    """A door's handle beside the door leaves one door; alone it only forbids to say that there is none."""
+    for names, unsure in (
+        (["door", "doorhandle"], False),
+        (["doorhandle"], True),
+        (["door", "doorhandle", "door panel"], True),
+        (["door", "towel rod"], False),
+    ):
+        layer = polygons(names, [rectangle(30 * i, 10, 30 * i + 25, 100, i) for i in range(len(names))])
+        assert ("door" in frame_objects(make_frame(annotation=layer))[1]) == unsure, names
+
+
 def test_a_frame_in_which_nothing_is_named_says_nothing_about_what_is_absent(make_frame):
     for layers in ({}, {"annotation": polygons(["gizmo", "wall"], [rectangle(10, 10, 50, 50, i) for i in (0, 1)])}):
         instances, unsure = frame_objects(make_frame(**layers))
