@@ -274,21 +274,25 @@ def log_path(job: Job, work: Path) -> Path:
     return work / "logs" / f"{job.name}.txt"
 
 
+def scores_of(runs: Sequence[Mapping[str, Any]], arm: str, fraction: float) -> dict[int, dict[str, float]]:
+    """An arm's accuracies by seed."""
+    return {run["seed"]: run["scores"] for run in runs if (run["arm"], run["fraction"]) == (arm, fraction)}
+
+
 def table(runs: Sequence[Mapping[str, Any]], fraction: float) -> list[str]:
     """Markdown rows: mean and standard deviation over seeds, paired difference from the control with its 95 % interval."""
     columns = ["By depth", "Overall", *QUESTION_TYPES, "Val"]
     lines = [
-        f"| {100 * fraction:g} % of the labels | {' | '.join(c.removesuffix(' Identification') for c in columns)} | "
+        f"| {100 * fraction:g} % of the labels | Seeds | {' | '.join(c.removesuffix(' Identification') for c in columns)} | "
         "Gain by depth | Gain overall |",
-        "| --- |" + " ---: |" * (len(columns) + 2),
+        "| --- |" + " ---: |" * (len(columns) + 3),
     ]
-    chosen = [run for run in runs if run["fraction"] == fraction]
-    control = {run["seed"]: run["scores"] for run in chosen if run["arm"] == CONTROL}
-    for arm in dict.fromkeys(run["arm"] for run in chosen):
-        own = {run["seed"]: run["scores"] for run in chosen if run["arm"] == arm}
+    control = scores_of(runs, CONTROL, fraction)
+    for arm in dict.fromkeys(run["arm"] for run in runs if run["fraction"] == fraction):
+        own = scores_of(runs, arm, fraction)
         cells = [spread([100 * found[column] for found in own.values()]) for column in columns]
         gains = [interval(gain(own, control, column)) if arm != CONTROL else "" for column in ("By depth", "Overall")]
-        lines.append(f"| {arm} | {' | '.join([*cells, *gains])} |")
+        lines.append(f"| {arm} | {len(own)} | {' | '.join([*cells, *gains])} |")
     return lines
 
 
@@ -306,12 +310,9 @@ def gain_table(runs: Sequence[Mapping[str, Any]], arm: str) -> list[str]:
         "| --- |" + " ---: |" * len(QUESTION_TYPES),
     ]
     for fraction in FRACTIONS:
-        scores_of = {
-            name: {r["seed"]: r["scores"] for r in runs if r["arm"] == name and r["fraction"] == fraction}
-            for name in (arm, CONTROL)
-        }
-        if scores_of[arm]:
-            cells = [interval(gain(scores_of[arm], scores_of[CONTROL], kind)) for kind in QUESTION_TYPES]
+        own, control = scores_of(runs, arm, fraction), scores_of(runs, CONTROL, fraction)
+        if own:
+            cells = [interval(gain(own, control, kind)) for kind in QUESTION_TYPES]
             lines.append(f"| {100 * fraction:g} % of the labels | {' | '.join(cells)} |")
     return lines
 
@@ -321,41 +322,57 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
-def interval(values: Sequence[float]) -> str:
+def interval(values: Sequence[float], *, sign: str = "+") -> str:
     """Mean with the 95 % interval of Student's t over seeds."""
     if len(values) < 2:
-        return f"{mean(values):+.1f}"
+        return f"{mean(values):{sign}.1f}"
     half = student_t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):+.1f} [{mean(values) - half:+.1f}, {mean(values) + half:+.1f}]"
+    return f"{mean(values):{sign}.1f} [{mean(values) - half:{sign}.1f}, {mean(values) + half:{sign}.1f}]"
 
 
-def write_tables(output: Path, runs: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any]) -> None:
-    """The tables with what they are about; and runs.json, from which they can be made again."""
-    blind = max(scores(found)["By depth"] for found in teacher["blind"].values())
-    ceiling = scores(teacher)["By depth"]
+def findings(records: Mapping[str, Any]) -> list[str]:
+    """What the tables do not say in one number: how much of the way to the teacher, and what few labels are worth."""
+    arm, runs, blind = "double trouble", records["runs"], records["blind"]
+    way = records["teacher"]["By depth"] - blind
+    whole = scores_of(runs, arm, 1.0)
+    shares = [100 * (found["By depth"] - blind) / way for found in whole.values()]
+    lines = [
+        f"- With all labels, {arm} closes {interval(shares, sign='')} % of the gap between the best blind baseline and the RGB "
+        "teacher, by depth."
+    ]
+    control = scores_of(runs, CONTROL, 1.0)
+    for fraction in FRACTIONS[1:]:
+        few = gain(scores_of(runs, arm, fraction), control, "By depth")
+        if few:
+            lines.append(
+                f"- With {100 * fraction:g} % of the labels, {arm} is {interval(few)} points by depth from {CONTROL} with all of "
+                "them."
+            )
+    return lines
+
+
+def report(records: Mapping[str, Any]) -> str:
+    """The tables with what they are about."""
+    runs = records["runs"]
     commits = ", ".join(sorted({run["commit"] for run in runs}))
     spent, threads = duration(sum(run["seconds"] for run in runs)), max(run["threads"] for run in runs)
     text = [
         "# Distillation on the miniature world",
         "",
-        f"{date.today()}, commit {commits}; {spent} in all for the arms, each in a process with {threads} CPU thread(s). Share of "
-        f"right answers in % on the test split, mean ± standard deviation over seeds; gain: paired difference from {CONTROL} of the "
-        "same seed and labels, with the 95 % interval over seeds. All arms of a table see as many images in as many optimizer "
-        "steps. By depth: all questions but those about colour; val: overall, on the split on which choices were made. The RGB "
-        f"teacher was tuned on all labels of the training set and has {100 * ceiling:.1f} by depth, the best blind baseline "
-        f"{100 * blind:.1f}. Where labels are scarce the stock teacher teaches, which has read none of this data set's. One "
-        "teacher serves all seeds. Questions to the teacher are about the true scenes and use the templates of the test "
-        "questions.",
+        f"{records['date']}, commit {commits}; {spent} in all for the arms, each in a process with {threads} CPU thread(s). Share "
+        "of right answers in % on the test split, mean ± standard deviation over seeds; gain: paired difference from "
+        f"{CONTROL} of the same seed and labels, with the 95 % interval over seeds. All arms of a table see as many images in as "
+        "many optimizer steps. By depth: all questions but those about colour; val: overall, on the split on which choices were "
+        "made. The RGB teacher was tuned on all labels of the training set and has "
+        f"{100 * records['teacher']['By depth']:.1f} by depth, the best blind baseline {100 * records['blind']:.1f}. Where labels "
+        "are scarce the stock teacher teaches, which has read none of this data set's. One teacher serves all seeds. Questions "
+        "to the teacher are about the true scenes and use the templates of the test questions.",
         "",
     ]
     for fraction in FRACTIONS:
         text += [*table(runs, fraction), ""]
     text += ["Double trouble against label-only training, type by type:", "", *gain_table(runs, "double trouble"), ""]
-    done = [run["scores"]["By depth"] for run in runs if run["arm"] == "double trouble" and run["fraction"] == 1.0]
-    share = 100 * (mean(done) - blind) / (ceiling - blind)
-    text += [f"With all labels, double trouble closes {share:.0f} % of the gap between blind and the RGB teacher.", ""]
-    (output / "README.md").write_text("\n".join(text), encoding="utf-8")
-    write_json(output / "runs.json", {"runs": list(runs), "teacher": scores(teacher), "blind": blind})
+    return "\n".join([*text, *findings(records), ""])
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -415,9 +432,16 @@ def main(args: argparse.Namespace) -> None:
     teacher = evaluate(best, args.work / "results" / "teacher")
     jobs = study(args.seeds)
     run_side_by_side([job for job in jobs if read_record(job, args.work) is None], args)
+    records = {
+        "date": str(date.today()),
+        "teacher": scores(teacher),
+        "blind": max(scores(found)["By depth"] for found in teacher["blind"].values()),
+        "runs": [read_record(job, args.work) for job in jobs],
+    }
     args.output.mkdir(parents=True, exist_ok=True)
-    write_tables(args.output, [read_record(job, args.work) for job in jobs], teacher)
-    print((args.output / "README.md").read_text(encoding="utf-8"))
+    write_json(args.output / "runs.json", records)
+    (args.output / "README.md").write_text(report(records), encoding="utf-8")
+    print(report(records))
 
 
 if __name__ == "__main__":

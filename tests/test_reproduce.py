@@ -32,12 +32,22 @@ def test_gains_are_paired_by_seed():
     runs += [run("other", seed, 0.4 + 0.1 * seed + 0.01 * (seed % 2)) for seed in range(4)]
     header, rule, control, other = reproduce.table(runs, 1.0)
     assert header.count("|") == rule.count("|") == control.count("|") == other.count("|")
-    assert control.startswith("| label-only | 45.0 ± 12.9 |") and control.endswith("|  |  |")
+    assert control.startswith("| label-only | 4 | 45.0 ± 12.9 |") and control.endswith("|  |  |")
     low, high = stats.ttest_1samp([10, 11, 10, 11], 0).confidence_interval()
     found = f"+10.5 [{low:+.1f}, {high:+.1f}]"
     assert other.endswith(f"| {found} | {found} |")
     assert reproduce.gain_table(runs, "other")[2:] == [f"| 100 % of the labels | {' | '.join([found] * 6)} |"]
     assert reproduce.table(runs, 0.1)[2:] == []
+
+
+def test_findings_are_by_hand():
+    """Blind .3, teacher .9: .6 and .63 are 50 and 55 % of the way; with few labels .5 is .1 and .12 over the control's."""
+    runs = [run(reproduce.CONTROL, seed, value) for seed, value in enumerate((0.4, 0.38))]
+    runs += [run("double trouble", seed, value) for seed, value in enumerate((0.6, 0.63))]
+    runs += [run("double trouble", seed, 0.5) | {"fraction": 0.1} for seed in range(2)]
+    gap, few = reproduce.findings({"runs": runs, "teacher": {"By depth": 0.9}, "blind": 0.3})
+    assert "closes 52.5 [20.7, 84.3] % of the gap" in gap  # 52.5 ± 12.706 * 2.5
+    assert few.startswith("- With 10 % of the labels, double trouble is +11.0 [-1.7, +23.7] points")
 
 
 def test_a_start_differs_by_seed_and_comes_back(tmp_path):
@@ -168,7 +178,7 @@ def test_finished_arms_are_kept_and_other_flags_are_refused(tmp_path, monkeypatc
     first = len(trained)
     assert first == len(set(trained)) > 20
     written = (tmp_path / "out/README.md").read_text(encoding="utf-8")
-    assert "closes 50 % of the gap" in written  # 0.6 between 0.3 and 0.9
+    assert "closes 50.0 [50.0, 50.0] % of the gap" in written  # 0.6 between 0.3 and 0.9
     reproduce.main(args)
     assert len(trained) == first and (tmp_path / "out/README.md").read_text(encoding="utf-8") == written
     records = json.loads((tmp_path / "out/runs.json").read_text(encoding="utf-8"))["runs"]
