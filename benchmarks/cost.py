@@ -45,6 +45,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from statistics import median
 from typing import Any, NamedTuple
@@ -644,7 +645,11 @@ def report(results: dict[str, Any], seconds: float) -> str:
         f"`make bench`, {date.today()}, commit {git_commit()}, {len(os.sched_getaffinity(0))} core(s) of {platform.machine()}, "
         f"{duration(seconds)} in all. Ratios to the original loop; medians. All arms have the same weights and the same loss to "
         f"{LOSS_TOLERANCE:g}. {QUESTIONS} questions per image, {IMAGES} images per step, tower frozen, forward and backward. "
-        + ("TRL's own function." if find_spec("trl") else "TRL: the published formula, `trl` is not installed."),
+        + (
+            f"TRL's own function, {version('trl')}."
+            if find_spec("trl")
+            else "TRL: the formula, `trl` is not installed."
+        ),
         "",
     ]
     for label, part in results["training"].items():
