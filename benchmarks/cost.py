@@ -373,7 +373,7 @@ def measure_arm(name: str, pair: Width, folder: Path, seconds: float) -> dict[st
     batches = itertools.cycle([examples[i : i + IMAGES] for i in range(0, len(examples), IMAGES)])
     gc.collect()
     before = resident_mib()
-    loss = ARMS[name](arm, next(batches))
+    loss = ARMS[name](arm, next(batches))  # also warms up
 
     def step() -> None:
         arm.student.zero_grad()
@@ -429,7 +429,7 @@ def measure_scoring(name: str, pair: Width, seconds: float) -> dict[str, Any]:
     """Answers to some images' questions, and questions per second."""
     model = build_student(pair)
     examples = [random_example(seed, pair.vocabulary) for seed in range(SCORED_IMAGES)]
-    answers = SCORING[name](model, examples)
+    answers = SCORING[name](model, examples)  # also warms up
     passes = _per_second(lambda: SCORING[name](model, examples), seconds)
     return {"answers": answers, "questions_per_s": passes * QUESTIONS * len(examples)}
 
@@ -455,6 +455,7 @@ def measure_ceiling(seconds: float) -> dict[str, float]:
     n_tokens = text["input_ids"].shape[1]
     a, b = torch.randn(n_tokens, width.student), torch.randn(width.student, 2 * width.student)
     product = 2 * n_tokens * b.numel()
+    a @ b
     rates = {"step": [], "product": []}
     for _ in range(3):
         rates["step"].append(counter.get_total_flops() * _per_second(step, seconds / 2))
@@ -463,7 +464,6 @@ def measure_ceiling(seconds: float) -> dict[str, float]:
 
 
 def _per_second(call: Callable[[], Any], seconds: float) -> float:
-    call()
     n, started = 0, time.perf_counter()
     while n == 0 or time.perf_counter() - started < seconds:
         call()
