@@ -31,6 +31,20 @@ def test_steps_are_pinned_and_say_who_they_are(tmp_path, capfd):
     assert f'[who] python {script} --a "b c"' in out and "[who] took 0:0" in out
 
 
+def test_chains_run_side_by_side_and_what_follows_them_too(tmp_path):
+    """Each of the two waits for the other: one after the other they would wait for ever. The comparison comes after them."""
+    meet = "import pathlib, sys, time\nown, other = map(pathlib.Path, sys.argv[1:]); own.touch()\nwhile not other.exists(): time.sleep(0.05)"
+    (tmp_path / "meet.py").write_text(meet, encoding="utf-8")
+    (tmp_path / "after.py").write_text(f"open({str(tmp_path / 'compared')!r}, 'w')", encoding="utf-8")
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    runner, cores = Runner(), sorted(os.sched_getaffinity(0))
+    runner.side_by_side(
+        [[Step("a", str(tmp_path / "meet.py"), (a, b))], [Step("b", str(tmp_path / "meet.py"), (b, a))]]
+    )
+    runner.run([Step("after", str(tmp_path / "after.py"))], cores)
+    assert (tmp_path / "compared").exists()
+
+
 def test_a_failing_step_is_named_and_stops_the_others(tmp_path):
     (tmp_path / "wait.py").write_text("import time; time.sleep(60)", encoding="utf-8")
     (tmp_path / "fail.py").write_text("raise SystemExit(3)", encoding="utf-8")

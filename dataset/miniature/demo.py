@@ -25,7 +25,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -90,11 +90,11 @@ class Runner:
         with ThreadPoolExecutor(len(chains)) as pool:
             jobs = [pool.submit(self.run, *chain) for chain in zip(chains, core_shares(len(chains)), strict=True)]
             try:
-                wait(jobs, return_when=FIRST_EXCEPTION)
-            finally:
+                for job in as_completed(jobs):
+                    job.result()
+            except BaseException:  # Ctrl-C too
                 self.stop()
-        for job in jobs:
-            job.result()
+                raise
 
     def stop(self) -> None:
         """Stop what still runs; nothing new starts."""
