@@ -700,7 +700,7 @@ def train(
         run.record["load_checkpoint"] = str(path)
     if args.gradient_checkpointing:
         # Reentrant checkpointing would need an input with a gradient, which a frozen tower's does not have.
-        module.student.gradient_checkpointing_enable({"use_reentrant": False})
+        module.student.activation_checkpointing_enable({"use_reentrant": False})
     if args.dry_run:
         dry_run(module, data, args)
         return
