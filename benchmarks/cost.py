@@ -56,7 +56,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
-from dataset.prompts import IGNORE, PREFIX_SEGMENT, PackedPrompt, collate_prompts
+from dataset.prompts import IGNORE, collate_prompts, pack_blocks
 from distillation.losses import answer_cross_entropy, forward_kl
 from distillation.models import answer_logits, answer_states, greedy_answers, set_trainable, tower_features
 
@@ -163,19 +163,8 @@ def random_example(seed: int, vocabulary: int) -> Example:
 
 def text_of(examples: Sequence[Example], question: int | None = None) -> dict[str, Tensor]:
     """Images as a batch, each with its questions (or only one of them) behind its prefix."""
-    prompts = []
-    for example in examples:
-        n = len(example.prefix)
-        ids, labels = list(example.prefix), [IGNORE] * n
-        segments, positions = [PREFIX_SEGMENT] * n, list(range(n))
-        chosen = example.questions if question is None else [example.questions[question]]
-        for k, (asked, answer) in enumerate(chosen, 1):
-            ids += asked + answer
-            labels += [IGNORE] * len(asked) + answer
-            segments += [k] * (len(asked) + len(answer))
-            positions += range(n, n + len(asked) + len(answer))
-        prompts.append(PackedPrompt(ids, labels, segments, positions))
-    return collate_prompts(prompts, pad_token_id=0)
+    chosen = slice(None) if question is None else slice(question, question + 1)
+    return collate_prompts([pack_blocks(e.prefix, e.questions[chosen]) for e in examples], pad_token_id=0)
 
 
 def images_of(examples: Sequence[Example]) -> dict[str, Tensor]:

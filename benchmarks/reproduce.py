@@ -109,7 +109,7 @@ class Job:
     seed: int
 
     @property
-    def stages(self) -> tuple["Stage", ...]:
+    def stages(self) -> tuple[Stage, ...]:
         """What it trains, one after the other."""
         return (ARMS | FULL_LABEL_ARMS)[self.arm]
 

@@ -76,15 +76,23 @@ def pack_questions(
     parts = [_question_tokens(processor, question, with_image=n_image_tokens > 0) for question in questions]
     prefix = [*parts[0][0], *[processor.image_token_id] * n_image_tokens]
     end_of_turn = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ids, labels = list(prefix), [IGNORE] * len(prefix)
-    segments, positions = [PREFIX_SEGMENT] * len(prefix), list(range(len(prefix)))
+    blocks = []
     for k, (_, prompt) in enumerate(parts):
         # The answer is tokenized apart from its prompt, as it is when the model generates it.
         answer = [] if answers is None or answers[k] is None else answers[k]
         answer = [*_tokens(processor, answer), end_of_turn] if isinstance(answer, str) else list(answer)
+        blocks.append((prompt, answer))
+    return pack_blocks(prefix, blocks)
+
+
+def pack_blocks(prefix: Sequence[int], blocks: Sequence[tuple[list[int], list[int]]]) -> PackedPrompt:
+    """An image prefix with blocks behind it, each the tokens of a question and those of its answer, which may be none."""
+    ids, labels = list(prefix), [IGNORE] * len(prefix)
+    segments, positions = [PREFIX_SEGMENT] * len(prefix), list(range(len(prefix)))
+    for k, (prompt, answer) in enumerate(blocks, 1):
         ids += prompt + answer
         labels += [IGNORE] * len(prompt) + answer
-        segments += [k + 1] * (len(prompt) + len(answer))
+        segments += [k] * (len(prompt) + len(answer))
         positions += range(len(prefix), len(prefix) + len(prompt) + len(answer))
     return PackedPrompt(ids, labels, segments, positions)
 
