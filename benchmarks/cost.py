@@ -58,7 +58,15 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 
 from dataset.prompts import IGNORE, collate_prompts, pack_blocks
 from distillation.losses import answer_cross_entropy, forward_kl
-from distillation.models import answer_logits, answer_states, greedy_answers, set_trainable, tower_features
+from distillation.models import (
+    answer_logits,
+    answer_states,
+    greedy_answers,
+    set_trainable,
+    states_at,
+    tower_features,
+    use_packed_attention,
+)
 
 QUESTIONS = 4  # per image
 IMAGES = 2  # per step, the scripts' default
@@ -127,7 +135,7 @@ def build_model(width: int, layers: int, pair: Width) -> LlavaOnevisionForCondit
         image_grid_pinpoints=[[TILE * rows, TILE * columns] for rows in (1, 2) for columns in (1, 2)],
         tie_word_embeddings=True,
     )
-    model = LlavaOnevisionForConditionalGeneration(config).eval()
+    model = use_packed_attention(LlavaOnevisionForConditionalGeneration(config)).eval()
     set_trainable(model, vision=False, projector=True, language=True)
     return model
 
@@ -498,31 +506,38 @@ def meta_model(size: str) -> LlavaOnevisionForConditionalGeneration:
     with torch.device("meta"):
         model = LlavaOnevisionForConditionalGeneration(true_config(size))
     model.tie_weights()
-    return model
+    return use_packed_attention(model)
 
 
 def true_flops() -> dict[str, float]:
     """TFLOP per question of a training step (tower frozen) at true size: 5 tiles, 2,929 image tokens, 4 questions per image.
 
-    Counted on meta tensors, forward and backward, with the attention over the full square that a mask costs.
+    Counted on meta tensors, forward and backward, attention as if it were over full squares everywhere.
     """
     image, block, answer, tiles = 2929, 24, 3, 5
-    alone, together = image + block + answer, image + QUESTIONS * (block + answer)
+    alone = image + block + answer
     teacher, student = (_Counted(meta_model(size)) for size in ("7b", "0.5b"))
-    see = student.tower(tiles)
-    learn = student.text(alone, backward=True) + student.projector(tiles, backward=True)
-    learn_packed = (student.text(together, backward=True) + student.projector(tiles, backward=True)) / QUESTIONS
-    look = teacher.tower(tiles) + teacher.projector(tiles)
-    teach, teach_packed = look + teacher.text(alone), (look + teacher.text(together)) / QUESTIONS
-    heads = {n: teacher.head(n) + student.head(n, backward=True) for n in (alone, answer)}
+    see, look = student.tower(tiles), teacher.tower(tiles) + teacher.projector(tiles)
+    connect = student.projector(tiles, backward=True)
+    everywhere = look + teacher.text(alone) + see + student.text(alone, backward=True) + connect
+    everywhere += teacher.head(alone) + student.head(alone, backward=True)
+
+    def at_answers(questions: int) -> tuple[float, float]:
+        """Of teacher and student, of an image with so many questions."""
+        size = dict(n_prefix=image, n_blocks=questions * (block + answer), n_answers=questions * answer)
+        return look + teacher.answers(**size), student.answers(**size, backward=True) + connect
+
+    (teach, learn), packed = at_answers(1), at_answers(QUESTIONS)
+    teach_packed, learn_packed = (part / QUESTIONS for part in packed)
+    heads = teacher.head(answer) + student.head(answer, backward=True)
     return {
-        "original": teach + see + learn + heads[alone],
-        "TRL": teach + see + learn + heads[alone],
-        "online": teach + see + learn + heads[answer],
-        "online packed": teach_packed + see / QUESTIONS + learn_packed + heads[answer],
-        "cached": see + learn + heads[answer],
-        "packed": see / QUESTIONS + learn_packed + heads[answer],
-        "cached vision": learn_packed + heads[answer],
+        "original": everywhere,
+        "TRL": everywhere,
+        "online": teach + see + learn + heads,
+        "online packed": teach_packed + see / QUESTIONS + learn_packed + heads,
+        "cached": see + learn + heads,
+        "packed": see / QUESTIONS + learn_packed + heads,
+        "cached vision": learn_packed + heads,
     }
 
 
@@ -544,6 +559,16 @@ class _Counted:
         # The tokens need a gradient: it goes on into the projector.
         states = torch.empty(1, n_tokens, self.width, device="meta", requires_grad=backward)
         return self._count(lambda: self.model.model.language_model(inputs_embeds=states)[0], backward=backward)
+
+    def answers(self, *, n_prefix: int, n_blocks: int, n_answers: int, backward: bool = False) -> float:
+        with torch.device("meta"):
+            states = torch.empty(1, n_prefix + n_blocks, self.width, requires_grad=backward)
+            places = torch.empty(1, n_answers, dtype=torch.long)
+            text = {
+                "position_ids": torch.empty(1, n_prefix + n_blocks, dtype=torch.long),
+                "attention_mask": torch.empty(1, 1, n_blocks, n_prefix + n_blocks, dtype=torch.bool),
+            }
+        return self._count(lambda: states_at(self.model, states, text, places), backward=backward)
 
     def head(self, n_tokens: int, *, backward: bool = False) -> float:
         states = torch.empty(1, n_tokens, self.width, device="meta", requires_grad=backward)

@@ -44,7 +44,7 @@ import torch
 from scipy.stats import t as student_t
 
 from dataset.processor import load_processor, save_processor
-from distillation.models import MINIATURE_STUDENT, load_model
+from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, load_model
 from evaluation.metrics import QUESTION_TYPES
 
 EPOCHS = 5  # of 5,000 images in batches of 8: 3,125 optimizer steps, whatever the arm
@@ -152,11 +152,11 @@ def logs_of(checkpoints: Path) -> Path:
     return checkpoints.parents[1] / "tensorboard_logs" / checkpoints.name
 
 
-def evaluate(checkpoint: Path, output: Path) -> dict[str, Any]:
-    """Test accuracies of a checkpoint: `metrics.json` of the evaluation script."""
+def evaluate(system: Sequence[str], output: Path) -> dict[str, Any]:
+    """Test accuracies of the system that these flags of the evaluation script name: its `metrics.json`."""
     if not (output / "metrics.json").is_file():
         script = load_script("evaluation/onevisionv3/sunrgbd/evaluate_onevision.py")
-        script.main(script.parse_args(["--miniature", "--ckpt_path", str(checkpoint), "--output", str(output)]))
+        script.main(script.parse_args(["--miniature", *system, "--output", str(output)]))
     return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
 
 
@@ -203,9 +203,10 @@ def run_arm(job: Job, work: Path) -> dict[str, Any]:
         checkpoints = run_once(stage.script, argv, work, name=job.name if stage.labels else shared)
     results = work / "results" / job.name
     (best,) = checkpoints.glob("best-*.ckpt")
-    found = scores(evaluate(best, results / "best"))
+    found = scores(evaluate(["--ckpt_path", str(best)], results / "best"))
     if job.arm == CONTROL:  # early stopping or not, whichever turns out better for it
-        found = max(found, scores(evaluate(checkpoints / "last.ckpt", results / "last")), key=lambda s: s["By depth"])
+        last = evaluate(["--ckpt_path", str(checkpoints / "last.ckpt")], results / "last")
+        found = max(found, scores(last), key=lambda s: s["By depth"])
     found["Val"] = json.loads((logs_of(checkpoints) / "run.json").read_text(encoding="utf-8"))["val/exact_match"]
     return {
         "arm": job.arm,
@@ -365,8 +366,9 @@ def report(records: Mapping[str, Any]) -> str:
         "many optimizer steps. By depth: all questions but those about colour; val: overall, on the split on which choices were "
         "made. The RGB teacher was tuned on all labels of the training set and has "
         f"{100 * records['teacher']['By depth']:.1f} by depth, the best blind baseline {100 * records['blind']:.1f}. Where labels "
-        "are scarce the stock teacher teaches, which has read none of this data set's. One teacher serves all seeds. Questions "
-        "to the teacher are about the true scenes and use the templates of the test questions.",
+        "are scarce the stock teacher teaches, which has read none of this data set's and has "
+        f"{100 * records['stock_teacher']['By depth']:.1f}. One teacher serves all seeds. Questions to the teacher are about the "
+        "true scenes and use the templates of the test questions.",
         "",
     ]
     for fraction in FRACTIONS:
@@ -429,12 +431,14 @@ def main(args: argparse.Namespace) -> None:
             write_json(job.record_path(args.work), run_arm(job, args.work))
         return
     (best,) = folder.glob("best-*.ckpt")
-    teacher = evaluate(best, args.work / "results" / "teacher")
+    teacher = evaluate(["--ckpt_path", str(best)], args.work / "results" / "teacher")
+    stock_teacher = evaluate(["--model_id", MINIATURE_TEACHER], args.work / "results" / "stock_teacher")
     jobs = study(args.seeds)
     run_side_by_side([job for job in jobs if read_record(job, args.work) is None], args)
     records = {
         "date": str(date.today()),
         "teacher": scores(teacher),
+        "stock_teacher": scores(stock_teacher),
         "blind": max(scores(found)["By depth"] for found in teacher["blind"].values()),
         "runs": [read_record(job, args.work) for job in jobs],
     }

@@ -2,7 +2,7 @@
 
 A batch (tensors; B images, T tokens, S the vision tower's image size):
 
-    text            input_ids, position_ids, labels (B, T) int64, attention_mask (B, 1, T, T) bool: see dataset.prompts
+    text            input_ids, position_ids, labels (B, T) int64, attention_mask (B, 1, Q, T) bool: see dataset.prompts
     student_images  pixel_values (B, tiles, 3, S, S) float32, image_sizes (B, 2), batch_num_images; {} for a blind student;
                     features (B, tiles, P, D) instead of pixel_values where a frozen tower has seen them (`use_features`)
     teacher         with a teacher, what it said about these images (`TeacherOutputs`):

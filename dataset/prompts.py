@@ -4,10 +4,11 @@ A packed sequence is one image prefix followed by K question/answer blocks. A bl
 another block, and its position ids continue from the prefix, so that every block computes exactly what it would compute
 as a sequence of its own (tests/test_prompts.py compares loss and gradients).
 
-    segment   -1 -1 | 0 0 0 0 0 0 | 1 1 1 1 | 2 2 2 2 2        -1 = padding, 0 = image prefix, k = block k
-    position   0  0 | 0 1 2 3 4 5 | 6 7 8 9 | 6 7 8 9 10
+    segment   0 0 0 0 0 0 | 1 1 1 1 2 2 2 2 2        -1 = padding, 0 = image prefix, k = block k
+    position  0 1 2 3 4 5 | 6 7 8 9 6 7 8 9 10
 
-Padding is on the left, so that the last position of every row is a real one.
+In a batch the prefixes are padded behind to one length, and so are the parts with the blocks. All blocks then start at the
+same column, and the prefix, nearly all of a sequence, needs no mask but the causal one that attention kernels have built in.
 """
 
 from collections.abc import Sequence
@@ -98,16 +99,21 @@ def pack_blocks(prefix: Sequence[int], blocks: Sequence[tuple[list[int], list[in
 
 
 def collate_prompts(prompts: Sequence[PackedPrompt], *, pad_token_id: int) -> dict[str, Tensor]:
-    """Left-pad packed prompts to one length.
+    """Pad packed prompts to one length, the prefixes and the parts with the blocks each behind themselves.
 
     Returns:
-        input_ids, position_ids, labels, segments: (B, T) int64; attention_mask: (B, 1, T, T) bool, True where row i may see
-        column j.
+        input_ids, position_ids, labels, segments: (B, T) int64; attention_mask: (B, 1, Q, T) bool, True where row i of the Q
+        columns with blocks may see column j: see `packed_attention_mask`.
     """
-    length = max(len(prompt.input_ids) for prompt in prompts)
+    starts = [prompt.segments.count(PREFIX_SEGMENT) for prompt in prompts]
+    n_prefix, n_block = max(starts), max(len(p.input_ids) - start for p, start in zip(prompts, starts, strict=True))
 
     def padded(name: str, fill: int) -> Tensor:
-        rows = [[fill] * (length - len(row)) + list(row) for row in (getattr(prompt, name) for prompt in prompts)]
+        rows = []
+        for prompt, start in zip(prompts, starts, strict=True):
+            row = list(getattr(prompt, name))
+            prefix, blocks = row[:start], row[start:]
+            rows.append(prefix + [fill] * (n_prefix - len(prefix)) + blocks + [fill] * (n_block - len(blocks)))
         return torch.tensor(rows, dtype=torch.long)
 
     segments = padded("segments", PADDING_SEGMENT)
@@ -116,24 +122,27 @@ def collate_prompts(prompts: Sequence[PackedPrompt], *, pad_token_id: int) -> di
         "position_ids": padded("positions", 0),
         "labels": padded("labels", IGNORE),
         "segments": segments,
-        "attention_mask": packed_attention_mask(segments),
+        "attention_mask": packed_attention_mask(segments, n_prefix=n_prefix),
     }
 
 
-def packed_attention_mask(segments: Tensor) -> Tensor:
-    """Causal within the prefix and within each block; a block sees the prefix; padding sees padding only.
+def packed_attention_mask(segments: Tensor, *, n_prefix: int) -> Tensor:
+    """Causal within each block; a block sees the prefix; padding sees padding only.
 
-    Padding rows keep themselves visible: a row without any visible column makes softmax return nan in some kernels.
+    The rows of the prefix are left out: they are causal, see `distillation.models.packed_attention`. Its padding is behind it,
+    where no row of it looks. Padding among the blocks sees itself: a row without any visible column makes softmax return nan
+    in some kernels.
 
     Args:
         segments: (B, T) int64, see the module's drawing.
+        n_prefix: columns of the prefix and its padding.
 
     Returns:
-        (B, 1, T, T) bool, True = may attend. Meant for sdpa; eager attention needs an additive float mask.
+        (B, 1, T - n_prefix, T) bool, True = may attend. Meant for sdpa; eager attention needs an additive float mask.
     """
     T = segments.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
-    return (visible_segments(segments, segments) & causal)[:, None]
+    causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()[n_prefix:]
+    return (visible_segments(segments[:, n_prefix:], segments) & causal)[:, None]
 
 
 def visible_segments(own: Tensor, other: Tensor) -> Tensor:

@@ -11,9 +11,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import DynamicCache, LlavaOnevisionForConditionalGeneration
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LlavaOnevisionForConditionalGeneration,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from transformers.utils.logging import disable_progress_bar
 
 from dataset.processor import ImageTextProcessor, save_processor
@@ -24,6 +32,7 @@ STUDENT_NAME = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
 TEACHER_NAME = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
 MINIATURE_STUDENT = "dataset/miniature/student"
 MINIATURE_TEACHER = "dataset/miniature/teacher"
+PACKED_ATTENTION = "packed_sdpa"
 
 
 def load_model(name: str, *, dtype: torch.dtype = torch.float32):
@@ -43,7 +52,7 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32):
         model, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
             model_source(name),
             dtype=dtype,
-            attn_implementation="sdpa",  # the packed mask is boolean, which eager attention would misread
+            attn_implementation="sdpa",
             token=hf_token(),
             trust_remote_code=False,
             output_loading_info=True,
@@ -56,7 +65,45 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32):
         )
     # The projector reads the tower before this layer: it never gets a gradient, which DDP would take for an error.
     model.model.vision_tower.post_layernorm.requires_grad_(False)
-    return model.train()
+    return use_packed_attention(model).train()
+
+
+def use_packed_attention(model: LlavaOnevisionForConditionalGeneration) -> LlavaOnevisionForConditionalGeneration:
+    """Let the language model take the masks of `dataset.prompts`; it still takes all those that it took before."""
+    model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+    return model
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it; a mask of fewer rows than there are queries is of the last ones, those before are causal.
+
+    The rows of an image prefix then go through a kernel that computes no more than what is below the diagonal.
+
+    Args:
+        module: the attention layer.
+        query: (B, heads, Q, D).
+        key: (B, key heads, T, D).
+        value: (B, key heads, T, D).
+        attention_mask: (B, 1, at most Q, T) bool; None = all rows are causal.
+        **options: dropout, scaling and what else transformers hands over.
+
+    Returns:
+        (B, Q, heads, D) and no weights.
+    """
+    n_causal = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
+    if n_causal == 0:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    first, rest = query.split([n_causal, attention_mask.shape[2]], dim=2)
+    known = (key[:, :, :n_causal], value[:, :, :n_causal])
+    causal, _ = sdpa_attention_forward(module, first, *known, None, **options)
+    masked, _ = sdpa_attention_forward(module, rest, key, value, attention_mask, **options)
+    return torch.cat([causal, masked], dim=1), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)  # for whoever calls the model with a mask of padding
 
 
 def vision_tower(model: nn.Module) -> nn.Module:
@@ -119,7 +166,7 @@ def answer_states(model: nn.Module, text: Mapping[str, Tensor], images: Mapping[
 
     Args:
         model: student or teacher.
-        text: input_ids, position_ids, labels (B, T) and attention_mask (B, 1, T, T) of a batch.
+        text: input_ids, position_ids, labels (B, T) and attention_mask of a batch, see `collate_prompts`.
         images: pixel_values, image_sizes, batch_num_images; or features of a frozen tower instead of the pixel_values; or
             mm_encoder_outputs = {"image": image_features(...)}; empty for a blind model.
 
@@ -127,16 +174,105 @@ def answer_states(model: nn.Module, text: Mapping[str, Tensor], images: Mapping[
         hidden (n, H) in the model's dtype and targets (n,) int64.
     """
     keep, targets = answer_targets(text["labels"])
-    if "features" in images:
-        images = {"mm_encoder_outputs": {"image": project_features(model, images)}}
-    states = _base(model).model(
-        input_ids=text["input_ids"],
-        position_ids=text["position_ids"],
-        attention_mask=text["attention_mask"],
-        use_cache=False,
-        **images,
+    places = true_columns(keep)
+    states = states_at(model, input_embeddings(model, text["input_ids"], images), text, places)
+    return states[keep.gather(1, places)], targets
+
+
+def true_columns(wanted: Tensor) -> Tensor:
+    """(B, T) bool -> (B, n) where each row is True, in order; rows with fewer than others are filled up with where they are not."""
+    n = max(int(wanted.sum(1).max()), 1)
+    return wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n]
+
+
+def input_embeddings(model: nn.Module, input_ids: Tensor, images: Mapping[str, Any]) -> Tensor:
+    """(B, T) token ids -> (B, T, D) what the language model reads, pictures in the places of their placeholders.
+
+    Only words go through the embedding: its backward pass walks through the tokens one by one, on a CPU at least, and
+    nearly all of them are placeholders.
+
+    Args:
+        model: student or teacher.
+        input_ids: (B, T) with a placeholder for every image token.
+        images: see `answer_states`.
+    """
+    base = _base(model)
+    embedding = base.get_input_embeddings()
+    if not images:
+        return embedding(input_ids)
+    if "mm_encoder_outputs" in images:
+        features = images["mm_encoder_outputs"]["image"]
+    else:
+        features = project_features(model, images) if "features" in images else image_features(model, images)
+    is_picture = input_ids == base.config.image_token_id
+    words, pictures = embedding(input_ids[~is_picture]), torch.cat(features.pooler_output)
+    embeds = words.new_zeros(*input_ids.shape, words.shape[-1])
+    embeds[~is_picture], embeds[is_picture] = words, pictures.to(words.dtype)
+    return embeds
+
+
+def states_at(
+    model: nn.Module, embeds: Tensor, text: Mapping[str, Tensor], places: Tensor, cache: DynamicCache | None = None
+) -> Tensor:
+    """The language model's last hidden states at some positions.
+
+    The last layer computes keys and values everywhere, and all that comes after them at these positions only.
+
+    Args:
+        model: student or teacher.
+        embeds: (B, T, D) of `input_embeddings`.
+        text: position_ids (B, T) and attention_mask.
+        places: (B, n) columns of blocks.
+        cache: takes up keys and values, for `greedy_answers`.
+
+    Returns:
+        (B, n, D).
+    """
+    language = _base(model).model.language_model
+    mask, rotary = text["attention_mask"], language.rotary_emb(embeds, text["position_ids"])
+    hidden = embeds
+    for layer in language.layers[:-1]:
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+    return language.norm(_layer_at(language.layers[-1], hidden, places, mask, rotary, cache))
+
+
+def _layer_at(
+    layer: nn.Module,
+    hidden: Tensor,
+    places: Tensor,
+    mask: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache: DynamicCache | None,
+) -> Tensor:
+    """A decoder layer's output (B, n, D) at places (B, n) of its input (B, T, D)."""
+
+    def chosen(values: Tensor) -> Tensor:
+        return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
+
+    def heads(values: Tensor) -> Tensor:
+        return values.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    key, value = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
+    key, _ = apply_rotary_pos_emb(key, key, *rotary)
+    if cache is not None:
+        key, value = cache.update(key, value, attention.layer_idx)
+    query = heads(attention.q_proj(chosen(normed)))
+    query, _ = apply_rotary_pos_emb(query, query, *(chosen(part) for part in rotary))
+    rows = (places - (hidden.shape[1] - mask.shape[2])).clamp(min=0)  # a mask has the rows of the blocks
+    rows = rows[:, None, :, None].expand(-1, -1, -1, mask.shape[3])
+    mixed, _ = packed_attention(
+        attention,
+        query,
+        key,
+        value,
+        mask.gather(2, rows),
+        dropout=attention.attention_dropout if attention.training else 0.0,
+        scaling=attention.scaling,
     )
-    return states.last_hidden_state[keep], targets
+    hidden = chosen(hidden) + attention.o_proj(mixed.flatten(2))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 def output_logits(model: nn.Module, hidden: Tensor, *, vocab_size: int) -> Tensor:
@@ -272,24 +408,12 @@ def greedy_answers(
     barred = torch.zeros(vocab_size, device=head.device)
     barred[list(forbidden)] = -torch.inf
 
-    def run(**inputs: Any) -> Tensor:
-        return base.model(past_key_values=cache, use_cache=True, **inputs).last_hidden_state
-
     cache = DynamicCache(config=base.config.text_config)
-    hidden = run(
-        input_ids=text["input_ids"],
-        position_ids=text["position_ids"],
-        attention_mask=text["attention_mask"],
-        **images,
-    )
     cached, (keep, targets) = text["segments"], answer_targets(text["labels"])
     n_rows, n_blocks = len(cached), int(cached.max())
     tokens = [[[] for _ in range(int(row.max()))] for row in cached]
-    states = [[[] for _ in row] for row in tokens]
     for (row, place), token in zip(keep.nonzero().tolist(), targets.tolist(), strict=True):
-        block = int(cached[row, place]) - 1
-        tokens[row][block].append(token)
-        states[row][block].append(hidden[row, place])
+        tokens[row][int(cached[row, place]) - 1].append(token)
     # One open position per block: the last of a prompt, later the token that was chosen last.
     blocks = torch.arange(1, n_blocks + 1, device=cached.device)
     places = torch.arange(cached.shape[1], device=cached.device)
@@ -298,7 +422,14 @@ def greedy_answers(
         [[bool(t) for t in row] + [True] * (n_blocks - len(row)) for row in tokens], device=cached.device
     )
     segments = torch.where((last < 0) | answered, PADDING_SEGMENT, blocks)
-    rows = torch.arange(n_rows, device=cached.device)[:, None]
+    is_open = (places == torch.where(segments == PADDING_SEGMENT, -1, last)[..., None]).any(1)
+    rows, asked = torch.arange(n_rows, device=cached.device)[:, None], true_columns(keep | is_open)
+    found = states_at(model, input_embeddings(model, text["input_ids"], images), text, asked, cache)
+    hidden = found.new_zeros(*keep.shape, found.shape[-1])
+    hidden[rows, asked] = found
+    states = [[[] for _ in row] for row in tokens]
+    for row, place in keep.nonzero().tolist():
+        states[row][int(cached[row, place]) - 1].append(hidden[row, place])
     newest = hidden[rows, last.clamp(min=0)]  # (B, blocks, D)
     positions = text["position_ids"].gather(1, last.clamp(min=0))
     for step in range(max_new_tokens):
@@ -315,8 +446,9 @@ def greedy_answers(
         open_first = (segments == PADDING_SEGMENT).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
         chosen, segments, positions = (values.gather(1, open_first) for values in (chosen, segments, positions + 1))
         cached = torch.cat([cached, segments], dim=1)
-        mask = visible_segments(segments, cached)
-        newest = run(input_ids=chosen, position_ids=positions, attention_mask=mask[:, None])
+        step_text = {"position_ids": positions, "attention_mask": visible_segments(segments, cached)[:, None]}
+        everywhere = torch.arange(width, device=cached.device).expand(n_rows, -1)
+        newest = states_at(model, input_embeddings(model, chosen, {}), step_text, everywhere, cache)
     return Answers(tokens, [[torch.stack(block) for block in row] for row in states])
 
 

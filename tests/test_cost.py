@@ -94,6 +94,12 @@ def test_operations_at_true_size():
     assert teacher.text(n) == pytest.approx(
         layers * (2 * n * (2 * d * d + 2 * d * k + 3 * d * f) + 4 * n * n * d) / 1e12
     )
+    prefix, blocks, answers = 2929, 27, 3  # the last layer: keys and values everywhere, all else at the answers
+    square = prefix * prefix + blocks * n
+    whole = (layers - 1) * (2 * n * (2 * d * d + 2 * d * k + 3 * d * f) + 4 * d * square)
+    last = 2 * n * 2 * d * k + answers * (2 * (2 * d * d + 3 * d * f) + 4 * n * d)
+    counted = teacher.answers(n_prefix=prefix, n_blocks=blocks, n_answers=answers)
+    assert counted == pytest.approx((whole + last) / 1e12)
     assert teacher.tower(5) == pytest.approx(5 * 0.6418, rel=1e-3)
     counted = cost.true_flops()
     assert counted["original"] > counted["online"] > counted["online packed"] > counted["packed"]

@@ -33,7 +33,8 @@ def test_batch_is_as_documented(world, processor, student):
     assert B == 3 == len(batch["question_ids"]) == len(batch["image_paths"])
     for name in ("input_ids", "position_ids", "labels"):
         assert batch["text"][name].shape == (B, T) and batch["text"][name].dtype == torch.int64
-    assert batch["text"]["attention_mask"].shape == (B, 1, T, T) and batch["text"]["attention_mask"].dtype == torch.bool
+    mask, blocks = batch["text"]["attention_mask"], batch["text"]["segments"].gt(0).any(0)
+    assert mask.shape == (B, 1, int(blocks.sum()), T) and blocks[-mask.shape[2] :].all() and mask.dtype == torch.bool
     images = batch["student_images"]
     if student is BLIND:
         assert images == {}

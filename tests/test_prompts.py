@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import LlavaOnevisionForConditionalGeneration
 
 from dataset.prompts import (
     IGNORE,
@@ -57,6 +58,46 @@ def test_packed_equals_separate_sequences(processor, tiny_folder, image_tokens):
         scale = max(expected_gradients[name].norm().item(), 1e-3)
         assert (gradient - expected_gradients[name]).norm().item() <= 1e-5 * scale, name
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_equals_the_stock_model_question_by_question(blind, processor, tiny_folder):
+    """Loss, logits and gradients: own embedding of words and pictures, own attention, a last layer at answers only."""
+    ours, stock = (
+        load(str(tiny_folder)).eval().double()
+        for load in (load_model, LlavaOnevisionForConditionalGeneration.from_pretrained)
+    )
+    n = 0 if blind else processor.count_image_tokens(128, 128, image_tokens="one_tile")
+    groups = [(picture(1), QUESTIONS, ANSWERS), (picture(2), QUESTIONS[1:2], ["behind the bed"])]
+    prompts = [pack_questions(processor, q, a, n_image_tokens=n) for _, q, a in groups]
+    text = collate_prompts(prompts, pad_token_id=processor.tokenizer.pad_token_id)
+    pictures = [{} if blind else processor.pixels([g[0]], image_tokens="one_tile") for g in groups]
+    pictures = [{k: v.double() if v.is_floating_point() else v for k, v in p.items()} for p in pictures]
+    together = {k: torch.cat([p[k] for p in pictures]) for k in pictures[0]}
+    vocab_size = len(processor.tokenizer)
+    logits, targets = answer_logits(ours, text, together, vocab_size=vocab_size)
+    torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    row = 0
+    for (_, questions, answers), shown in zip(groups, pictures, strict=True):
+        for question, answer in zip(questions, answers, strict=True):
+            alone = pack_questions(processor, [question], [answer], n_image_tokens=n)
+            labels = torch.tensor([alone.labels])
+            found = stock(input_ids=torch.tensor([alone.input_ids]), **shown).logits[0, :-1, :vocab_size]
+            found, gold = found[labels[0, 1:] != IGNORE], labels[labels != IGNORE]
+            torch.testing.assert_close(logits[row : row + len(gold)], found)
+            assert targets[row : row + len(gold)].tolist() == gold.tolist()
+            torch.nn.functional.cross_entropy(found, gold, reduction="sum").backward()
+            row += len(gold)
+    assert row == len(logits)
+    expected = dict(stock.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if parameter.grad is None:
+            assert expected[name].grad is None or not expected[name].grad.any(), name
+        else:
+            gap = (
+                parameter.grad - expected[name].grad
+            ).norm()  # stock norms compute in float32 whatever they are given
+            assert gap <= 1e-6 * expected[name].grad.norm() + 1e-12, name
 
 
 def test_a_question_does_not_see_its_neighbours(processor, tiny_folder):
@@ -116,14 +157,15 @@ def test_prompt_is_the_chat_template(processor):
 
 
 def test_mask_equals_the_rule_written_out():
-    segments = torch.tensor([[-1, 0, 0, 1, 1, 2], [0, 1, 1, 2, 2, 3]])
-    mask = packed_attention_mask(segments)
+    segments = torch.tensor([[0, 0, -1, 1, 1, 2], [0, 0, 0, 1, 2, -1]])
+    mask = packed_attention_mask(segments, n_prefix=3)
+    assert mask.shape == (2, 1, 3, 6)
     for b, row in enumerate(segments.tolist()):
-        for i in range(6):
+        for i in range(3, 6):
             for j in range(6):
                 same = row[i] == row[j]
                 prefix = row[j] == 0 and row[i] > 0
-                assert mask[b, 0, i, j].item() == (j <= i and (same or prefix))
+                assert mask[b, 0, i - 3, j].item() == (j <= i and (same or prefix))
 
 
 def test_answers_right_is_greedy_exact_match(processor, tiny_folder):

@@ -12,7 +12,7 @@ from dataset.prepare_sunrgbd import build_csv_data
 from dataset.questions import read_questions
 from dataset.sunrgbd import read_frame
 from distillation.losses import answer_cross_entropy
-from distillation.models import answer_logits, image_features
+from distillation.models import answer_logits, image_features, use_packed_attention
 
 KV1 = "SUNRGBD/kv1/b3dodata/img_0063"
 KV2 = "SUNRGBD/kv2/align_kv2/2014-12-18_11-31-54_260595134347"
@@ -41,7 +41,7 @@ def narrow_model(processor):
     text.vocab_size, config.image_token_id = len(processor.tokenizer), processor.image_token_id
     config.video_token_id = processor.video_token_id
     torch.manual_seed(0)
-    return LlavaOnevisionForConditionalGeneration(config).train()
+    return use_packed_attention(LlavaOnevisionForConditionalGeneration(config)).train()
 
 
 def test_questions_of_the_real_frame(root):

@@ -52,7 +52,7 @@ from dataset.processor import FloatImageProcessor, ImageTextProcessor, save_proc
 from dataset.prompts import collate_prompts, pack_questions
 from dataset.questions import CAPTION_TYPE, frame_candidates
 from distillation.losses import answer_cross_entropy
-from distillation.models import answer_logits, answers_right
+from distillation.models import answer_logits, answers_right, use_packed_attention
 
 IMAGE_SIZE, PATCH = 128, 16
 GRID = IMAGE_SIZE // PATCH
@@ -235,7 +235,7 @@ def build_model(size: Size, processor: ImageTextProcessor) -> LlavaOnevisionForC
         image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
         tie_word_embeddings=True,
     )
-    model = LlavaOnevisionForConditionalGeneration(config)
+    model = use_packed_attention(LlavaOnevisionForConditionalGeneration(config))
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     table = model.model.vision_tower.embeddings.position_embedding.weight
     table.data.copy_(sine_cosine_table(GRID, size.vision_width))
