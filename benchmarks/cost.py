@@ -5,7 +5,7 @@ answer tokens.
     original       the loop of the first public implementation: teacher in every step, all logits, LoCa and both losses over every
                    token
     TRL            the same with the loss of TRL's GKD, which masks before it adds up; its own code where `trl` is installed
-    online         ours with the teacher in memory: logits at answer tokens only
+    online         ours with the teacher in memory: logits at answer tokens only, and of the last layer what they need
     online packed  + all questions of an image behind one image prefix, and the images of a step together: --teacher online
     cached         ours with the teacher's hidden states stored, question by question
     packed         cached and packed: what the scripts do
@@ -512,7 +512,7 @@ def meta_model(size: str) -> LlavaOnevisionForConditionalGeneration:
 def true_flops() -> dict[str, float]:
     """TFLOP per question of a training step (tower frozen) at true size: 5 tiles, 2,929 image tokens, 4 questions per image.
 
-    Counted on meta tensors, forward and backward, attention as if it were over full squares everywhere.
+    Counted on meta tensors, forward and backward, no credit for what causality spares attention.
     """
     image, block, answer, tiles = 2929, 24, 3, 5
     alone = image + block + answer

@@ -4,11 +4,14 @@ A packed sequence is one image prefix followed by K question/answer blocks. A bl
 another block, and its position ids continue from the prefix, so that every block computes exactly what it would compute
 as a sequence of its own (tests/test_prompts.py compares loss and gradients).
 
-    segment   0 0 0 0 0 0 | 1 1 1 1 2 2 2 2 2        -1 = padding, 0 = image prefix, k = block k
+    segment   0 0 0 0 0 0 | 1 1 1 1 2 2 2 2 2         -1 = padding, 0 = image prefix, k = block k
     position  0 1 2 3 4 5 | 6 7 8 9 6 7 8 9 10
 
-In a batch the prefixes are padded behind to one length, and so are the parts with the blocks. All blocks then start at the
-same column, and the prefix, nearly all of a sequence, needs no mask but the causal one that attention kernels have built in.
+    segment   0 0 0 0 -1 -1 | 1 1 1 1 1 -1 -1 -1 -1    another row of the same batch
+    position  0 1 2 3  0  0 | 4 5 6 7 8  0  0  0  0
+
+In a batch the prefixes are right-padded to one length, and so are the parts with the blocks. All blocks then start at the same
+column, and the prefix, nearly all of a sequence, needs no mask but the causal one that attention kernels have built in.
 """
 
 from collections.abc import Sequence
@@ -99,7 +102,7 @@ def pack_blocks(prefix: Sequence[int], blocks: Sequence[tuple[list[int], list[in
 
 
 def collate_prompts(prompts: Sequence[PackedPrompt], *, pad_token_id: int) -> dict[str, Tensor]:
-    """Pad packed prompts to one length, the prefixes and the parts with the blocks each behind themselves.
+    """Right-pad the prefixes of packed prompts to one length, and the parts with the blocks to another.
 
     Returns:
         input_ids, position_ids, labels, segments: (B, T) int64; attention_mask: (B, 1, Q, T) bool, True where row i of the Q
@@ -129,16 +132,16 @@ def collate_prompts(prompts: Sequence[PackedPrompt], *, pad_token_id: int) -> di
 def packed_attention_mask(segments: Tensor, *, n_prefix: int) -> Tensor:
     """Causal within each block; a block sees the prefix; padding sees padding only.
 
-    The rows of the prefix are left out: they are causal, see `distillation.models.packed_attention`. Its padding is behind it,
-    where no row of it looks. Padding among the blocks sees itself: a row without any visible column makes softmax return nan
-    in some kernels.
+    The rows of the prefix are left out: they are causal, see `distillation.models.packed_attention`. Its padding comes after
+    it, so that causality hides it from the prefix and this mask from the blocks. Padding behind the blocks sees itself: a row
+    without any visible column makes softmax return nan in some kernels.
 
     Args:
         segments: (B, T) int64, see the module's drawing.
         n_prefix: columns of the prefix and its padding.
 
     Returns:
-        (B, 1, T - n_prefix, T) bool, True = may attend. Meant for sdpa; eager attention needs an additive float mask.
+        (B, 1, T - n_prefix, T) bool, True = may attend. For models after `distillation.models.use_packed_attention`.
     """
     T = segments.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()[n_prefix:]

@@ -11,17 +11,18 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     DynamicCache,
     LlavaOnevisionForConditionalGeneration,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
-from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, rotate_half
 from transformers.utils.logging import disable_progress_bar
 
 from dataset.processor import ImageTextProcessor, save_processor
@@ -36,7 +37,9 @@ PACKED_ATTENTION = "packed_sdpa"
 
 
 def load_model(name: str, *, dtype: torch.dtype = torch.float32):
-    """The stock LlavaOnevisionForConditionalGeneration in train() mode, all parameters that take part trainable.
+    """LlavaOnevisionForConditionalGeneration in train() mode, all parameters that take part trainable.
+
+    The stock model, but for attention that takes the masks of packed prompts.
 
     Args:
         name: hub id or folder.
@@ -44,7 +47,7 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32):
             the memory of weights that stay frozen.
 
     Raises:
-        UserError: nothing loadable there, or weights are missing.
+        UserError: nothing loadable there, weights are missing, or its language model is another one.
     """
     if not sys.stderr.isatty():
         disable_progress_bar()  # a log file would hold every redrawing of it
@@ -69,7 +72,14 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32):
 
 
 def use_packed_attention(model: LlavaOnevisionForConditionalGeneration) -> LlavaOnevisionForConditionalGeneration:
-    """Let the language model take the masks of `dataset.prompts`; it still takes all those that it took before."""
+    """Let the language model take the masks of `dataset.prompts`; it still takes padding masks and masks with a row per query.
+
+    Raises:
+        UserError: its language model is not a Qwen2, whose layers `states_at` knows.
+    """
+    if not isinstance(model.model.language_model, Qwen2Model):
+        found = type(model.model.language_model).__name__
+        raise UserError(f"{model.name_or_path}: its language model is a {found}; LLaVA-OneVision's is a Qwen2Model")
     model.set_attn_implementation({"text_config": PACKED_ATTENTION})
     return model
 
@@ -77,9 +87,10 @@ def use_packed_attention(model: LlavaOnevisionForConditionalGeneration) -> Llava
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it; a mask of fewer rows than there are queries is of the last ones, those before are causal.
+    """Attention as transformers calls it. A mask with fewer rows than queries is about the last queries; those before are causal.
 
-    The rows of an image prefix then go through a kernel that computes no more than what is below the diagonal.
+    The rows of an image prefix so go through a kernel that computes no more than what is below the diagonal. Heads are repeated
+    for it: left to itself, CUDA would fall back to the plain formula in float32 and on older cards, with all of its memory.
 
     Args:
         module: the attention layer.
@@ -91,15 +102,23 @@ def packed_attention(
 
     Returns:
         (B, Q, heads, D) and no weights.
+
+    Raises:
+        ValueError: queries are without a mask's row where keys of earlier calls are cached.
     """
     n_causal = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
     if n_causal == 0:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    first, rest = query.split([n_causal, attention_mask.shape[2]], dim=2)
-    known = (key[:, :, :n_causal], value[:, :, :n_causal])
-    causal, _ = sdpa_attention_forward(module, first, *known, None, **options)
-    masked, _ = sdpa_attention_forward(module, rest, key, value, attention_mask, **options)
-    return torch.cat([causal, masked], dim=1), None
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"a mask of {attention_mask.shape[2]} rows for {query.shape[2]} queries and {key.shape[2]} keys"
+        )
+    key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+    shared = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
+    first = (states[:, :, :n_causal] for states in (query, key, value))
+    causal = F.scaled_dot_product_attention(*first, is_causal=True, **shared)
+    masked = F.scaled_dot_product_attention(query[:, :, n_causal:], key, value, attn_mask=attention_mask, **shared)
+    return torch.cat([causal, masked], dim=2).transpose(1, 2), None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
@@ -168,7 +187,7 @@ def answer_states(model: nn.Module, text: Mapping[str, Tensor], images: Mapping[
         model: student or teacher.
         text: input_ids, position_ids, labels (B, T) and attention_mask of a batch, see `collate_prompts`.
         images: pixel_values, image_sizes, batch_num_images; or features of a frozen tower instead of the pixel_values; or
-            mm_encoder_outputs = {"image": image_features(...)}; empty for a blind model.
+            seen = `image_features(...)` alone, where they are there already; empty for a blind model.
 
     Returns:
         hidden (n, H) in the model's dtype and targets (n,) int64.
@@ -180,7 +199,7 @@ def answer_states(model: nn.Module, text: Mapping[str, Tensor], images: Mapping[
 
 
 def true_columns(wanted: Tensor) -> Tensor:
-    """(B, T) bool -> (B, n) where each row is True, in order; rows with fewer than others are filled up with where they are not."""
+    """(B, T) bool -> (B, n) where each row is True, in order; a row with fewer than others is filled up with its first False ones."""
     n = max(int(wanted.sum(1).max()), 1)
     return wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n]
 
@@ -195,17 +214,22 @@ def input_embeddings(model: nn.Module, input_ids: Tensor, images: Mapping[str, A
         model: student or teacher.
         input_ids: (B, T) with a placeholder for every image token.
         images: see `answer_states`.
+
+    Raises:
+        ValueError: there are more or fewer placeholders than image tokens.
     """
     base = _base(model)
     embedding = base.get_input_embeddings()
     if not images:
         return embedding(input_ids)
-    if "mm_encoder_outputs" in images:
-        features = images["mm_encoder_outputs"]["image"]
+    if "seen" in images:
+        seen = images["seen"]
     else:
-        features = project_features(model, images) if "features" in images else image_features(model, images)
+        seen = project_features(model, images) if "features" in images else image_features(model, images)
     is_picture = input_ids == base.config.image_token_id
-    words, pictures = embedding(input_ids[~is_picture]), torch.cat(features.pooler_output)
+    words, pictures = embedding(input_ids[~is_picture]), torch.cat(seen.pooler_output)
+    if int(is_picture.sum()) != len(pictures):
+        raise ValueError(f"{int(is_picture.sum())} placeholders in the prompts for {len(pictures)} image tokens")
     embeds = words.new_zeros(*input_ids.shape, words.shape[-1])
     embeds[~is_picture], embeds[is_picture] = words, pictures.to(words.dtype)
     return embeds
@@ -219,16 +243,21 @@ def states_at(
     The last layer computes keys and values everywhere, and all that comes after them at these positions only.
 
     Args:
-        model: student or teacher.
+        model: student or teacher, after `use_packed_attention`.
         embeds: (B, T, D) of `input_embeddings`.
         text: position_ids (B, T) and attention_mask.
-        places: (B, n) columns of blocks.
+        places: (B, n) columns of blocks; one of the prefix may fill up a row, what comes out there means nothing.
         cache: takes up keys and values, for `greedy_answers`.
 
     Returns:
         (B, n, D).
+
+    Raises:
+        ValueError: the model would misread the mask.
     """
     language = _base(model).model.language_model
+    if language.config._attn_implementation != PACKED_ATTENTION:
+        raise ValueError("this model does not take the masks of packed prompts; call use_packed_attention")
     mask, rotary = text["attention_mask"], language.rotary_emb(embeds, text["position_ids"])
     hidden = embeds
     for layer in language.layers[:-1]:
@@ -252,17 +281,18 @@ def _layer_at(
     def heads(values: Tensor) -> Tensor:
         return values.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
+    def rotate(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return values * cos[:, None] + rotate_half(values) * sin[:, None]
+
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
-    key, value = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
-    key, _ = apply_rotary_pos_emb(key, key, *rotary)
+    key, value = rotate(heads(attention.k_proj(normed)), *rotary), heads(attention.v_proj(normed))
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
-    query = heads(attention.q_proj(chosen(normed)))
-    query, _ = apply_rotary_pos_emb(query, query, *(chosen(part) for part in rotary))
-    rows = (places - (hidden.shape[1] - mask.shape[2])).clamp(min=0)  # a mask has the rows of the blocks
+    query = rotate(heads(attention.q_proj(chosen(normed))), *(chosen(part) for part in rotary))
+    rows = (places - (hidden.shape[1] - mask.shape[2])).clamp(min=0)  # a mask has rows for blocks only
     rows = rows[:, None, :, None].expand(-1, -1, -1, mask.shape[3])
-    mixed, _ = packed_attention(
+    mixed, _ = sdpa_attention_forward(
         attention,
         query,
         key,
@@ -364,7 +394,7 @@ def answers_right(logits: Tensor, text: Mapping[str, Tensor]) -> Tensor:
         (number of questions,) bool.
     """
     keep, targets = answer_targets(text["labels"])
-    first = keep & ~torch.nn.functional.pad(keep[:, :-1], (1, 0), value=False)  # answers never touch each other
+    first = keep & ~F.pad(keep[:, :-1], (1, 0), value=False)  # answers never touch each other
     question = first.flatten().cumsum(0)[keep.flatten()] - 1
     right = torch.ones(int(first.sum()), dtype=torch.int8, device=logits.device)
     hits = (logits.argmax(-1) == targets).to(torch.int8)

@@ -155,7 +155,7 @@ class LiveTeacher:
             answers = greedy_answers(
                 model,
                 text,
-                {"mm_encoder_outputs": {"image": features}},
+                {"seen": features},
                 vocab_size=len(tokenizer),
                 end_of_turn=end_of_turn,
                 max_new_tokens=MAX_ANSWER_TOKENS,

@@ -925,7 +925,7 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
     if args.max_steps > 0:
         batches = min(batches, args.max_steps * args.accumulate_grad_batches)
     print(
-        f"tokens in the longest sequence of a batch: {timer.tokens}; image tokens: {timer.image_tokens}\n"
+        f"tokens in a row of a batch, padding included: {timer.tokens}; image tokens: {timer.image_tokens}\n"
         f"peak memory: {peak_memory_gib():.2f} GiB\n"
         f"one step of {args.batch_size} images: {timer.seconds:.2f} s; {batches} steps on {world_size} devices: "
         f"{duration(batches * timer.seconds)}\n"

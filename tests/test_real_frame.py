@@ -36,8 +36,8 @@ def narrow_model(processor):
     config = true_config("0.5b")
     vision, text = config.vision_config, config.text_config
     vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads = 16, 32, 1, 2
-    text.hidden_size, text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = 16, 32, 2, 2
-    text.num_hidden_layers, text.layer_types = 1, ["full_attention"]
+    text.hidden_size, text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = 16, 32, 2, 1
+    text.num_hidden_layers, text.layer_types = 2, ["full_attention"] * 2
     text.vocab_size, config.image_token_id = len(processor.tokenizer), processor.image_token_id
     config.video_token_id = processor.video_token_id
     torch.manual_seed(0)

@@ -351,9 +351,7 @@ def train_stage(
         loss = grounding(model, tokens, rooms)
         if stage.questions:
             text = batches.text([questions for _, questions in drawn])
-            logits, targets = answer_logits(
-                model, text, {"mm_encoder_outputs": {"image": features}}, vocab_size=vocab_size
-            )
+            logits, targets = answer_logits(model, text, {"seen": features}, vocab_size=vocab_size)
             loss = answer_cross_entropy(logits=logits, targets=targets) + GROUNDING_WEIGHT * loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

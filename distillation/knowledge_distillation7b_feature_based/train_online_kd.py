@@ -84,7 +84,7 @@ class FeatureDistillation(pl.LightningModule):
     def forward_student(self, batch):
         """-> logits (n, V) that predict the n answer tokens, those tokens (n,), hidden states (n, H), patches (B, P, D)."""
         features = image_features(self.student, batch["student_images"])
-        hidden, targets = answer_states(self.student, batch["text"], {"mm_encoder_outputs": {"image": features}})
+        hidden, targets = answer_states(self.student, batch["text"], {"seen": features})
         logits = output_logits(self.student, hidden, vocab_size=self.hparams.vocab_size)
         return logits, targets, hidden, overview_patches(self.student, batch["student_images"], features)
 

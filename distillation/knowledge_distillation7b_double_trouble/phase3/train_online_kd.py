@@ -98,7 +98,7 @@ class JointDistillation(pl.LightningModule):
         """-> logits (n, V) that predict the n answer tokens, those tokens (n,), vision features (B, P, D)."""
         features = image_features(self.student, batch["student_images"])
         logits, targets = answer_logits(
-            self.student, batch["text"], {"mm_encoder_outputs": {"image": features}}, vocab_size=self.hparams.vocab_size
+            self.student, batch["text"], {"seen": features}, vocab_size=self.hparams.vocab_size
         )
         return logits, targets, overview_patches(self.student, batch["student_images"], features)
 
