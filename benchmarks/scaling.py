@@ -2,7 +2,8 @@
 
 For every size a miniature world of its own is rendered, and the third phase, which has every term and a bank row per image,
 runs on it through its command line: until the teacher has seen all images, again with everything stored (the cost of starting),
-for an epoch that keeps the pictures, and for one that finds them. From their times: seconds per image of the look and of the epoch, and the peak memory.
+and for an epoch that keeps the pictures. Then epochs that find everything are timed, from the smallest world to the largest and
+back: a machine's speed drifts, and the mean of both times of a size stands against the middle one.
 
     python benchmarks/scaling.py [--images 1000 10000]
 """
@@ -23,6 +24,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
 
 from dataset.miniature.world import ensure_world
 from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER
@@ -38,33 +41,41 @@ SETTINGS = {
 }
 
 
-def measure(n_images: int, folder: Path) -> dict[str, float]:
-    """Milliseconds per image of the look and of the epoch, seconds of a start, and GiB at most, for a world of this size."""
-    world = ensure_world(folder / "world", train=n_images, val=HELD_OUT, test=HELD_OUT)
+@dataclass(frozen=True)
+class World:
+    """A miniature world of `n_images` for training, with the runs on it."""
 
-    def run(name: str, *more: str) -> tuple[float, dict]:
+    n_images: int
+    folder: Path
+
+    def train(self, name: str, *more: str) -> tuple[float, dict]:
+        """The third phase from the stock student: seconds of the process, and the run's record."""
         flags = [f"--{key}={value}" for key, value in (MINIATURE_DEFAULTS | SETTINGS).items()]
         command = [sys.executable, str(ROOT / "distillation" / EXPERIMENT / "train_online_kd.py"), *flags]
+        os.sync()  # what earlier runs wrote is not written to the disk on this one's time
         started = time.monotonic()
         done = subprocess.run(
             [*command, "--from_stock", "--picture_cache", "--run_name", name, *more],
-            env=os.environ | {"ROOT_DATA_DIR": str(world), "MAIN_ROOT_DATA_DIR": str(folder)},
+            env=os.environ | {"ROOT_DATA_DIR": str(self.folder / "world"), "MAIN_ROOT_DATA_DIR": str(self.folder)},
         )
         if done.returncode:
-            raise UserError(f"the run of {n_images} images failed with exit code {done.returncode}; see above")
-        record = folder / EXPERIMENT / "tensorboard_logs" / name / "run.json"
+            raise UserError(f"the run of {self.n_images} images failed with exit code {done.returncode}; see above")
+        record = self.folder / EXPERIMENT / "tensorboard_logs" / name / "run.json"
         return time.monotonic() - started, json.loads(record.read_text(encoding="utf-8"))
 
-    first, _ = run("first", "--max_steps", "1")
-    start, _ = run("start", "--max_steps", "1")
-    run("pictures")
-    _, epoch = run("epoch")
-    return {
-        "look_ms": 1000 * (first - start) / n_images,
-        "epoch_ms": 1000 * epoch["seconds"] / n_images,
-        "start_s": start,
-        "peak_gib": epoch["peak_memory_gib"],
-    }
+    def prepare(self) -> dict[str, float]:
+        """Render it, let the teacher look, keep the pictures: milliseconds per image of the look, seconds of a start."""
+        ensure_world(self.folder / "world", train=self.n_images, val=HELD_OUT, test=HELD_OUT)
+        first, _ = self.train("first", "--max_steps", "1")
+        start, _ = self.train("start", "--max_steps", "1")
+        self.train("pictures")
+        return {"look_ms": 1000 * (first - start) / self.n_images, "start_s": start}
+
+
+def there_and_back(sizes: Sequence[int]) -> list[int]:
+    """1000, 10000 -> 1000, 10000, 1000."""
+    rising = sorted(set(sizes))
+    return rising + rising[-2::-1]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,12 +93,16 @@ def main(args: argparse.Namespace) -> None:
     print(f"commit {git_commit()}, {len(os.sched_getaffinity(0))} cores")
     lines = ["| images | the teacher's look, ms/image | an epoch, ms/image | a start, s | peak memory, GiB |"]
     lines.append("| ---: |" + " ---: |" * 4)
-    for n_images in args.images:
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure(n_images, Path(folder))
-        lines.append(
-            f"| {n_images} | {found['look_ms']:.1f} | {found['epoch_ms']:.1f} | {found['start_s']:.1f} | {found['peak_gib']:.2f} |"
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        worlds = {n: World(n, Path(folder) / str(n)) for n in sorted(set(args.images))}
+        costs = {n: world.prepare() for n, world in worlds.items()}
+        epochs: dict[int, list[dict]] = {n: [] for n in worlds}
+        for n in there_and_back(args.images):
+            epochs[n].append(worlds[n].train(f"epoch{len(epochs[n])}")[1])
+    for n, cost in costs.items():
+        epoch_ms = 1000 * mean(epoch["seconds"] for epoch in epochs[n]) / n
+        peak = max(epoch["peak_memory_gib"] for epoch in epochs[n])
+        lines.append(f"| {n} | {cost['look_ms']:.1f} | {epoch_ms:.1f} | {cost['start_s']:.1f} | {peak:.2f} |")
     print("\n".join(lines))
 
 

@@ -394,9 +394,7 @@ def _cosines(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of every row of a with every row of b; autocast would round the products to half precision."""
     with torch.autocast(a.device.type, enabled=False):
         a, b = _unit(a), _wide(b)
-        lengths = b.norm(dim=-1).clamp(
-            min=1e-6
-        )  # divided out last: a unit copy of a bank would cost more than its product
+        lengths = b.norm(dim=-1).clamp(min=1e-6)  # divided out last: a unit copy of a bank costs more than its product
         return (a @ b.to(a.dtype).mT) / lengths.to(a.dtype)[..., None, :]
 
 
