@@ -330,7 +330,9 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
     if not args.dry_run:
         scores = teacher.accuracy([row for rows in groups[n_bank:] for row in rows])
         run.record["teacher_val_exact_match"] = round(scores["all"], 4)
-        print("teacher on val: " + ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items()))
+        # A teacher hands on what it has read, labels that are hidden from the student too.
+        whose = f"{path}, tuned on {100 * recorded['label_fraction']:g} % of the labels" if path else name
+        print(f"teacher: {whose}; on val: " + ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items()))
     return teacher
 
 

@@ -158,7 +158,7 @@ def add_common_args(parser: argparse.ArgumentParser, *, leave_out: Sequence[str]
         "--load_checkpoint",
         nargs="?",
         const="best",
-        help="start from these weights: a path or a run's name; without one: own best checkpoint",
+        help="start from these weights: a path or a run's name; without one: the best of the phase before, else of this experiment",
     )
     add("--resume", help="continue an interrupted run exactly: auto (the newest, a new run if there is none) or a path")
     add("--run_name", help="name of the run's folders (the time it started)")
@@ -258,6 +258,7 @@ def need_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, e
         parser.error(
             f"--load_checkpoint is needed: this script starts from a checkpoint of {experiment}; alone it takes the best one. "
             f"To make one: python distillation/{experiment}/train_online_kd.py{' --miniature' * args.miniature}"
+            f"{' --teacher_checkpoint' * bool(args.teacher_checkpoint)}"
         )
 
 

@@ -437,11 +437,13 @@ def test_unfit_teachers_are_refused(places, world, tiny_folder, tiny_teacher, tm
         teacher_of(data, tiny_folder, other)
 
 
-def test_a_fine_tuned_teacher_is_taken(places, world, tiny_folder, tiny_teacher):
-    train_baseline("baseline_rgb7b", tiny_teacher, "--lr", "1e-2")
+def test_a_fine_tuned_teacher_is_taken(places, world, tiny_folder, tiny_teacher, capsys):
+    train_baseline("baseline_rgb7b", tiny_teacher, "--lr", "1e-2", "--label_fraction", "0.5")
     data = data_module(world, tiny_folder)
     stock = teacher_of(data, tiny_folder, tiny_teacher)
+    assert f"teacher: {tiny_teacher}; on val: all" in capsys.readouterr().out
     tuned = teacher_of(data, tiny_folder, tiny_teacher, "--teacher_checkpoint")
+    assert "tuned on 50 % of the labels; on val: all" in capsys.readouterr().out
     row = data.train.images[0][0]
     assert stock.source.store.folder != tuned.source.store.folder
     assert not torch.equal(stock.answer(row, gold=True)[1], tuned.answer(row, gold=True)[1])

@@ -7,8 +7,8 @@ Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboa
 Rates   as in baseline_depth; LoCa (https://arxiv.org/abs/2409.04778) with alpha 0.9: where the teacher is wrong about a gold
         token, that token gets a lead of 0.1 and the other proportions stay
 
-    python distillation/knowledge_distillation7b_double_trouble/phase2/train_online_kd.py --batch_size 2 --load_checkpoint
-    python distillation/knowledge_distillation7b_double_trouble/phase2/train_online_kd.py --miniature --load_checkpoint
+    python distillation/knowledge_distillation7b_double_trouble/phase2/train_online_kd.py --teacher_checkpoint --batch_size 2 --load_checkpoint
+    python distillation/knowledge_distillation7b_double_trouble/phase2/train_online_kd.py --miniature --teacher_checkpoint --load_checkpoint
 """
 
 import sys

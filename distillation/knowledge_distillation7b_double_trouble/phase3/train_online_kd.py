@@ -7,8 +7,8 @@ Reads   phase 2's checkpoint (--load_checkpoint); the teacher's outputs (compute
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/
 Rates   as in baseline_depth
 
-    python distillation/knowledge_distillation7b_double_trouble/phase3/train_online_kd.py --batch_size 2 --load_checkpoint
-    python distillation/knowledge_distillation7b_double_trouble/phase3/train_online_kd.py --miniature --load_checkpoint
+    python distillation/knowledge_distillation7b_double_trouble/phase3/train_online_kd.py --teacher_checkpoint --batch_size 2 --load_checkpoint
+    python distillation/knowledge_distillation7b_double_trouble/phase3/train_online_kd.py --miniature --teacher_checkpoint --load_checkpoint
 """
 
 import sys
