@@ -83,6 +83,7 @@ LEAST = dict(  # smallest value that a flag takes
     batch_size=1,
     accumulate_grad_batches=1,
     max_epochs=1,
+    num_nodes=1,
     questions_per_image=1,
     teacher_questions=0,
     num_workers=0,
@@ -151,7 +152,8 @@ def add_common_args(parser: argparse.ArgumentParser, *, leave_out: Sequence[str]
     )
     add("--precision", default="auto", help="a Lightning precision; auto = bf16-mixed where the GPU can, else 32-true")
     add("--accelerator", default="auto", help="a Lightning accelerator: auto, cpu, gpu, ...")
-    add("--devices", default="auto", help="a Lightning device list or count")
+    add("--devices", default="auto", help="a Lightning device list or count, of each machine")
+    add("--num_nodes", type=int, default=1, help="machines, with torchrun on each of them")
     add("--strategy", default="auto", help="a Lightning strategy: auto, ddp, fsdp (with --gradient_clip 0), ...")
     # where from, where to
     add(
@@ -297,8 +299,9 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
     record |= {"script": path.relative_to(ROOT).as_posix(), "git_commit": git_commit()}
     if args.resume and (last := _resume_checkpoint(args, experiment)):
         return Run(experiment, last.parent.name, record, resume_from=last)
-    # Lightning starts this script once more for each further device; those processes join the run of the first.
-    further = int(os.environ.get("LOCAL_RANK", "0")) > 0
+    # Lightning starts this script once more for each further device; those processes join the run of the first. A launcher's
+    # know their rank among all machines.
+    further = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")) > 0
     joined = os.environ.get(RUN_NAME_VARIABLE) if further else None
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not joined
     if launched and not args.run_name:
@@ -323,6 +326,7 @@ def probe(args: argparse.Namespace) -> pl.Trainer:
             precision=resolve_precision(args.precision, args.accelerator),
             accelerator=args.accelerator,
             devices=args.devices,
+            num_nodes=args.num_nodes,
             strategy=args.strategy,
             logger=False,
             enable_checkpointing=False,
@@ -750,7 +754,7 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
     """
     free = {"resume", "run_name", "git_commit", "export", "save_final_pt", "num_workers", "max_epochs", "max_steps"}
     free |= {"accelerator", "devices", "strategy", "load_checkpoint", "picture_cache", "vision_cache", "teacher"}
-    free |= {"gradient_checkpointing"}
+    free |= {"gradient_checkpointing", "num_nodes"}
     free |= {"teacher_val_exact_match"}  # follows from the teacher
     for name in sorted(run.record.keys() - free):
         if recorded.get(name) != run.record[name]:
@@ -843,6 +847,7 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
         precision=resolve_precision(args.precision, args.accelerator),
         accelerator=args.accelerator,
         devices=args.devices,
+        num_nodes=args.num_nodes,
         strategy=args.strategy,
         logger=[TensorBoardLogger(**where), CSVLogger(**where)],
         callbacks=[

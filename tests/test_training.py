@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks.reproduce import load_script
+from dataset.pictures import ImageSettings
 from dataset.questions import questions_file, read_questions
 from distillation import training
 from distillation.models import add_lora, load_model
@@ -268,6 +269,21 @@ def test_processes_of_a_launcher_need_a_run_name(places, tiny_folder, monkeypatc
     monkeypatch.delenv(training.RUN_NAME_VARIABLE, raising=False)
     with pytest.raises(UserError, match="--run_name"):
         script.main(args)
+
+
+def test_the_first_process_of_a_second_machine_joins_the_run(places, tiny_folder, monkeypatch):
+    """It is the first on its machine: only its rank among all says that the run's folder may be there already."""
+    script = SCRIPTS["baseline_depth"]
+    args = load_script(script).parse_args(flags(tiny_folder, "--run_name", "t"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "0")
+    run = training.start_run(args, script, ImageSettings("depth"))
+    run.checkpoints.mkdir(parents=True)
+    with pytest.raises(UserError, match="is there already"):
+        training.start_run(args, script, ImageSettings("depth"))
+    monkeypatch.setenv("RANK", "1")
+    assert training.start_run(args, script, ImageSettings("depth")).checkpoints == run.checkpoints
 
 
 def test_checkpoints_are_found_by_run_name_and_path(tmp_path):
