@@ -207,8 +207,8 @@ def true_columns(wanted: Tensor) -> Tensor:
 def input_embeddings(model: nn.Module, input_ids: Tensor, images: Mapping[str, Any]) -> Tensor:
     """(B, T) token ids -> (B, T, D) what the language model reads, pictures in the places of their placeholders.
 
-    Only words go through the embedding: its backward pass walks through the tokens one by one, on a CPU at least, and
-    nearly all of them are placeholders.
+    Only words go through the embedding: its backward pass walks through the tokens one by one, on a CPU at least, and nearly
+    all of them are placeholders.
 
     Args:
         model: student or teacher.
@@ -218,21 +218,33 @@ def input_embeddings(model: nn.Module, input_ids: Tensor, images: Mapping[str, A
     Raises:
         ValueError: there are more or fewer placeholders than image tokens.
     """
-    base = _base(model)
-    embedding = base.get_input_embeddings()
     if not images:
-        return embedding(input_ids)
+        return _embed_words(model, input_ids)
     if "seen" in images:
         seen = images["seen"]
     else:
         seen = project_features(model, images) if "features" in images else image_features(model, images)
-    is_picture = input_ids == base.config.image_token_id
-    words, pictures = embedding(input_ids[~is_picture]), torch.cat(seen.pooler_output)
+    is_picture = input_ids == _base(model).config.image_token_id
+    words, pictures = _embed_words(model, input_ids[~is_picture]), torch.cat(seen.pooler_output)
     if int(is_picture.sum()) != len(pictures):
         raise ValueError(f"{int(is_picture.sum())} placeholders in the prompts for {len(pictures)} image tokens")
     embeds = words.new_zeros(*input_ids.shape, words.shape[-1])
     embeds[~is_picture], embeds[is_picture] = words, pictures.to(words.dtype)
     return embeds
+
+
+def _embed_words(model: nn.Module, ids: Tensor) -> Tensor:
+    """Token ids of any shape -> (..., D).
+
+    Where the output layer is the same weight, it has a gradient for every word already, and a sparse one is added to that: a
+    second dense one would be another 0.5 GB of a 0.5B. Of a weight that is no leaf (FSDP shards it) gradients must be dense.
+    """
+    base = _base(model)
+    embedding = base.get_input_embeddings()
+    weight = embedding.weight
+    if weight.requires_grad and weight.is_leaf and weight is base.lm_head.weight:
+        return F.embedding(ids, weight, padding_idx=embedding.padding_idx, sparse=True)
+    return embedding(ids)
 
 
 def states_at(

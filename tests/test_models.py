@@ -9,8 +9,10 @@ from distillation.models import (
     add_lora,
     count_parameters,
     export_model,
+    input_embeddings,
     load_model,
     load_trained_state,
+    output_logits,
     split_parameters,
     trained_state,
 )
@@ -104,3 +106,20 @@ def test_export_loads_with_stock_transformers(tiny_folder, processor, tmp_path, 
 def test_missing_model_names_the_place(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path / "nothing")):
         load_model(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_words_gradient_is_the_stock_embeddings(tied, tiny_folder):
+    """Dense for the optimizer, whether the output layer is the same weight or another."""
+    model = load_model(str(tiny_folder))
+    embedding = model.get_input_embeddings()
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    ids = torch.tensor([[5, 7, 5, embedding.padding_idx]])
+    gradients = []
+    for embed in (lambda ids: input_embeddings(model, ids, {}), embedding):
+        model.zero_grad()
+        output_logits(model, embed(ids).flatten(0, 1), vocab_size=9).logsumexp(-1).sum().backward()
+        gradients.append(embedding.weight.grad)
+    assert gradients[0].layout == torch.strided and gradients[0][5].any()
+    torch.testing.assert_close(*gradients)
