@@ -61,6 +61,7 @@ from utils import (
 )
 
 RUN_NAME_VARIABLE = "RUN_NAME_OF_FIRST_PROCESS"
+NAMED_RUNS = 5  # in the message about one that is not there
 EXPERIMENTS = {  # --kd_model_type -> folder below distillation/
     "baseline_depth": "baseline_depth",
     "baseline_rgb05b": "baseline_rgb05b",
@@ -231,7 +232,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
             "--strategy fsdp cannot clip the norm of gradients that are spread over devices: --gradient_clip 0"
         )
     if getattr(args, "teacher", "cached") == "online" and args.num_workers:
-        parser.error("--teacher online is asked where the student trains: --num_workers 0")
+        parser.error("--teacher online is asked where the student trains: add --num_workers 0")
     if args.resume not in (None, "auto") and args.load_checkpoint:
         parser.error("--resume continues a run with its own weights; leave out --load_checkpoint")
     if args.resume and args.dry_run:
@@ -393,9 +394,10 @@ def find_checkpoint(name: str, folder: Path) -> Path:
         found = found or [path] * path.is_dir()
         if len(found) != 1:
             many = f"several have this name; give the path: {', '.join(map(str, found))}"
-            raise UserError(
-                f"{name}: " + (many if found else f"no such file, and no such run or checkpoint below {folder}")
-            )
+            runs = sorted((p for p in folder.rglob("checkpoints/*") if p.is_dir()), key=lambda p: p.stat().st_mtime)
+            newest = ", ".join(dict.fromkeys(run.name for run in reversed(runs[-NAMED_RUNS:]))) or "none"
+            none = f"no such file, and no such run or checkpoint below {folder}; newest runs there: {newest}"
+            raise UserError(f"{name}: " + (many if found else none))
         path = found[0]
     if not path.is_dir():
         return path  # read_checkpoint says what is wrong with it
@@ -876,6 +878,7 @@ def quieten() -> None:
         ".*LeafSpec.*",
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
+        ".*but have no `val_dataloader`.*",  # --dry_run trains only
         ".*could not find the monitored key.*",  # best_of_run validates what --max_steps ends
         ".*irectory .* exists and is not empty.*",  # two loggers share a folder, a resumed run its checkpoints
     ):
@@ -933,7 +936,7 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
     print(
         f"tokens in a row of a batch, padding included: {timer.tokens}; image tokens: {timer.image_tokens}\n"
         f"peak memory: {peak_memory_gib():.2f} GiB\n"
-        f"one step of {args.batch_size} images: {timer.seconds:.2f} s; {batches} steps on {world_size} devices: "
+        f"one step of {args.batch_size} images: {timer.seconds:.2f} s; {batches} steps on {world_size} device(s): "
         f"{duration(batches * timer.seconds)}\n"
         f"disk: 2 checkpoints of at most {checkpoint_gib:.2f} GiB"
     )

@@ -299,7 +299,7 @@ def test_checkpoints_are_found_by_run_name_and_path(tmp_path):
     assert training.find_checkpoint("demo", tmp_path / "baseline_depth") == best
     with pytest.raises(UserError, match="several have this name"):
         training.find_checkpoint("demo", tmp_path)
-    with pytest.raises(UserError, match="no such run or checkpoint"):
+    with pytest.raises(UserError, match="no such run or checkpoint below .*; newest runs there: demo"):
         training.find_checkpoint("absent", tmp_path)
 
 

@@ -61,6 +61,7 @@ from distillation.training import (
     find_checkpoint,
     frozen_dtype,
     peak_memory_gib,
+    quieten,
     read_checkpoint,
     resolve_precision,
 )
@@ -135,6 +136,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Answer all questions of the split, score, write."""
     start = time.monotonic()
+    quieten()
     path = chosen_checkpoint(args)
     checkpoint = read_checkpoint(path) if path else None
     args.miniature |= bool(checkpoint and checkpoint["hyper_parameters"]["miniature"])
