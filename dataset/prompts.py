@@ -144,7 +144,7 @@ def packed_attention_mask(segments: Tensor, *, n_prefix: int) -> Tensor:
         (B, 1, T - n_prefix, T) bool, True = may attend. For models after `distillation.models.use_packed_attention`.
     """
     T = segments.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()[n_prefix:]
+    causal = torch.ones(T - n_prefix, T, dtype=torch.bool, device=segments.device).tril(n_prefix)
     return (visible_segments(segments[:, n_prefix:], segments) & causal)[:, None]
 
 

@@ -89,7 +89,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it. A mask with fewer rows than queries is about the last queries; those before are causal.
 
-    The rows of an image prefix so go through a kernel that computes no more than what is below the diagonal. Heads are repeated
+    The rows of an image prefix thus go through a kernel that computes no more than what is below the diagonal. Heads are repeated
     for it: left to itself, CUDA would fall back to the plain formula in float32 and on older cards, with all of its memory.
 
     Args:
@@ -453,25 +453,24 @@ def greedy_answers(
     cache = DynamicCache(config=base.config.text_config)
     cached, (keep, targets) = text["segments"], answer_targets(text["labels"])
     n_rows, n_blocks = len(cached), int(cached.max())
-    tokens = [[[] for _ in range(int(row.max()))] for row in cached]
-    for (row, place), token in zip(keep.nonzero().tolist(), targets.tolist(), strict=True):
-        tokens[row][int(cached[row, place]) - 1].append(token)
     # One open position per block: the last of a prompt, later the token that was chosen last.
     blocks = torch.arange(1, n_blocks + 1, device=cached.device)
     places = torch.arange(cached.shape[1], device=cached.device)
-    last = torch.where(cached[:, None] == blocks[:, None], places, -1).amax(-1)  # (B, blocks)
-    answered = torch.tensor(
-        [[bool(t) for t in row] + [True] * (n_blocks - len(row)) for row in tokens], device=cached.device
-    )
+    own = cached[:, None] == blocks[:, None]  # (B, blocks, T)
+    last = torch.where(own, places, -1).amax(-1)  # (B, blocks)
+    answered = (own & keep[:, None]).any(-1)
     segments = torch.where((last < 0) | answered, PADDING_SEGMENT, blocks)
-    is_open = (places == torch.where(segments == PADDING_SEGMENT, -1, last)[..., None]).any(1)
-    rows, asked = torch.arange(n_rows, device=cached.device)[:, None], true_columns(keep | is_open)
+    ends = (places == torch.where(segments == PADDING_SEGMENT, -1, last)[..., None]).any(1)  # of open blocks
+    rows, asked = torch.arange(n_rows, device=cached.device)[:, None], true_columns(keep | ends)
     found = states_at(model, input_embeddings(model, text["input_ids"], images), text, asked, cache)
     hidden = found.new_zeros(*keep.shape, found.shape[-1])
     hidden[rows, asked] = found
+    tokens = [[[] for _ in range(int(row.max()))] for row in cached]
     states = [[[] for _ in row] for row in tokens]
-    for row, place in keep.nonzero().tolist():
-        states[row][int(cached[row, place]) - 1].append(hidden[row, place])
+    for (row, place), token in zip(keep.nonzero().tolist(), targets.tolist(), strict=True):
+        block = int(cached[row, place]) - 1
+        tokens[row][block].append(token)
+        states[row][block].append(hidden[row, place])
     newest = hidden[rows, last.clamp(min=0)]  # (B, blocks, D)
     positions = text["position_ids"].gather(1, last.clamp(min=0))
     for step in range(max_new_tokens):
@@ -482,14 +481,14 @@ def greedy_answers(
                     tokens[row][segment - 1].append(token)
                     states[row][segment - 1].append(newest[row, column])
         segments = torch.where(chosen == end_of_turn, PADDING_SEGMENT, segments)
-        width = int((segments != PADDING_SEGMENT).sum(1).max())
-        if step + 1 == max_new_tokens or width == 0:
+        is_open = segments != PADDING_SEGMENT
+        if step + 1 == max_new_tokens or not is_open.any():
             break
-        open_first = (segments == PADDING_SEGMENT).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
+        open_first = true_columns(is_open)
         chosen, segments, positions = (values.gather(1, open_first) for values in (chosen, segments, positions + 1))
         cached = torch.cat([cached, segments], dim=1)
         step_text = {"position_ids": positions, "attention_mask": visible_segments(segments, cached)[:, None]}
-        everywhere = torch.arange(width, device=cached.device).expand(n_rows, -1)
+        everywhere = torch.arange(chosen.shape[1], device=cached.device).expand(n_rows, -1)
         newest = states_at(model, input_embeddings(model, chosen, {}), step_text, everywhere, cache)
     return Answers(tokens, [[torch.stack(block) for block in row] for row in states])
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -370,6 +370,10 @@ def _resume_checkpoint(args: argparse.Namespace, experiment: Path) -> Path | Non
 def _runs(experiment: Path, *, miniature: bool) -> list[Path]:
     """Checkpoint folders of an experiment, oldest first; miniature and real runs are never mixed."""
     folders = [p for p in (experiment / "checkpoints").glob("*") if p.name.startswith("miniature_") == miniature]
+    return _oldest_first(folders)
+
+
+def _oldest_first(folders: Iterable[Path]) -> list[Path]:
     return sorted((p for p in folders if p.is_dir()), key=lambda p: p.stat().st_mtime)
 
 
@@ -392,12 +396,14 @@ def find_checkpoint(name: str, folder: Path) -> Path:
     if path.name == name and not path.is_file():
         found = sorted(folder.rglob(f"checkpoints/{name}")) + sorted(folder.rglob(f"checkpoints/*/{name}"))
         found = found or [path] * path.is_dir()
-        if len(found) != 1:
-            many = f"several have this name; give the path: {', '.join(map(str, found))}"
-            runs = sorted((p for p in folder.rglob("checkpoints/*") if p.is_dir()), key=lambda p: p.stat().st_mtime)
-            newest = ", ".join(dict.fromkeys(run.name for run in reversed(runs[-NAMED_RUNS:]))) or "none"
-            none = f"no such file, and no such run or checkpoint below {folder}; newest runs there: {newest}"
-            raise UserError(f"{name}: " + (many if found else none))
+        if not found:
+            runs = _oldest_first(folder.rglob("checkpoints/*"))[-NAMED_RUNS:]
+            newest = ", ".join(dict.fromkeys(run.name for run in reversed(runs))) or "none"
+            raise UserError(
+                f"{name}: no such file, and no such run or checkpoint below {folder}; newest runs there: {newest}"
+            )
+        if len(found) > 1:
+            raise UserError(f"{name}: several have this name; give the path: {', '.join(map(str, found))}")
         path = found[0]
     if not path.is_dir():
         return path  # read_checkpoint says what is wrong with it

@@ -55,7 +55,7 @@ def loss_and_gradients(model, processor, groups, **options):
 @pytest.mark.parametrize("image_tokens", ["one_tile", "two_tile", "anyres"])
 def test_packed_equals_separate_sequences(processor, tiny_folder, image_tokens):
     model = load_model(str(tiny_folder))
-    images = [picture(1), picture(2, width=250)]  # with tiles: prefixes of two lengths
+    images = [picture(1), picture(2)]
     packed = [(images[0], QUESTIONS, ANSWERS), (images[1], QUESTIONS[:1], ["in front"])]
     separate = [(image, [q], [a]) for image, qs, answers in packed for q, a in zip(qs, answers, strict=True)]
     loss, gradients, logits = loss_and_gradients(model, processor, packed, image_tokens=image_tokens)
@@ -65,9 +65,8 @@ def test_packed_equals_separate_sequences(processor, tiny_folder, image_tokens):
     assert loss == pytest.approx(expected, rel=1e-5)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
-        # Of a key's bias it is 0 but for rounding: the same number is added to all scores of a row.
-        allowed = 1e-5 * expected_gradients[name].norm().item() + 1e-7
-        assert (gradient - expected_gradients[name]).norm().item() <= allowed, name
+        scale = max(expected_gradients[name].norm().item(), 1e-3)
+        assert (gradient - expected_gradients[name]).norm().item() <= 1e-5 * scale, name
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
 
 
@@ -110,9 +109,8 @@ def test_equals_the_stock_model_question_by_question(blind, processor, tiny_fold
         if parameter.grad is None:
             assert expected[name].grad is None or not expected[name].grad.any(), name
         else:
-            gap = (
-                parameter.grad - expected[name].grad
-            ).norm()  # stock norms compute in float32 whatever they are given
+            # Stock norms compute in float32 whatever they are given.
+            gap = (parameter.grad - expected[name].grad).norm()
             assert gap <= 1e-6 * expected[name].grad.norm() + 1e-12, name
 
 
