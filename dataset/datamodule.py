@@ -12,13 +12,19 @@ A batch (tensors; B images, T tokens, S the vision tower's image size):
         measured    (B, P) float32 in [0, 1], how much of each patch has depth: 0 in holes and padding
         bank_rows   (B,) int64, the images' rows in the bank of InfoNCE; -1 for validation images, which have none
     question_ids    B lists of ids, in the order of the blocks; image_paths: B paths
+    counts          items of the batch, what the sums of its loss terms are over:
+        gold_tokens     tokens of gold answers, the end of the turn included
+        answer_tokens   tokens of all answers, the teacher's own included
+        images          B
+        patches         with a teacher, the sum of `measured`
+    update, spare   in training instead of counts: those of the whole optimizer update, see `dataset.sampler.UpdateLoader`
 
 `--batch_size` counts images; an image brings up to `questions_per_image` questions of the training file, those with a gold
-answer first, and, with a teacher, up to `teacher_questions` further ones without a gold answer.
+answer first, and, with a teacher, up to `teacher_questions` further ones without a gold answer. Where there are more than that,
+they take turns from epoch to epoch.
 """
 
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,12 +33,13 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from dataset.pictures import ImageSettings, Picture, PictureCache, load_images, make_picture
 from dataset.processor import ImageTextProcessor
-from dataset.prompts import collate_prompts, pack_questions
+from dataset.prompts import IGNORE, collate_prompts, pack_questions
 from dataset.questions import QuestionRow, questions_file, read_questions, unanswered_file
+from dataset.sampler import ImageOrder, MicroBatchSampler, UpdateLoader
 from dataset.sunrgbd import Frame, read_frame
 from utils import UserError
 
@@ -60,16 +67,16 @@ class SUNRGBDDataset(Dataset):
         processor: ImageTextProcessor,
         student: ImageSettings,
         questions_per_image: int | None = None,
-        unanswered: list[QuestionRow] | None = None,
-        unanswered_per_image: int = 0,
+        further: list[QuestionRow] | None = None,
+        further_per_image: int = 0,
         augmentation: bool = False,
         cache: PictureCache | None = None,
         seed: int = 0,
     ) -> None:
         self.root, self.processor, self.cache = root, processor, cache
         self.images: list[list[QuestionRow]] = group_by_image(rows)
-        self.unanswered = {group[0].image_path: group for group in group_by_image(unanswered or [])}
-        self.unanswered_per_image = unanswered_per_image
+        self.further = {group[0].image_path: group for group in group_by_image(further or [])}
+        self.further_per_image = further_per_image
         self.student = student
         self.questions_per_image = questions_per_image
         self.augmentation = augmentation
@@ -82,17 +89,19 @@ class SUNRGBDDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
         rows = self.images[index]
-        picture = self._picture(self.frame(index), rng.spawn(1)[0] if self.augmentation else None)
-        further = self.unanswered.get(rows[0].image_path, [])
-        answered = _some([row for row in rows if row.answer], self.questions_per_image, rng)
-        room = None if self.questions_per_image is None else self.questions_per_image - len(answered)
-        hidden = _some(
-            [row for row in rows if not row.answer], room, rng
-        )  # gold answers are rare where some are hidden
-        rows = answered + hidden + _some(further, self.unanswered_per_image, rng)
-        return {"rows": rows, "picture": picture}
+        rng = np.random.default_rng((self.seed, epoch, index)) if self.augmentation else None
+        picture = self._picture(self.frame(index), rng)
+        order = np.random.default_rng((self.seed, index))  # the same in every epoch
+        further = self.further.get(rows[0].image_path, [])
+        labelled = _turn([row for row in rows if row.answer], self.questions_per_image, epoch, order)
+        # Those with a gold answer come first: they are few where labels are hidden.
+        room = None if self.questions_per_image is None else self.questions_per_image - len(labelled)
+        unlabelled = _turn([row for row in rows if not row.answer], room, epoch, order)
+        return {
+            "rows": labelled + unlabelled + _turn(further, self.further_per_image, epoch, order),
+            "picture": picture,
+        }
 
     def frame(self, index: int) -> Frame:
         """The frame of an image."""
@@ -122,10 +131,12 @@ def _found(picture: Picture | None, frame: Frame) -> Picture:
     return picture
 
 
-def _some(rows: list[QuestionRow], most: int | None, rng: np.random.Generator) -> list[QuestionRow]:
+def _turn(rows: list[QuestionRow], most: int | None, epoch: int, order: np.random.Generator) -> list[QuestionRow]:
+    """At most so many of the rows, others in each epoch, until all have had their turn."""
     if most is None or len(rows) <= most:
         return rows
-    return [rows[i] for i in sorted(rng.choice(len(rows), most, replace=False))]
+    turns = order.permutation(len(rows))
+    return [rows[i] for i in sorted(turns[(epoch * most + k) % len(rows)] for k in range(most))]
 
 
 def frame_path(row: QuestionRow) -> str:
@@ -172,60 +183,6 @@ def hide_labels(rows: list[QuestionRow], share: float, *, seed: int) -> list[Que
     return [row if i in kept else replace(row, answer="") for i, row in enumerate(rows)]
 
 
-class ResumableBatchSampler(Sampler):
-    """Shuffled batches of (epoch, index) as a pure function of seed, epoch and position.
-
-    With `start` it begins the next epoch at that batch, which is how an interrupted run goes on without reading an image
-    twice. Ranks take turns over the batches of one global order; the order is wrapped around so that all ranks take the
-    same number of steps. An epoch of `epoch_size` above n draws images again: runs on fewer images take as many steps.
-    """
-
-    def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        *,
-        seed: int,
-        shuffle: bool,
-        epoch_size: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
-        self.epoch_size = epoch_size or n
-        self.rank, self.world_size = rank, world_size
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:  # constant even when resuming: Lightning ends the epoch by its own count of batches
-        return -(-self.epoch_size // (self.batch_size * self.world_size))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        rng = np.random.default_rng((self.seed, 0, self.epoch))
-        rounds = -(-self.epoch_size // self.n)  # an image that comes again is drawn anew, as if in another epoch
-        order = np.concatenate([rng.permutation(self.n) if self.shuffle else np.arange(self.n) for _ in range(rounds)])
-        order = order[: self.epoch_size]
-        batches = [range(i, min(i + self.batch_size, len(order))) for i in range(0, len(order), self.batch_size)]
-        first, self.start = self.start, 0
-        for step in range(first, len(self)):
-            batch = batches[(step * self.world_size + self.rank) % len(batches)]
-            yield [(self.epoch * rounds + place // self.n, int(order[place])) for place in batch]
-
-
-class StatefulLoader(DataLoader):
-    """A DataLoader whose position Lightning leaves alone, since ResumableBatchSampler takes care of it."""
-
-    def state_dict(self) -> dict:
-        """Nothing to keep: the position is in the checkpoint (see distillation.training)."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Nothing to restore."""
-
-
 class SUNRGBDDataModule(pl.LightningDataModule):
     """Train and val batches of SUN RGB-D questions; see the module for the batch and `ImageSettings` for the pixels."""
 
@@ -236,6 +193,7 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         processor: ImageTextProcessor,
         student: ImageSettings,
         batch_size: int = 1,
+        accumulate_grad_batches: int = 1,
         questions_per_image: int | None = None,
         teacher_questions: int = 0,
         subset_percentage: float = 1.0,
@@ -247,7 +205,8 @@ class SUNRGBDDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.root, self.processor, self.student, self.cache = root, processor, student, cache
-        self.batch_size, self.questions_per_image = batch_size, questions_per_image
+        self.batch_size, self.accumulate_grad_batches = batch_size, accumulate_grad_batches
+        self.questions_per_image = questions_per_image
         self.teacher_questions, self.label_fraction = teacher_questions, label_fraction
         self.subset_percentage, self.augmentation = subset_percentage, augmentation
         self.num_workers, self.seed = num_workers, seed
@@ -266,7 +225,9 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         self.images_per_epoch = len(group_by_image(rows))
         answered = [row for row in hide_labels(rows, self.label_fraction, seed=self.seed) if row.answer]
         self.train = self._train_set(answered)
-        self.val = self._dataset(self.rows("val"))
+        # A checkpoint chosen on labels has used them: as few of the validation questions as of the training questions.
+        labelled = [row for row in hide_labels(self.rows("val"), self.label_fraction, seed=self.seed) if row.answer]
+        self.val = self._dataset(labelled)
 
     def use_teacher(self, teacher: TeacherOutputs) -> None:
         """Train on all images that the teacher has seen: what has no gold answer is answered by the teacher."""
@@ -275,8 +236,8 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         self.teacher = teacher
         self.train = self._train_set(
             [row for row in rows if row.image_path in teacher.rows],
-            unanswered=self.unanswered_rows() if self.teacher_questions else None,
-            unanswered_per_image=self.teacher_questions,
+            further=self.unanswered_rows() if self.teacher_questions else None,
+            further_per_image=self.teacher_questions,
         )
 
     def use_features(self, features: PictureCache) -> None:
@@ -305,40 +266,41 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         options |= {"processor": self.processor, "student": self.student, "cache": self.cache, "seed": self.seed}
         return SUNRGBDDataset(self.root, rows, **options)
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled, resumable."""
+    def train_dataloader(self) -> UpdateLoader:
+        """Shuffled, resumable, with the number of items of each batch's whole optimizer update."""
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        sampler = ResumableBatchSampler(
-            len(self.train),
-            self.batch_size,
-            seed=self.seed,
-            shuffle=True,
-            epoch_size=self.images_per_epoch,
-            rank=rank,
-            world_size=world_size,
-        )
+        order = ImageOrder(len(self.train), seed=self.seed, shuffle=True, size=self.images_per_epoch)
+        sampler = MicroBatchSampler(order, self.batch_size, rank=rank, world_size=world_size)
         sampler.start = self.resume_batch % len(sampler)
         self.resume_batch = 0
-        return self._loader(self.train, sampler)
+        return UpdateLoader(
+            self.train,
+            micro_batches=self.accumulate_grad_batches,
+            sum_over_ranks=self._sum_over_ranks if world_size > 1 else None,
+            **self._loader_options(sampler),
+        )
 
     def val_dataloader(self) -> DataLoader:
         """In file order, without augmentation; more images per batch, since nothing is kept for a backward pass."""
-        sampler = ResumableBatchSampler(len(self.val), 2 * self.batch_size, seed=self.seed, shuffle=False)
-        return self._loader(self.val, sampler)
+        order = ImageOrder(len(self.val), seed=self.seed, shuffle=False)
+        return DataLoader(self.val, **self._loader_options(MicroBatchSampler(order, 2 * self.batch_size)))
 
-    def _loader(self, dataset: SUNRGBDDataset, sampler: ResumableBatchSampler) -> DataLoader:
-        # A generator of its own: otherwise building the iterator draws from the global one and a resumed run drifts.
-        return StatefulLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=self.collate,
-            worker_init_fn=_leave_signals_to_the_trainer,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        strategy = self.trainer.strategy
+        return strategy.reduce(values.to(strategy.root_device), reduce_op="sum")
+
+    def _loader_options(self, sampler: MicroBatchSampler) -> dict[str, Any]:
+        return {
+            "batch_sampler": sampler,
+            "collate_fn": self.collate,
+            "worker_init_fn": _leave_signals_to_the_trainer,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            # One of its own: otherwise building the iterator draws from the global one and a resumed run drifts.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Items of the data set -> a batch, see the module."""
@@ -360,8 +322,12 @@ class SUNRGBDDataModule(pl.LightningDataModule):
             "text": collate_prompts(prompts, pad_token_id=self.processor.tokenizer.pad_token_id),
             "student_images": self._student_images(pictures),
         }
+        answer_tokens = int((batch["text"]["labels"] != IGNORE).sum())
+        batch["counts"] = {"gold_tokens": answer_tokens, "answer_tokens": answer_tokens, "images": len(items)}
         if self.teacher is not None:
             batch["teacher"] = self._teacher_outputs(pictures, rows, [hidden for group in said for _, hidden in group])
+            batch["counts"]["gold_tokens"] = int(batch["teacher"]["gold"].sum())
+            batch["counts"]["patches"] = float(batch["teacher"]["measured"].sum())
         return batch
 
     def _student_images(self, pictures: list[Picture | None]) -> dict[str, Tensor]:

@@ -11,12 +11,18 @@ Axes
 
 Everything is computed in float32, also under autocast; float64 stays float64. Inputs must be finite, except in rows and
 patches that a mask or a weight of 0 leaves out: those may hold anything. The teacher is a constant: no gradient flows
-into it. A mean over nothing is 0, with a gradient path, so that a batch without answers or valid depth can be stepped.
+into it. A sum over nothing is 0, with a gradient path, so that a batch without answers or valid depth can be stepped.
+
+Every loss is a sum over items. A script divides it by the number of these items in the whole optimizer update (the `update` of a
+batch, see `dataset.sampler`): means over micro-batches would depend on how the update is cut, since an item in a small one would
+weigh more.
+
 A loss softened by a temperature T is multiplied by T**2, which keeps the size of its gradient about constant in T
 (Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2).
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -31,13 +37,13 @@ def answer_cross_entropy(*, logits: Tensor, targets: Tensor) -> Tensor:
         targets: (n,) int64, the tokens they should predict.
 
     Returns:
-        Scalar, nats, mean over the answer tokens of the batch; 0 with a gradient path if there is none.
+        Scalar, nats, sum over the answer tokens; 0 with a gradient path if there is none.
 
     Raises:
         ValueError: the numbers of rows differ.
     """
     _check_targets(logits, targets)
-    return F.cross_entropy(_wide(logits), targets, reduction="sum") / max(len(targets), 1)
+    return F.cross_entropy(_wide(logits), targets, reduction="sum")
 
 
 def forward_kl(
@@ -52,7 +58,7 @@ def forward_kl(
         mask: (n,) bool, the rows that count; None = all.
 
     Returns:
-        Scalar, nats, summed over V, mean over the rows that count.
+        Scalar, nats, sum over V and over the rows that count.
 
     Raises:
         ValueError: shapes or vocabularies differ, or the temperature is not positive.
@@ -60,7 +66,7 @@ def forward_kl(
     Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2.
     """
     student, teacher = _log_probs(student_logits, teacher_logits, temperature, mask)
-    return temperature**2 * _mean_kl(teacher, student)
+    return temperature**2 * _summed_kl(teacher, student)
 
 
 def reverse_kl(
@@ -74,7 +80,7 @@ def reverse_kl(
     sequences that the student sampled.
     """
     student, teacher = _log_probs(student_logits, teacher_logits, temperature, mask)
-    return temperature**2 * _mean_kl(student, teacher)
+    return temperature**2 * _summed_kl(student, teacher)
 
 
 def jensen_shannon(
@@ -98,7 +104,7 @@ def jensen_shannon(
         mask: (n,) bool, the rows that count; None = all.
 
     Returns:
-        Scalar, nats, summed over V, mean over the rows that count.
+        Scalar, nats, sum over V and over the rows that count.
 
     Raises:
         ValueError: as `forward_kl`, or beta outside (0, 1).
@@ -109,7 +115,7 @@ def jensen_shannon(
     _check_fraction("beta", beta)
     student, teacher = _log_probs(student_logits, teacher_logits, temperature, mask)
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-    return temperature**2 * (beta * _mean_kl(teacher, mixture) + (1 - beta) * _mean_kl(student, mixture))
+    return temperature**2 * (beta * _summed_kl(teacher, mixture) + (1 - beta) * _summed_kl(student, mixture))
 
 
 def top_k_kl(
@@ -127,7 +133,7 @@ def top_k_kl(
         temperature: T > 0, divides the student's logits.
 
     Returns:
-        Scalar, nats, mean over rows.
+        Scalar, nats, sum over rows.
 
     Raises:
         ValueError: shapes do not fit, the temperature is not positive, or a row's probabilities exceed 1 in sum.
@@ -152,7 +158,7 @@ def top_k_kl(
         # The student's rest is summed directly: as 1 - kept it would cancel, and lose its gradient, once kept is near 1.
         rest = student.scatter(1, teacher_indices, -math.inf).logsumexp(dim=1, keepdim=True)
         kept, teacher = torch.cat([kept, rest], dim=1), _with_rest(teacher)
-    return temperature**2 * _mean_kl(teacher, kept)
+    return temperature**2 * _summed_kl(teacher, kept)
 
 
 def loca_logits(
@@ -214,7 +220,7 @@ def entropy(*, logits: Tensor, temperature: float = 1.0) -> Tensor:
         temperature: T > 0, divides the logits.
 
     Returns:
-        Scalar, nats, mean over rows.
+        Scalar, nats, sum over rows.
 
     Raises:
         ValueError: logits are not (n, V), or the temperature is not positive.
@@ -223,7 +229,7 @@ def entropy(*, logits: Tensor, temperature: float = 1.0) -> Tensor:
     if logits.ndim != 2:
         raise ValueError(f"expected logits (n, V), got {tuple(logits.shape)}")
     log_probs = F.log_softmax(_wide(logits) / temperature, dim=-1)
-    return -(log_probs.exp() * log_probs).sum() / max(len(logits), 1)
+    return -(log_probs.exp() * log_probs).sum()
 
 
 def info_nce(
@@ -248,8 +254,8 @@ def info_nce(
         temperature: > 0, divides the cosines. The loss is not multiplied by its square: it softens no target.
 
     Returns:
-        Loss: scalar, nats, mean over queries; chance is the mean log of candidates.
-        Accuracy: scalar without gradient, share of queries whose nearest candidate is the positive.
+        Loss: scalar, nats, sum over queries; chance is the log of candidates, summed.
+        Hits: scalar without gradient, the number of queries whose nearest candidate is the positive.
         Candidates: (B,) int64, rows that a query is compared with, the positive included.
 
     Raises:
@@ -278,9 +284,9 @@ def info_nce(
     if (candidates < 2).any():
         raise ValueError(f"every query needs 2 candidates or more, got {candidates.tolist()}")
     similarities = (_cosines(queries, bank.detach()) / temperature).masked_fill(excluded, -math.inf)
-    loss = F.cross_entropy(similarities, positives, reduction="sum") / max(len(queries), 1)
+    loss = F.cross_entropy(similarities, positives, reduction="sum")
     hits = similarities.detach().argmax(dim=1) == positives
-    return loss, hits.to(loss.dtype).sum() / max(len(queries), 1), candidates
+    return loss, hits.to(loss.dtype).sum(), candidates
 
 
 def patch_cosine(*, student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -292,7 +298,7 @@ def patch_cosine(*, student: Tensor, teacher: Tensor, weights: Tensor | None = N
         weights: (B, P) in [0, 1], share of a patch that was measured: 0 = padding or a hole. None = all 1.
 
     Returns:
-        Scalar in [0, 2], mean over the patches of the batch by weight.
+        Scalar, in [0, 2] per patch, sum over patches by weight; its items are the weights.
 
     Raises:
         ValueError: shapes differ, or a weight outside [0, 1].
@@ -301,7 +307,7 @@ def patch_cosine(*, student: Tensor, teacher: Tensor, weights: Tensor | None = N
     paired image. Differs: by angle instead of squared distance, on tokens, weighted by what the sensor saw.
     """
     student, teacher, weights = _measured_patches(student, teacher, weights)
-    return _weighted_mean(1 - (_unit(student) * _unit(teacher)).sum(dim=-1), weights)
+    return ((1 - (_unit(student) * _unit(teacher)).sum(dim=-1)) * weights).sum()
 
 
 def patch_smooth_l1(*, student: Tensor, teacher: Tensor, weights: Tensor | None = None, beta: float = 1.0) -> Tensor:
@@ -314,7 +320,7 @@ def patch_smooth_l1(*, student: Tensor, teacher: Tensor, weights: Tensor | None 
         beta: > 0, in units of the feature; the few huge channels of a transformer pull no more than linearly.
 
     Returns:
-        Scalar, mean over D, then over the patches of the batch by weight.
+        Scalar, mean over D, sum over patches by weight; its items are the weights.
 
     Raises:
         ValueError: shapes differ, a weight outside [0, 1], or beta is not positive.
@@ -323,7 +329,7 @@ def patch_smooth_l1(*, student: Tensor, teacher: Tensor, weights: Tensor | None 
     """
     _check_positive("beta", beta)
     student, teacher, weights = _measured_patches(student, teacher, weights)
-    return _weighted_mean(F.smooth_l1_loss(student, teacher, beta=beta, reduction="none").mean(dim=-1), weights)
+    return (F.smooth_l1_loss(student, teacher, beta=beta, reduction="none").mean(dim=-1) * weights).sum()
 
 
 def relational(*, student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -335,7 +341,7 @@ def relational(*, student: Tensor, teacher: Tensor, weights: Tensor | None = Non
         weights: (B, P) in [0, 1], see `patch_cosine`; a pair weighs the product of its two.
 
     Returns:
-        Scalar in [0, 4], mean over the pairs of distinct patches of the batch by weight.
+        Scalar, in [0, 4] per pair, sum over the pairs of distinct patches by weight; its items are the pairs' weights.
 
     Raises:
         ValueError: B or P differ, or a weight outside [0, 1].
@@ -353,11 +359,11 @@ def relational(*, student: Tensor, teacher: Tensor, weights: Tensor | None = Non
     student, teacher = (x.masked_fill(left_out, 0) for x in (student, teacher.detach()))
     others = ~torch.eye(weights.shape[1], dtype=torch.bool, device=weights.device)
     pairs = weights[:, :, None] * weights[:, None, :] * others  # (B, P, P)
-    return _weighted_mean((_cosines(student, student) - _cosines(teacher, teacher)).square(), pairs)
+    return ((_cosines(student, student) - _cosines(teacher, teacher)).square() * pairs).sum()
 
 
 def hidden_state_loss(*, student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of hidden states, each row first brought to mean 0 and variance 1.
+    """Squared error of hidden states, each row first brought to mean 0 and variance 1.
 
     What reads a hidden state normalises it first, so its scale means nothing; unnormalised, the few rows and layers with
     huge activations would be the whole loss. Equals 2 - 2 * Pearson correlation of the two rows.
@@ -367,7 +373,7 @@ def hidden_state_loss(*, student: Tensor, teacher: Tensor) -> Tensor:
         teacher: (n, D).
 
     Returns:
-        Scalar in [0, 4], mean over D and rows.
+        Scalar, in [0, 4] per row, mean over D, sum over rows.
 
     Raises:
         ValueError: shapes differ.
@@ -379,7 +385,7 @@ def hidden_state_loss(*, student: Tensor, teacher: Tensor) -> Tensor:
         F.layer_norm(_wide(x), x.shape[1:], eps=1e-8)  # small against any state, enough for a constant row
         for x in (student, teacher.detach())
     )
-    return (student - teacher).square().mean(dim=1).sum() / max(len(student), 1)
+    return (student - teacher).square().mean(dim=1).sum()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -414,9 +420,9 @@ def _log_probs(student: Tensor, teacher: Tensor, temperature: float, mask: Tenso
     return tuple(F.log_softmax(_wide(x) / temperature, dim=-1) for x in (student, teacher.detach()))
 
 
-def _mean_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q), summed over classes, mean over rows."""
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / max(len(log_p), 1)
+def _summed_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q), summed over classes and rows."""
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 def _with_rest(log_probs: Tensor) -> Tensor:
@@ -450,11 +456,6 @@ def _patch_weights(features: Tensor, weights: Tensor | None) -> Tensor:
     return weights
 
 
-def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    total = weights.sum()
-    return (values * weights).sum() / torch.where(total > 0, total, 1)
-
-
 def _check_same_shape(student: Tensor, teacher: Tensor, axes: str) -> None:
     if student.shape != teacher.shape or student.ndim != len(axes.split(", ")):
         raise ValueError(
@@ -481,7 +482,7 @@ def _check_fraction(name: str, value: float) -> None:
 
 @torch.no_grad()
 def answer_diagnostics(
-    *, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, gold: Tensor
+    *, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, gold: Tensor, update: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """What explains most failures of a distillation: how sure both models are, and how well the teacher knows gold answers.
 
@@ -490,14 +491,17 @@ def answer_diagnostics(
         teacher_logits: (n, V).
         targets: (n,) int64.
         gold: (n,) bool, tokens of gold answers.
+        update: the numbers of items of the whole optimizer update, see `dataset.sampler`.
 
     Returns:
-        Scalars to log, nats; the teacher's cross-entropy only where the batch has a gold answer.
+        Scalars to log, nats: sums over the batch by the update's number of tokens. The teacher's cross-entropy only where the
+        update has a gold answer.
     """
     found = {
-        "train/student_entropy": entropy(logits=student_logits),
-        "train/teacher_entropy": entropy(logits=teacher_logits),
+        "student_entropy": entropy(logits=student_logits) / update["answer_tokens"],
+        "teacher_entropy": entropy(logits=teacher_logits) / update["answer_tokens"],
     }
-    if gold.any():
-        found["train/teacher_ce"] = answer_cross_entropy(logits=teacher_logits[gold], targets=targets[gold])
+    if update["has_gold"]:
+        teacher_ce = answer_cross_entropy(logits=teacher_logits[gold], targets=targets[gold])
+        found["teacher_ce"] = teacher_ce / update["gold_tokens"]
     return found

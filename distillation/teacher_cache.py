@@ -49,6 +49,7 @@ from distillation.models import greedy_answers, image_features, load_model, over
 from distillation.training import (
     Run,
     best_checkpoint,
+    check_disk,
     experiment_folder,
     find_checkpoint,
     frozen_dtype,
@@ -396,11 +397,18 @@ def look_and_store(
         missing: name and questions of each image.
         teacher: the model.
         batch_size: images per pass.
+
+    Raises:
+        UserError: the disk has no room for what the first batch promises.
     """
     store.put(HEAD, {"head": teacher.head()})
     batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-    for batch in progress(batches, total=len(batches), label="the teacher looks, batch"):
-        for (name, _), outputs in zip(batch, teacher.look([rows for _, rows in batch]), strict=True):
+    for number, batch in enumerate(progress(batches, total=len(batches), label="the teacher looks, batch")):
+        outputs_of_batch = teacher.look([rows for _, rows in batch])
+        if number == 0:
+            sizes = [sum(tensor.nbytes for tensor in outputs.values()) for outputs in outputs_of_batch]
+            check_disk("the teacher's outputs", store.folder, sum(sizes) / len(sizes), len(missing))
+        for (name, _), outputs in zip(batch, outputs_of_batch, strict=True):
             store.put(name, outputs)
             store.put(pooled_name(name), pool(outputs["patches"]))
 

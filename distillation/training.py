@@ -6,6 +6,7 @@ Models, losses, optimizer and schedule are not here: they are the experiment, an
 import argparse
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 import os
@@ -555,6 +556,73 @@ class StopOnSignal(Callback):
             raise SystemExit(128 + (self.received or signal.SIGTERM))
 
 
+def undo_averaging(trainer: pl.Trainer, batch: Mapping[str, Any]) -> float:
+    """What a micro-batch's part of an update's loss is multiplied by before Lightning gets it.
+
+    Lightning divides every loss by accumulate_grad_batches, also where an epoch's last update has fewer micro-batches, and DDP and
+    FSDP average gradients over ranks. Our parts are sums over the number of items in the whole update: they are to be added up, and
+    nothing else. A spare micro-batch (see `dataset.sampler`) counts nothing.
+    """
+    return 0.0 if batch["spare"] else float(trainer.accumulate_grad_batches * trainer.world_size)
+
+
+class UpdateLog(Callback):
+    """Logs the terms of each optimizer update, added up over its micro-batches and ranks.
+
+    `training_step` returns every micro-batch's part of them as `terms`.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add up, and log when the update is complete."""
+        for name, part in outputs["terms"].items():
+            part = part.detach() * (0.0 if batch["spare"] else 1.0)
+            self.sums[name] = self.sums[name] + part if name in self.sums else part
+        done = batch_idx + 1
+        if done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches:
+            totals = trainer.strategy.reduce(torch.stack(list(self.sums.values())), reduce_op="sum")
+            module.log_dict({f"train/{name}": total for name, total in zip(self.sums, totals, strict=True)})
+            self.sums = {}
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint with the highest score, of equal scores the one with the lowest val/ce."""
+
+    TIE_BREAKER = "val/ce"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(mode="max", **options)
+        self.best_ce = math.inf
+
+    def improves(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether these metrics of a validation are better than those of the best checkpoint so far."""
+        if self.best_model_score is None:
+            return True
+        score, best = float(metrics[self.monitor]), float(self.best_model_score)
+        return score > best or (score == best and float(metrics[self.TIE_BREAKER]) < self.best_ce)
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: torch.Tensor | None = None) -> bool:
+        """Lightning asks here whether to save."""
+        better = current is not None and self.improves(trainer.callback_metrics)
+        if not trainer.strategy.reduce_boolean_decision(better):  # the same on all ranks
+            return False
+        self.best_ce = float(trainer.callback_metrics[self.TIE_BREAKER])
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, and the cross-entropy."""
+        return super().state_dict() | {"best_ce": self.best_ce}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Counterpart of `state_dict`."""
+        super().load_state_dict(state)
+        self.best_ce = state.get("best_ce", math.inf)  # runs of earlier versions have none
+
+
 class Progress(Callback):
     """One line with step, loss, images per second and time left; plain lines when the output is not a terminal."""
 
@@ -573,9 +641,13 @@ class Progress(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         """Report."""
         self.done += 1
-        loss = trainer.callback_metrics.get("train/loss", math.nan)
+        loss = trainer.callback_metrics.get("train/loss")  # None before the first update
+
+        def said() -> str:
+            return f", epoch {trainer.current_epoch + 1}" + ("" if loss is None else f", loss {float(loss):.3f}")
+
         if trainer.is_global_zero:
-            self.line.update(self.done, lambda: f", epoch {trainer.current_epoch + 1}, loss {float(loss):.3f}")
+            self.line.update(self.done, said)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """One line per validation."""
@@ -606,6 +678,7 @@ def build_data(
         processor=processor,
         student=student,
         batch_size=args.batch_size,
+        accumulate_grad_batches=args.accumulate_grad_batches,
         questions_per_image=getattr(args, "questions_per_image", None),  # phase 1 has no flags about questions
         teacher_questions=getattr(args, "teacher_questions", 0),
         subset_percentage=args.subset_percentage,
@@ -618,18 +691,20 @@ def build_data(
     data.setup()
     if cache:
         missing = data.images_per_epoch + len(data.val) - len(cache.store)
-        check_disk("--picture_cache", cache.store.folder, data.train[0, 0]["picture"].tiles, missing)
+        check_disk("--picture_cache", cache.store.folder, data.train[0, 0]["picture"].tiles.nbytes, missing)
     return data
 
 
-def check_disk(flag: str, folder: Path, tiles: torch.Tensor, n: int) -> None:
-    """Say how much the cache of `flag` will write for `n` pictures like this one. Raises UserError when there is no room."""
-    needed = max(n, 0) * tiles.numel() * tiles.element_size()
+def check_disk(what: str, folder: Path, bytes_each: float, n: int) -> None:
+    """Say how much will be written for `n` images of this size. Raises UserError when there is no room."""
+    needed = max(n, 0) * bytes_each
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    print(f"{flag}: {needed / 1e9:.2f} GB to write into {folder}, {free / 1e9:.0f} GB free")
+    print(f"{what}: {needed / 1e9:.2f} GB to write into {folder}, {free / 1e9:.0f} GB free")
     if needed > free:
-        raise UserError(f"{flag}: no room in {folder} for {needed / 1e9:.2f} GB; make some, or train without it")
+        raise UserError(
+            f"{what}: no room in {folder} for {needed / 1e9:.2f} GB; make some, or choose another MAIN_ROOT_DATA_DIR"
+        )
 
 
 def use_vision_cache(student: torch.nn.Module, data: SUNRGBDDataModule, args: argparse.Namespace) -> None:
@@ -672,7 +747,7 @@ def use_vision_cache(student: torch.nn.Module, data: SUNRGBDDataModule, args: ar
                 for picture, seen in zip(pictures, features, strict=True):
                     place = next(places)
                     if place == missing[0]:
-                        check_disk("--vision_cache", cache.store.folder, seen, len(missing))
+                        check_disk("--vision_cache", cache.store.folder, seen.nbytes, len(missing))
                     cache.put(dataset.frame(place), replace(picture, tiles=seen))
     data.use_features(cache)
 
@@ -703,14 +778,13 @@ def train(
     print(
         f"{run.record['script']}: {trainable:,} of {total:,} parameters train; {data.images_per_epoch} images per epoch"
     )
-    if args.load_checkpoint and not run.resume_from:
-        source = outputs_root(ROOT / "distillation" / builds_on) if builds_on else run.experiment
-        best = args.load_checkpoint == "best"
-        path = (
-            best_checkpoint(source, miniature=args.miniature) if best else find_checkpoint(args.load_checkpoint, source)
+    put_starting_weights(module.student, run, args, builds_on=builds_on)
+    if (finished := finished_run(run, args)) is not None:
+        print(
+            f"{run.name} is finished ({finished['optimizer_steps']} updates), nothing to do; best: {finished['best']}"
         )
-        load_student(module.student, path, run.record, builds_on=builds_on)
-        run.record["load_checkpoint"] = str(path)
+        write_outputs(module, data.processor, Path(finished["best"]), args)
+        return
     if args.gradient_checkpointing:
         # Reentrant checkpointing would need an input with a gradient, which a frozen tower's does not have.
         module.student.activation_checkpointing_enable({"use_reentrant": False})
@@ -721,10 +795,7 @@ def train(
         use_vision_cache(module.student, data, args)
     start = time.monotonic()
     if run.resume_from:
-        checkpoint = read_checkpoint(run.resume_from)
-        check_same_run(checkpoint["hyper_parameters"], run)
-        run.record["load_checkpoint"] = checkpoint["hyper_parameters"]["load_checkpoint"]
-        data.resume_batch = checkpoint["position"]["batch"]
+        data.resume_batch = read_checkpoint(run.resume_from)["position"]["batch"]
     try:
         trainer = build_trainer(args, run, monitor)
         if trainer.is_global_zero:
@@ -752,6 +823,43 @@ def train(
             f"best: {best} ({monitor} {score:.4f})"
         )
         write_outputs(module, data.processor, best, args)
+
+
+def finished_run(run: Run, args: argparse.Namespace) -> dict[str, Any] | None:
+    """What run.json says of a resumed run that is finished already; None where there is something left to do."""
+    path = run.logs / "run.json"
+    if not run.resume_from or not path.is_file():
+        return None
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    more_epochs = args.max_epochs > recorded["max_epochs"]
+    more_steps = recorded["max_steps"] > 0 and not 0 < args.max_steps <= recorded["max_steps"]
+    return None if "best" not in recorded or more_epochs or more_steps else recorded
+
+
+def put_starting_weights(
+    student: torch.nn.Module, run: Run, args: argparse.Namespace, *, builds_on: str | None = None
+) -> None:
+    """Give the student the weights that the run starts from: the resumed run's, a checkpoint's, or the stock ones that it has.
+
+    The one place that decides it, before anything looks at the weights. Lightning restores a resumed run's once more, with the
+    optimizer.
+
+    Raises:
+        UserError: the checkpoint does not fit, or the resumed run had other settings.
+    """
+    if run.resume_from:
+        checkpoint = read_checkpoint(run.resume_from)
+        check_same_run(checkpoint["hyper_parameters"], run)
+        run.record["load_checkpoint"] = checkpoint["hyper_parameters"]["load_checkpoint"]
+        load_trained_state(student, student_state(checkpoint), origin=str(run.resume_from))
+    elif args.load_checkpoint:
+        source = outputs_root(ROOT / "distillation" / builds_on) if builds_on else run.experiment
+        best = args.load_checkpoint == "best"
+        path = (
+            best_checkpoint(source, miniature=args.miniature) if best else find_checkpoint(args.load_checkpoint, source)
+        )
+        load_student(student, path, run.record, builds_on=builds_on)
+        run.record["load_checkpoint"] = str(path)
 
 
 def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
@@ -788,7 +896,7 @@ def best_of_run(
     epoch = trainer.current_epoch
     (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
     trainer.save_checkpoint(run.checkpoints / "last.ckpt")
-    if metrics[monitor] > score:
+    if kept.improves(metrics):
         score = metrics[monitor]
         best = run.checkpoints / f"best-epoch{epoch:02d}-score{score:.4f}.ckpt"
         trainer.save_checkpoint(best)
@@ -832,12 +940,11 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
     """Loggers, checkpoints and callbacks, the same for every experiment."""
     quieten()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    best = ModelCheckpoint(
+    best = BestCheckpoint(
         dirpath=run.checkpoints,
         filename=f"best-epoch{{epoch:02d}}-score{{{monitor}:.4f}}",
         auto_insert_metric_name=False,
         monitor=monitor,
-        mode="max",
         enable_version_counter=False,
         save_on_train_epoch_end=False,  # with the validation, before StopOnSignal may end the epoch
     )
@@ -865,10 +972,11 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
             KeyedRandomness(args.seed),
             FiniteGuard(),
             StopOnSignal(run.checkpoints / "last.ckpt"),
+            UpdateLog(),
             Progress(),
         ],
         plugins=[SafeCheckpointIO()],
-        use_distributed_sampler=False,  # ResumableBatchSampler shares the batches out
+        use_distributed_sampler=False,  # MicroBatchSampler shares the batches out
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -72,3 +72,32 @@ def world(tmp_path_factory) -> Path:
     from dataset.miniature.world import ensure_world
 
     return ensure_world(tmp_path_factory.mktemp("data") / "world", train=24, val=8, test=8, workers=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(processor, tmp_path_factory):
+    """A random teacher: the student's tower and tokenizer, a wider language model."""
+    import torch
+
+    from dataset.miniature.pretrain import Size, build_model
+    from dataset.processor import save_processor
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    model = build_model(Size(16, 1, 24, 2, 2), processor)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.25)
+        model.lm_head.weight[processor.tokenizer.eos_token_id] *= 2.5  # some of its answers end, some do not
+    model.save_pretrained(folder)
+    save_processor(processor, folder)
+    return folder
+
+
+@pytest.fixture
+def places(world, tmp_path, monkeypatch):
+    """ROOT_DATA_DIR and MAIN_ROOT_DATA_DIR as a user's .env would set them; what runs write is below the latter."""
+    monkeypatch.setenv("ROOT_DATA_DIR", str(world))
+    monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(tmp_path / "out"))
+    return tmp_path / "out"

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dataset.augmentation import augment
-from dataset.datamodule import ResumableBatchSampler, SUNRGBDDataModule, frame_path, group_by_image, subset_of_images
+from dataset.datamodule import SUNRGBDDataModule, frame_path, group_by_image, subset_of_images
 from dataset.depth import unproject
 from dataset.pictures import ImageSettings, PictureCache, load_images, picture_key
 from dataset.questions import questions_file, read_questions
+from dataset.sampler import ImageOrder, MicroBatchSampler
 from dataset.sunrgbd import read_frame
 from utils import UserError
 
@@ -65,32 +66,44 @@ def test_subset_is_nested_and_checked(world):
             subset_of_images(rows, share, seed=0)
 
 
-def test_questions_per_image_caps_and_rotates(world, processor):
-    data = module(world, processor, questions_per_image=1)
-    many = next(i for i, rows in enumerate(data.train.images) if len(rows) > 1)
-    drawn = {data.train[epoch, many]["rows"][0].id for epoch in range(20)}
-    assert len(drawn) == len(data.train.images[many])
-    assert all(len(data.train[0, i]["rows"]) == 1 for i in range(len(data.train)))
+def test_questions_per_image_caps_and_takes_turns(world, processor):
+    data = module(world, processor, questions_per_image=2)
+    most = max(len(rows) for rows in data.train.images)
+    for index, rows in enumerate(data.train.images):
+        drawn = Counter(row.id for epoch in range(most) for row in data.train[epoch, index]["rows"])
+        assert len(drawn) == len(rows) and max(drawn.values()) - min(drawn.values()) <= 1
+        assert len(data.train[0, index]["rows"]) == min(2, len(rows))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_order_is_a_function_of_position(world_size):
-    """Resuming at any batch yields exactly the rest; ranks share every image out and take equally many steps."""
+@pytest.mark.parametrize("size", [23, 60])
+def test_order_is_a_function_of_position(world_size, size):
+    """Resuming at any step yields exactly the rest; ranks take equally many steps and share the images of one process out."""
     ranks = [
-        ResumableBatchSampler(23, 4, seed=1, shuffle=True, rank=r, world_size=world_size) for r in range(world_size)
+        MicroBatchSampler(ImageOrder(23, seed=1, shuffle=True, size=size), 4, rank=r, world_size=world_size)
+        for r in range(world_size)
     ]
     full = []
     for sampler in ranks:
-        sampler.set_epoch(2)
+        sampler.sampler.set_epoch(2)
         full.append(list(sampler))
-        assert len(full[-1]) == len(sampler)
+        assert len(full[-1]) == len(sampler) == len(full[0])
         for start in range(len(sampler)):
             sampler.start = start
             assert list(sampler) == full[-1][start:]
         assert list(sampler) == full[-1]  # `start` is for the resumed epoch only
-    images = {index for batches in full for batch in batches for _, index in batch}
-    assert images == set(range(23))
-    ranks[0].set_epoch(3)
+    counted = [
+        key
+        for step in range(len(full[0]))
+        for sampler, batches in zip(ranks, full, strict=True)
+        if not sampler.is_spare(step)
+        for key in batches[step]
+    ]
+    alone = ImageOrder(23, seed=1, shuffle=True, size=size)
+    alone.set_epoch(2)
+    assert counted == list(alone) and len(set(counted)) == size  # none twice to fill up
+    assert {index for _, index in counted} == set(range(23))
+    ranks[0].sampler.set_epoch(3)
     assert list(ranks[0]) != full[0]
 
 

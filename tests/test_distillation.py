@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.datamodule import ResumableBatchSampler, SUNRGBDDataModule, hide_labels
+from dataset.datamodule import SUNRGBDDataModule, hide_labels
 from dataset.pictures import ImageSettings, measured_share
-from dataset.processor import load_processor, save_processor
+from dataset.processor import load_processor
 from dataset.prompts import collate_prompts, pack_questions
+from dataset.sampler import ImageOrder
 from distillation import teacher_cache
 from distillation.models import (
     answer_logits,
@@ -37,31 +38,6 @@ SCRIPTS = {
     "feature": "knowledge_distillation7b_feature_based",
     "logit": "knowledge_distillation7b_logit_based",
 }
-
-
-@pytest.fixture(scope="session")
-def tiny_teacher(processor, tmp_path_factory):
-    """A random teacher: the student's tower and tokenizer, a wider language model."""
-    from dataset.miniature.pretrain import Size, build_model
-
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("models") / "teacher"
-    model = build_model(Size(16, 1, 24, 2, 2), processor)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.25)
-        model.lm_head.weight[processor.tokenizer.eos_token_id] *= 2.5  # some of its answers end, some do not
-    model.save_pretrained(folder)
-    save_processor(processor, folder)
-    return folder
-
-
-@pytest.fixture
-def places(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("ROOT_DATA_DIR", str(world))
-    monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(tmp_path / "out"))
-    return tmp_path / "out"
 
 
 def train(name, tiny_folder, tiny_teacher, *more):
@@ -252,6 +228,19 @@ def test_a_vision_cache_changes_no_weight(places, tiny_folder, tiny_teacher, cap
     with pytest.raises(SystemExit):
         train("phase2", tiny_folder, tiny_teacher, *more, "--vision_cache", "--augmentation")
     assert "--vision_cache" in capsys.readouterr().err
+
+
+def test_a_resumed_run_reads_the_features_of_its_own_tower(places, tiny_folder, tiny_teacher):
+    """Phase 2 on an aligned tower, one epoch and then another: with features from disk as from pixels."""
+    train("phase1", tiny_folder, tiny_teacher, "--vision_lr", "1e-2")
+    for run, more in (("pixels", ()), ("cached", ("--vision_cache",))):
+        start = ("--load_checkpoint", "--run_name", run, *more)
+        train("phase2", tiny_folder, tiny_teacher, *start, "--max_epochs", "1")
+        train("phase2", tiny_folder, tiny_teacher, *start, "--max_epochs", "2", "--resume", "auto")
+    runs = places / SCRIPTS["phase2"] / "checkpoints"
+    pixels, cached = (read_checkpoint(runs / run / "last.ckpt")["state_dict"] for run in ("pixels", "cached"))
+    for key, value in pixels.items():
+        torch.testing.assert_close(cached[key], value, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("image_tokens", ["one_tile", "anyres"])
@@ -562,11 +551,11 @@ def test_hidden_labels_do_not_crowd_out_gold_ones(world, tiny_folder):
 
 
 def test_an_image_that_comes_again_in_an_epoch_is_drawn_anew():
-    sampler = ResumableBatchSampler(3, 2, seed=0, shuffle=True, epoch_size=7)
+    order = ImageOrder(3, seed=0, shuffle=True, size=7)
     keys = []
     for epoch in range(2):
-        sampler.set_epoch(epoch)
-        keys += [key for batch in sampler for key in batch]
+        order.set_epoch(epoch)
+        keys += list(order)
     assert len(keys) == len(set(keys)) == 14 and {index for _, index in keys} == {0, 1, 2}
 
 

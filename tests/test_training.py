@@ -29,14 +29,6 @@ SCRIPTS = {
 }
 
 
-@pytest.fixture
-def places(world, tmp_path, monkeypatch):
-    """ROOT_DATA_DIR and MAIN_ROOT_DATA_DIR as a user's .env would set them."""
-    monkeypatch.setenv("ROOT_DATA_DIR", str(world))
-    monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(tmp_path / "out"))
-    return tmp_path / "out"
-
-
 def flags(tiny_folder, *more: str) -> list[str]:
     return [
         *("--student_name", str(tiny_folder), "--image_tokens", "one_tile", "--num_workers", "0"),
@@ -127,14 +119,29 @@ def column(path: Path, name: str) -> list[str]:
         return [row.get(name) for row in csv.DictReader(handle)]
 
 
-def test_resuming_a_finished_run_changes_nothing(places, tiny_folder):
+def test_resuming_a_finished_run_changes_nothing(places, tiny_folder, capsys):
+    """Not a byte of its checkpoints, records and logs; what is asked for besides is still written."""
     train("baseline_depth", tiny_folder)
-    path = places / "baseline_depth/checkpoints/t/last.ckpt"
-    before = read_checkpoint(path)["state_dict"]
-    before = {name: value.clone() for name, value in before.items()}
-    train("baseline_depth", tiny_folder, "--resume", "auto")
-    after = read_checkpoint(path)["state_dict"]
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    before = {path: path.read_bytes() for path in places.rglob("*") if path.is_file()}
+    for more in ((), ("--export", str(places / "export")), ("--max_epochs", "1")):
+        train("baseline_depth", tiny_folder, *more, "--resume", "auto")
+    assert "is finished (12 updates)" in capsys.readouterr().out and (places / "export/config.json").is_file()
+    shutil.rmtree(places / "export")
+    assert before == {path: path.read_bytes() for path in places.rglob("*") if path.is_file()}
+    train("baseline_depth", tiny_folder, "--max_epochs", "3", "--resume", "auto")
+    assert json.loads((places / "baseline_depth/tensorboard_logs/t/run.json").read_text())["optimizer_steps"] == 18
+
+
+def test_equal_scores_are_told_apart_by_cross_entropy(places, tiny_folder):
+    """The tiny model answers nothing right; its cross-entropy falls, so that the first epoch's weights are not the best ones."""
+    train("baseline_depth", tiny_folder, "--max_epochs", "3")
+    logs = places / "baseline_depth/tensorboard_logs/t"
+    scores, ces = (
+        [float(v) for v in column(logs / "metrics.csv", f"val/{name}") if v] for name in ("exact_match", "ce")
+    )
+    assert scores == [0, 0, 0] and ces[0] > min(ces)
+    (best,) = (places / "baseline_depth/checkpoints/t").glob("best*.ckpt")
+    assert best.name == f"best-epoch{ces.index(min(ces)):02d}-score0.0000.ckpt"
 
 
 def test_weights_are_handed_over(places, tiny_folder):

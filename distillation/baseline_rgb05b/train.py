@@ -1,6 +1,6 @@
 """Baseline: the 0.5B student learns to answer from RGB with gold answers alone. What depth costs a model of this size.
 
-Loss    cross-entropy of the gold answer tokens (the end of the turn included), mean over the answer tokens of the batch
+Loss    cross-entropy of the gold answer tokens (the end of the turn included), mean over the answer tokens of an optimizer update
 Trains  everything: vision tower (own rate), projector, language model
 Reads   the pretrained 0.5B model; SUNRGBD/csv_data/{train,val}_dataset.csv
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/
@@ -37,7 +37,7 @@ from distillation.models import (
     load_model,
     split_parameters,
 )
-from distillation.training import add_common_args, build_data, parse, start_run, train
+from distillation.training import add_common_args, build_data, parse, start_run, train, undo_averaging
 
 
 class RGBCE(pl.LightningModule):
@@ -56,16 +56,14 @@ class RGBCE(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         logits, targets = self.forward_student(batch)
-        loss = answer_cross_entropy(logits=logits, targets=targets)
-        self.log("train/loss", loss)
-        return loss
+        loss = answer_cross_entropy(logits=logits, targets=targets) / batch["update"]["gold_tokens"]
+        return {"loss": undo_averaging(self.trainer, batch) * loss, "terms": {"loss": loss}}
 
     def validation_step(self, batch, batch_idx):
         logits, targets = self.forward_student(batch)
         right = answers_right(logits, batch["text"])
-        self.log(
-            "val/ce", answer_cross_entropy(logits=logits, targets=targets), batch_size=len(targets), sync_dist=True
-        )
+        ce = answer_cross_entropy(logits=logits, targets=targets) / len(targets)
+        self.log("val/ce", ce, batch_size=len(targets), sync_dist=True)
         self.log("val/exact_match", right.float().mean(), batch_size=len(right), sync_dist=True)
 
     def configure_optimizers(self):

@@ -1,6 +1,6 @@
 """Baseline: the 7B model is adapted to RGB rooms with gold answers. The teacher of every distillation, and their ceiling.
 
-Loss    cross-entropy of the gold answer tokens (the end of the turn included), mean over the answer tokens of the batch
+Loss    cross-entropy of the gold answer tokens (the end of the turn included), mean over the answer tokens of an optimizer update
 Trains  LoRA on all linear layers of the language model, and the projector; everything with --lora_rank 0
 Reads   the pretrained 7B model; SUNRGBD/csv_data/{train,val}_dataset.csv
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/
@@ -45,6 +45,7 @@ from distillation.training import (
     parse,
     start_run,
     train,
+    undo_averaging,
 )
 
 
@@ -68,16 +69,14 @@ class RGBLoRA(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         logits, targets = self.forward_student(batch)
-        loss = answer_cross_entropy(logits=logits, targets=targets)
-        self.log("train/loss", loss)
-        return loss
+        loss = answer_cross_entropy(logits=logits, targets=targets) / batch["update"]["gold_tokens"]
+        return {"loss": undo_averaging(self.trainer, batch) * loss, "terms": {"loss": loss}}
 
     def validation_step(self, batch, batch_idx):
         logits, targets = self.forward_student(batch)
         right = answers_right(logits, batch["text"])
-        self.log(
-            "val/ce", answer_cross_entropy(logits=logits, targets=targets), batch_size=len(targets), sync_dist=True
-        )
+        ce = answer_cross_entropy(logits=logits, targets=targets) / len(targets)
+        self.log("val/ce", ce, batch_size=len(targets), sync_dist=True)
         self.log("val/exact_match", right.float().mean(), batch_size=len(right), sync_dist=True)
 
     def configure_optimizers(self):

@@ -50,6 +50,7 @@ from distillation.training import (
     parse,
     start_run,
     train,
+    undo_averaging,
 )
 
 
@@ -101,27 +102,28 @@ class FeatureDistillation(pl.LightningModule):
         logits, targets, hidden, patches = self.forward_student(batch)
         patches, teacher_patches = self.standardise(patches), self.standardise(batch["teacher"]["patches"])
         teacher_logits = self.forward_teacher(batch)
-        gold = batch["teacher"]["gold"]
+        gold, n = batch["teacher"]["gold"], batch["update"]  # n: items of the whole optimizer update
 
-        ce = answer_cross_entropy(logits=logits[gold], targets=targets[gold])
+        ce = answer_cross_entropy(logits=logits[gold], targets=targets[gold]) / n["gold_tokens"]
         patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=batch["teacher"]["measured"])
+        patch = patch / n["patches"]
         distance = hidden_state_loss(student=self.hidden_map(hidden), teacher=batch["teacher"]["hidden"])
+        distance = distance / n["answer_tokens"]
         loss = ce + self.hparams.patch_weight * patch + self.hparams.hidden_weight * distance
 
-        self.log_dict({"train/loss": loss, "train/patch": patch, "train/hidden": distance})
-        if gold.any():
-            self.log("train/ce", ce)
-        self.log_dict(
-            answer_diagnostics(student_logits=logits, teacher_logits=teacher_logits, targets=targets, gold=gold)
+        terms = {"loss": loss, "patch": patch, "hidden": distance}
+        if n["has_gold"]:
+            terms |= {"ce": ce}
+        terms |= answer_diagnostics(
+            student_logits=logits, teacher_logits=teacher_logits, targets=targets, gold=gold, update=n
         )
-        return loss
+        return {"loss": undo_averaging(self.trainer, batch) * loss, "terms": terms}
 
     def validation_step(self, batch, batch_idx):
         logits, targets, _, _ = self.forward_student(batch)
         right = answers_right(logits, batch["text"])
-        self.log(
-            "val/ce", answer_cross_entropy(logits=logits, targets=targets), batch_size=len(targets), sync_dist=True
-        )
+        ce = answer_cross_entropy(logits=logits, targets=targets) / len(targets)
+        self.log("val/ce", ce, batch_size=len(targets), sync_dist=True)
         self.log("val/exact_match", right.float().mean(), batch_size=len(right), sync_dist=True)
 
     def configure_optimizers(self):

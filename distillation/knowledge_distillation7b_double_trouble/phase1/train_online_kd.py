@@ -48,6 +48,7 @@ from distillation.training import (
     parse,
     start_run,
     train,
+    undo_averaging,
 )
 
 
@@ -91,7 +92,8 @@ class VisionAlignment(pl.LightningModule):
         patches = self.standardise(overview_patches(self.student, batch["student_images"]))
         teacher_patches = self.standardise(batch["teacher"]["patches"])
         measured, rows = batch["teacher"]["measured"], batch["teacher"]["bank_rows"]
-        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=measured)
+        n = batch["update"]  # items of the whole optimizer update
+        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=measured) / n["patches"]
         contrastive, hits, candidates = info_nce(
             queries=patches.mean(1),
             bank=self.bank,
@@ -99,29 +101,23 @@ class VisionAlignment(pl.LightningModule):
             excluded=same_recording(self.recordings, rows),
             temperature=self.hparams.contrastive_temperature,
         )
+        contrastive = contrastive / n["images"]
         loss = self.hparams.patch_weight * patch + self.hparams.contrastive_weight * contrastive
 
-        self.log_dict(
-            {
-                "train/loss": loss,
-                "train/patch": patch,
-                "train/contrastive": contrastive,
-                "train/contrastive_accuracy": hits,
-            }
-        )
-        self.log("train/contrastive_chance", (1 / candidates).mean())
-        return loss
+        terms = {"loss": loss, "patch": patch, "contrastive": contrastive, "contrastive_accuracy": hits / n["images"]}
+        terms["contrastive_chance"] = (1 / candidates).sum() / n["images"]
+        return {"loss": undo_averaging(self.trainer, batch) * loss, "terms": terms}
 
     def validation_step(self, batch, batch_idx):
         patches = self.standardise(overview_patches(self.student, batch["student_images"]))
         teacher_patches = self.standardise(batch["teacher"]["patches"])
         distance = patch_cosine(student=patches, teacher=teacher_patches, weights=batch["teacher"]["measured"])
-        self.log("val/patch_cosine", 1 - distance, batch_size=len(patches), sync_dist=True)
+        n = batch["counts"]["patches"] or 1
+        self.log("val/patch_cosine", 1 - distance / n, batch_size=n, sync_dist=True)
         logits, targets = self.forward_student(batch)
         right = answers_right(logits, batch["text"])
-        self.log(
-            "val/ce", answer_cross_entropy(logits=logits, targets=targets), batch_size=len(targets), sync_dist=True
-        )
+        ce = answer_cross_entropy(logits=logits, targets=targets) / len(targets)
+        self.log("val/ce", ce, batch_size=len(targets), sync_dist=True)
         self.log("val/exact_match", right.float().mean(), batch_size=len(right), sync_dist=True)
 
     def configure_optimizers(self):

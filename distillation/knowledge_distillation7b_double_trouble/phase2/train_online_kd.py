@@ -49,6 +49,7 @@ from distillation.training import (
     parse,
     start_run,
     train,
+    undo_averaging,
 )
 
 PHASE_1 = "knowledge_distillation7b_double_trouble/phase1"
@@ -90,7 +91,7 @@ class CalibratedDistillation(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         logits, targets = self.forward_student(batch)
         teacher_logits = self.forward_teacher(batch)
-        gold = batch["teacher"]["gold"]
+        gold, n = batch["teacher"]["gold"], batch["update"]  # n: items of the whole optimizer update
 
         calibrated, corrected = loca_logits(
             teacher_logits=teacher_logits,
@@ -99,24 +100,24 @@ class CalibratedDistillation(pl.LightningModule):
             temperature=self.hparams.temperature,
         )
 
-        ce = answer_cross_entropy(logits=logits[gold], targets=targets[gold])
+        ce = answer_cross_entropy(logits=logits[gold], targets=targets[gold]) / n["gold_tokens"]
         kl = forward_kl(student_logits=logits, teacher_logits=calibrated, temperature=self.hparams.temperature)
+        kl = kl / n["answer_tokens"]
         loss = ce + self.hparams.kl_weight * kl
 
-        self.log_dict({"train/loss": loss, "train/kl": kl})
-        if gold.any():
-            self.log_dict({"train/ce": ce, "train/corrected": corrected[gold].float().mean()})
-        self.log_dict(
-            answer_diagnostics(student_logits=logits, teacher_logits=teacher_logits, targets=targets, gold=gold)
+        terms = {"loss": loss, "kl": kl}
+        if n["has_gold"]:
+            terms |= {"ce": ce, "corrected": corrected[gold].sum() / n["gold_tokens"]}
+        terms |= answer_diagnostics(
+            student_logits=logits, teacher_logits=teacher_logits, targets=targets, gold=gold, update=n
         )
-        return loss
+        return {"loss": undo_averaging(self.trainer, batch) * loss, "terms": terms}
 
     def validation_step(self, batch, batch_idx):
         logits, targets = self.forward_student(batch)
         right = answers_right(logits, batch["text"])
-        self.log(
-            "val/ce", answer_cross_entropy(logits=logits, targets=targets), batch_size=len(targets), sync_dist=True
-        )
+        ce = answer_cross_entropy(logits=logits, targets=targets) / len(targets)
+        self.log("val/ce", ce, batch_size=len(targets), sync_dist=True)
         self.log("val/exact_match", right.float().mean(), batch_size=len(right), sync_dist=True)
 
     def configure_optimizers(self):

@@ -57,6 +57,7 @@ from distillation.training import (
     parse,
     start_run,
     train,
+    undo_averaging,
 )
 
 PHASE_2 = "knowledge_distillation7b_double_trouble/phase2"
@@ -115,7 +116,7 @@ class JointDistillation(pl.LightningModule):
         logits, targets, patches = self.forward_student(batch)
         patches, teacher_patches = self.standardise(patches), self.standardise(batch["teacher"]["patches"])
         teacher_logits = self.forward_teacher(batch)
-        gold = batch["teacher"]["gold"]
+        gold, n = batch["teacher"]["gold"], batch["update"]  # n: items of the whole optimizer update
 
         calibrated, corrected = loca_logits(
             teacher_logits=teacher_logits,
@@ -124,10 +125,11 @@ class JointDistillation(pl.LightningModule):
             temperature=self.hparams.temperature,
         )
 
-        ce = answer_cross_entropy(logits=logits[gold], targets=targets[gold])
+        ce = answer_cross_entropy(logits=logits[gold], targets=targets[gold]) / n["gold_tokens"]
         kl = forward_kl(student_logits=logits, teacher_logits=calibrated, temperature=self.hparams.temperature)
+        kl = kl / n["answer_tokens"]
         measured, rows = batch["teacher"]["measured"], batch["teacher"]["bank_rows"]
-        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=measured)
+        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=measured) / n["patches"]
         contrastive, hits, candidates = info_nce(
             queries=patches.mean(1),
             bank=self.bank,
@@ -135,25 +137,25 @@ class JointDistillation(pl.LightningModule):
             excluded=same_recording(self.recordings, rows),
             temperature=self.hparams.contrastive_temperature,
         )
+        contrastive = contrastive / n["images"]
         loss = ce + self.hparams.kl_weight * kl
         loss = loss + self.hparams.patch_weight * patch + self.hparams.contrastive_weight * contrastive
 
-        self.log_dict({"train/loss": loss, "train/kl": kl})
-        if gold.any():
-            self.log_dict({"train/ce": ce, "train/corrected": corrected[gold].float().mean()})
-        self.log_dict({"train/patch": patch, "train/contrastive": contrastive, "train/contrastive_accuracy": hits})
-        self.log("train/contrastive_chance", (1 / candidates).mean())
-        self.log_dict(
-            answer_diagnostics(student_logits=logits, teacher_logits=teacher_logits, targets=targets, gold=gold)
+        terms = {"loss": loss, "kl": kl, "patch": patch, "contrastive": contrastive}
+        terms["contrastive_accuracy"] = hits / n["images"]
+        terms["contrastive_chance"] = (1 / candidates).sum() / n["images"]
+        if n["has_gold"]:
+            terms |= {"ce": ce, "corrected": corrected[gold].sum() / n["gold_tokens"]}
+        terms |= answer_diagnostics(
+            student_logits=logits, teacher_logits=teacher_logits, targets=targets, gold=gold, update=n
         )
-        return loss
+        return {"loss": undo_averaging(self.trainer, batch) * loss, "terms": terms}
 
     def validation_step(self, batch, batch_idx):
         logits, targets, _ = self.forward_student(batch)
         right = answers_right(logits, batch["text"])
-        self.log(
-            "val/ce", answer_cross_entropy(logits=logits, targets=targets), batch_size=len(targets), sync_dist=True
-        )
+        ce = answer_cross_entropy(logits=logits, targets=targets) / len(targets)
+        self.log("val/ce", ce, batch_size=len(targets), sync_dist=True)
         self.log("val/exact_match", right.float().mean(), batch_size=len(right), sync_dist=True)
 
     def configure_optimizers(self):

@@ -1,0 +1,132 @@
+"""Which images an optimizer update reads, and how many items of each kind it has.
+
+    order of an epoch     i0 i1 i2 i3 i4 i5 i6 i7 i8 ...                 `ImageOrder`
+    micro-batches         [i0 i1] [i2 i3] [i4 i5] [i6 i7] [i8 ...        `MicroBatchSampler`, batch_size 2
+    on two ranks          rank 0    1       0       1       0
+    updates               |------- one update ---------| |---- ...       `UpdateLoader`, 2 micro-batches per rank
+
+An update reads the same images however it is cut: batch_size x accumulate_grad_batches x ranks of them, an epoch's last update
+what is left. Every loss term is a sum over its items divided by their number in the whole update, so its gradient is the same,
+too. The number must be known before the first backward pass: `UpdateLoader` fetches an update's micro-batches ahead.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+
+class ImageOrder(Sampler):
+    """The images of an epoch as (epoch, index), shuffled as a pure function of seed and epoch.
+
+    An epoch of `size` above `n` draws images again, each as often as the others but for one time: runs on fewer images take as
+    many steps. An image that comes again is drawn anew, as if in another epoch.
+    """
+
+    def __init__(self, n: int, *, seed: int, shuffle: bool, size: int | None = None) -> None:
+        self.n, self.seed, self.shuffle, self.size = n, seed, shuffle, size or n
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch: it looks for it at `loader.batch_sampler.sampler`."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if not self.shuffle:  # validation: the same in every epoch
+            yield from ((0, index) for index in range(self.size))
+            return
+        rng = np.random.default_rng((self.seed, 0, self.epoch))
+        rounds = -(-self.size // self.n)
+        order = np.concatenate([rng.permutation(self.n) for _ in range(rounds)])[: self.size]
+        for place, index in enumerate(order.tolist()):
+            yield self.epoch * rounds + place // self.n, index
+
+
+class MicroBatchSampler(Sampler):
+    """Micro-batches of an order; ranks take turns over them and all take the same number of steps.
+
+    With `start` it begins the next epoch at that step, which is how an interrupted run goes on without reading an image twice.
+    A rank that has no micro-batch left in the last steps gets an earlier one, which `is_spare`: it is computed and counts nothing,
+    since all ranks have to take part in a backward pass.
+    """
+
+    def __init__(self, sampler: ImageOrder, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        self.sampler, self.batch_size = sampler, batch_size
+        self.rank, self.world_size = rank, world_size
+        self.start = 0
+
+    def __len__(self) -> int:  # constant even when resuming: Lightning ends the epoch by its own count of batches
+        return -(-self._total // self.world_size)
+
+    @property
+    def _total(self) -> int:
+        """Micro-batches of all ranks."""
+        return -(-len(self.sampler) // self.batch_size)
+
+    def is_spare(self, step: int) -> bool:
+        """Whether this rank's micro-batch at a step of the epoch is one that another step has read."""
+        return step * self.world_size + self.rank >= self._total
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = list(self.sampler)
+        first, self.start = self.start, 0
+        for step in range(first, len(self)):
+            begin = (step * self.world_size + self.rank) % self._total * self.batch_size
+            yield order[begin : begin + self.batch_size]
+
+
+class UpdateLoader(DataLoader):
+    """A DataLoader that tells every micro-batch how many items its whole optimizer update has.
+
+    It adds to a batch, from the `counts` that collating has put there:
+
+        update  the sums of the counts over all micro-batches of the update, on all ranks. A count of 0 becomes 1: the sum over no
+                items is 0 whatever it is divided by. And has_gold, whether the update has any gold answer.
+        spare   whether the micro-batch counts nothing, see `MicroBatchSampler`
+
+    Its position is none of Lightning's business: the sampler's `start` takes care of it.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        micro_batches: int = 1,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        """`micro_batches` of one update on each rank; `sum_over_ranks` adds up a float64 vector of all ranks (None: one rank)."""
+        if options.get("num_workers"):  # a whole update is fetched while the one before it is computed
+            options["prefetch_factor"] = max(2, -(-micro_batches // options["num_workers"]))
+        super().__init__(*args, **options)
+        self.micro_batches, self.sum_over_ranks = micro_batches, sum_over_ranks
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        steps = count(self.batch_sampler.start)
+        batches = super().__iter__()
+        while window := list(islice(batches, self.micro_batches)):
+            spare = [self.batch_sampler.is_spare(step) for step in islice(steps, len(window))]
+            update = self._totals([batch.pop("counts") for batch in window], spare)
+            for batch_spare in spare:
+                yield window.pop(0) | {"update": update, "spare": batch_spare}
+
+    def _totals(self, counts: list[dict[str, float]], spare: list[bool]) -> dict[str, float]:
+        own = [0.0 if is_spare else 1.0 for is_spare in spare]
+        sums = {name: sum(w * c[name] for w, c in zip(own, counts, strict=True)) for name in counts[0]}
+        if self.sum_over_ranks is not None:
+            total = self.sum_over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64))
+            sums = dict(zip(sums, total.tolist(), strict=True))
+        return {name: value or 1.0 for name, value in sums.items()} | {"has_gold": sums["gold_tokens"] > 0}
+
+    def state_dict(self) -> dict:
+        """Nothing to keep: the position is in the checkpoint (see distillation.training)."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore."""
