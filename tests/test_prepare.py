@@ -204,6 +204,8 @@ def test_nothing_to_ask_is_an_error(tree):
         ["--miniature", "--sunrgbd_zip", "x.zip"],
         ["--miniature", "--toolbox_zip", "x.zip"],
         ["--chek"],
+        ["--official_val", "--preview", "2"],
+        ["--official_val", "--blind_check"],
     ],
 )
 def test_wrong_flags_are_refused(flags):
@@ -258,13 +260,35 @@ def test_a_root_without_the_data_set_needs_the_archive(tmp_path, monkeypatch, tr
     assert not any((tmp_path / "empty").iterdir())
 
 
-def test_a_tree_without_the_toolbox(tmp_path):
+def test_a_tree_without_the_toolbox(tmp_path, capsys):
     """The generated tree of the benchmark, whose frames are called as in SUN RGB-D."""
-    write_tree(tmp_path, 24, (64, 48))
-    summary = build_csv_data(tmp_path, workers=1)
-    found = Counter(read_official_list()[frame.path.removeprefix("SUNRGBD/")] for frame in find_frames(tmp_path)[0])
-    assert summary["frames"] == found and sum(found.values()) == 24
-    assert not summary["unusable_frames"] and not summary["frames_outside_the_official_split"]
+    write_tree(tmp_path, 60, (64, 48))
+    frames = find_frames(tmp_path)[0]
+    halves = read_official_list()
+    for flags, listed in (
+        (["--official_val"], {"test": 5050, "train": 2666, "val": 2619}),
+        ([], {"test": 5050, "train": 4735, "val": 550}),
+    ):
+        main(parse_args(["--root", str(tmp_path), "--workers", "1", *flags]))
+        summary = json.loads((tmp_path / "SUNRGBD" / "csv_data" / "questions.json").read_text())
+        assert summary["split"]["listed_frames"] == listed and summary["split"]["rule"] in capsys.readouterr().out
+        found = official_split(tmp_path, frames, official_val=bool(flags))
+        assert summary["frames"] == Counter(found.values()) and len(found) == 60
+        assert ({path[8:]: side for path, side in found.items()}.items() <= halves.items()) == bool(flags)
+        assert not summary["unusable_frames"] and not summary["frames_outside_the_official_split"]
+        rows = read_questions(questions_file(tmp_path, "train"), root=tmp_path)
+        assert {found[row.image_path.rsplit("/", 2)[0]] for row in rows} == {"train"}
+
+
+def test_the_miniature_keeps_its_own_validation_frames(tree):
+    """With and without --official_val: its allsplit.mat is not SUN RGB-D's."""
+    flags = ["--root", str(tree), "--workers", "1"]
+    main(parse_args(flags))
+    before = files(tree)
+    main(parse_args([*flags, "--official_val"]))
+    assert files(tree) == before
+    split = json.loads(before["questions.json"])["split"]
+    assert split["listed_frames"] == {"test": 8, "train": 24, "val": 8} and "toolbox" in split["rule"]
 
 
 def test_command_from_another_folder(tree, tmp_path):
