@@ -52,10 +52,6 @@ def load_images(
     sources = {settings.depth_source for settings in wanted if settings.modality == "depth"}
     rgb = read_rgb(frame.root / frame.image_path) if "rgb" in modalities else None
     depth_m = read_depth(frame.root / _depth_file(frame, sources.pop())) if sources else None
-    if rgb is not None and depth_m is not None and rgb.shape[:2] != depth_m.shape:
-        raise UserError(
-            f"{frame.path}: RGB is {rgb.shape[:2]} and depth {depth_m.shape} pixels; they must be registered"
-        )
     intrinsics, tilt = frame.intrinsics, frame.tilt
     if augment_rng is not None and modalities != {"blind"}:
         rgb, depth_m, intrinsics, tilt = augment(rgb, depth_m, intrinsics=intrinsics, tilt=tilt, rng=augment_rng)

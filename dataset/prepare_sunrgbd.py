@@ -194,8 +194,6 @@ def read_frame_questions(frame: Frame, *, seed: int, vocabulary: Collection[str]
     try:
         instances, unsure = frame_objects(frame, drops, coverage)
         rgb = read_rgb(frame.root / frame.image_path)
-        if instances and instances[0].mask.shape != rgb.shape[:2]:
-            raise UserError(f"{frame.path}: RGB is {rgb.shape[:2]} and depth {instances[0].mask.shape} pixels")
     except UserError as error:
         return FrameReport([], drops, coverage, str(error))
     questions = frame_candidates(instances, rgb=rgb, rng=rng, unsure=unsure, vocabulary=vocabulary)

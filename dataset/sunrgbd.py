@@ -16,6 +16,7 @@ import re
 from bisect import bisect
 from collections import defaultdict
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ OFFICIAL_LIST = Path(__file__).with_name("official_split.txt.xz")  # made by `wr
 SENSORS = ("kv1", "kv2", "realsense", "xtion")
 VAL_SHARE = 0.1  # of the official training half
 B3DO_BLOCK = 25  # consecutive numbers that are held to be of one room
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a damaged picture
 _DAY = re.compile(r"(\d{4})[-_](\d{2})[-_](\d{2})")
 _ANCHOR = re.compile(r"(?:^|/)((?:kv1|kv2|realsense|xtion)/.*)$")
 
@@ -108,20 +110,39 @@ def read_frame(root: Path, path: str) -> Frame:
     """The frame in folder `path` (relative to `root`).
 
     Raises:
-        UserError: a file is missing, ambiguous or malformed; names it.
+        UserError: a file is missing, ambiguous or malformed, or depth has another size than the image; names it.
     """
     folder = root / path
     bfx = folder / "depth_bfx"
-    return Frame(
+    frame = Frame(
         root=root,
         path=path,
         image_path=_only_file(root, folder / "image", (".jpg", ".jpeg", ".png")),
         depth_path=_only_file(root, folder / "depth", (".png",)),
         depth_bfx_path=_only_file(root, bfx, (".png",)) if bfx.is_dir() else None,
-        intrinsics=_matrix(folder / "intrinsics.txt", 3, 3),
+        intrinsics=_intrinsics(folder / "intrinsics.txt"),
         tilt=_tilt(folder / "extrinsics"),
         scene=_scene(folder / "scene.txt"),
     )
+    _check_sizes(frame)
+    return frame
+
+
+def _check_sizes(frame: Frame) -> None:
+    """Pixels of image and depth belong together by their place. Only the headers of the files are read."""
+    image, *depths = (frame.root / path for path in (frame.image_path, frame.depth_path, frame.depth_bfx_path) if path)
+    sizes = [_header_size(path) for path in (image, *depths)]
+    for path, size in zip(depths, sizes[1:], strict=True):
+        if size and sizes[0] and size != sizes[0]:
+            found, expected = ("{}x{}".format(*pixels) for pixels in (size, sizes[0]))
+            raise UserError(f"{path}: depth is {found} pixels and {image.name} {expected}; they must be registered")
+
+
+def _header_size(path: Path) -> tuple[int, int] | None:
+    """Width and height of a picture; None for a damaged one, of which whoever reads its pixels complains."""
+    with suppress(*UNREADABLE), Image.open(path) as picture:
+        return picture.size
+    return None
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -129,7 +150,7 @@ def read_rgb(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: image cannot be read ({error})") from error
 
 
@@ -143,10 +164,19 @@ def _only_file(root: Path, folder: Path, endings: tuple[str, ...]) -> str:
 
 def _matrix(path: Path, rows: int, columns: int) -> np.ndarray:
     try:
-        values = np.array(path.read_text(encoding="utf-8").split(), dtype=np.float64)
-        return values.reshape(rows, columns)
+        values = np.array(path.read_text(encoding="utf-8").split(), dtype=np.float64).reshape(rows, columns)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected {rows}x{columns} numbers ({error})") from error
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: expected {rows}x{columns} numbers, found nan or inf among them")
+    return values
+
+
+def _intrinsics(path: Path) -> np.ndarray:
+    intrinsics = _matrix(path, 3, 3)
+    if min(intrinsics[0, 0], intrinsics[1, 1]) <= 0:
+        raise UserError(f"{path}: focal lengths {intrinsics[0, 0]:g} and {intrinsics[1, 1]:g}; they must be positive")
+    return intrinsics
 
 
 def _tilt(folder: Path) -> np.ndarray:

@@ -211,10 +211,10 @@ def test_bad_pictures_name_the_file(own_world):
 def test_unregistered_pictures_are_refused(own_world):
     from PIL import Image
 
-    _, frame = first_frame(own_world)
+    row, frame = first_frame(own_world)
     Image.new("RGB", (64, 64)).save(own_world / frame.image_path)
     with pytest.raises(UserError, match="registered"):
-        load_images(frame, [RGB, DEPTH])
+        read_frame(own_world, frame_path(row))
 
 
 def test_bfx_source(world):

@@ -151,12 +151,23 @@ def test_unusable_frames_are_reported_with_their_reason(tree, capsys):
         assert any(line.startswith(frame.path) and reason in line for line in printed.splitlines())
 
 
-def test_pictures_must_be_registered(tree):
-    frame, other = find_frames(tree)[0][:2]
-    with Image.open(tree / other.image_path) as picture:
-        picture.resize((50, 40)).save(tree / frame.image_path)
-    report = read_frame_questions(frame, seed=0, vocabulary=())
-    assert frame.path in report.failure and "(40, 50)" in report.failure and not report.questions
+def test_pictures_must_be_registered(tree, capsys):
+    """Also where nothing is annotated, and a camera has to be one."""
+    frame, bare, camera = find_frames(tree)[0][:3]
+    for path in (frame.path, bare.path):
+        image = tree / read_frame(tree, path).image_path
+        with Image.open(image) as picture:
+            picture.resize((50, 40)).save(image)
+    for layer in (tree / bare.path).glob("annotation*"):
+        shutil.rmtree(layer)
+    (tree / camera.path / "intrinsics.txt").write_text("nan 0 1 0 1 1 0 0 1")
+    with pytest.raises(UserError, match="3 frames cannot be used"):
+        main(parse_args(["--root", str(tree), "--check", "--workers", "1"]))
+    listed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if line.startswith("SUNRGBD/"))
+    assert listed.keys() == {frame.path, bare.path, camera.path}
+    assert all(frame.depth_path in listed[frame.path] and "50x40" in listed[path] for path in (frame.path, bare.path))
+    assert "intrinsics.txt" in listed[camera.path] and "nan" in listed[camera.path]
+    assert build_csv_data(tree, workers=1)["unusable_frames"] == listed
 
 
 def test_check_of_a_sound_tree_writes_nothing(tree, capsys):
