@@ -15,7 +15,7 @@ import os
 import re
 from bisect import bisect
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,13 +97,27 @@ def find_frames(root: Path) -> tuple[list[Frame], list[tuple[str, str]]]:
     return frames, unusable
 
 
-def _frame_folders(top: Path) -> Iterator[Path]:
-    for folder, subfolders, _ in os.walk(top, followlinks=True):
-        if "image" in subfolders or "depth" in subfolders:  # without one of them it is a frame, but an unusable one
-            subfolders.clear()
-            yield Path(folder)
-        else:
-            subfolders.sort()
+def _frame_folders(top: Path) -> list[Path]:
+    """The folders that look like a frame, sorted; every real folder once, though links may lead to it or in a circle.
+
+    Links are followed last, so that a frame has its name in the tree and not that of a link to it.
+    """
+    found, starts, seen = [], [top], set()
+    while starts:
+        links = []
+        for start in starts:
+            for folder, subfolders, _ in os.walk(start):
+                place = os.stat(folder)
+                if (place.st_dev, place.st_ino) in seen:
+                    subfolders.clear()
+                    continue
+                seen.add((place.st_dev, place.st_ino))
+                if not {"image", "depth"}.isdisjoint(subfolders):  # a frame; one that lacks either is unusable
+                    subfolders.clear()
+                    found.append(Path(folder))
+                links += [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
+        starts = sorted(links)
+    return sorted(found)
 
 
 def read_frame(root: Path, path: str) -> Frame:

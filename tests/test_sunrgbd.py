@@ -205,6 +205,23 @@ def half_size(path) -> None:
     small.save(path)
 
 
+def test_links_lead_to_every_frame_once(own_world, tmp_path):
+    """To a parent, to a sibling, in a circle with another folder, and to frames that lie somewhere else."""
+    top = own_world / "SUNRGBD"
+    before = [frame.path for frame in find_frames(own_world)[0]]
+    (top / "kv1" / "all").symlink_to(top)
+    (top / "a_link").symlink_to(top / "kv2")  # comes first by its name
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "back").symlink_to(top / "xtion")
+    (top / "outside").symlink_to(tmp_path / "elsewhere")
+    assert [frame.path for frame in find_frames(own_world)[0]] == before
+    moved = tmp_path / "elsewhere" / "frame"
+    shutil.move(own_world / before[0], moved)
+    (own_world / before[0]).symlink_to(moved)
+    frames, unusable = find_frames(own_world)
+    assert [frame.path for frame in frames] == before and not unusable
+
+
 def test_optional_files(own_world):
     frames, _ = find_frames(own_world)
     folder = own_world / frames[0].path
