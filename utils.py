@@ -175,11 +175,12 @@ def sha256(path: Path) -> str:
 def source_digest(folder: Path, *, without: Collection[str] = (), subfolders: bool = True) -> str:
     """Digest of the code in a folder: the names and bytes of its Python files and tables.
 
-    What was made by this code and kept is named by it, so that no other code takes it for its own. Whole folders count, because
-    a list of files forgets the one that is split off from them later.
+    What was made by this code and kept is named by it, so that no other code takes it for its own. Whole folders count,
+    because a list of files forgets the one that is split off from them later.
 
     Args:
-        folder: its subfolders count when there are Python files in them. Models and rendered worlds have none and are not read.
+        folder: its subfolders count when there are Python files in them. Models and rendered worlds have none and are
+            not read.
         without: names of files that what is kept does not depend on.
         subfolders: False for the files of this folder alone.
     """

@@ -100,8 +100,8 @@ def build_csv_data(
         official_val: see `listed_split`.
 
     Returns:
-        What `questions.json` holds: version, seed, margins, the split's rule; questions per split, type and sensor; what was left
-        out and why.
+        What `questions.json` holds: version, seed, margins, the split's rule; questions per split, type and sensor;
+        what was left out and why.
 
     Raises:
         UserError: no frame, no official split, or not a single question.

@@ -63,9 +63,9 @@ class Frame:
 def frame_group(path: str) -> str:
     """The recording of a frame: place and scan of sun3d, the day of the other xtion, kv2 and realsense, else the frame.
 
-    Frames of one recording may show the same room. Training and validation never share one, unless the toolbox's own
-    validation frames are asked for (4 days of kinect2data). The official test half does: 55 recordings, 44 of them SUN3D
-    scans, have frames in it and in the training half.
+    Frames of one recording may show the same room. Training and validation share none, unless the toolbox's own
+    validation frames are asked for: then 4 days of kinect2data. The official test half does share: 55 recordings, 44 of
+    them SUN3D scans, have frames in it and in the training half.
     """
     parts = path.split("/")
     collection, name = "/".join(parts[1:3]), parts[-1]
@@ -226,10 +226,10 @@ class ListedSplit(NamedTuple):
 def listed_split(root: Path, frames: list[Frame], *, official_val: bool = False) -> ListedSplit:
     """The split of the data set that these frames are from.
 
-    SUN RGB-D: test is the official half of the toolbox's allsplit.mat (5,050 frames), validation a tenth of the other half
-    (5,285) that shares no room with the rest, see `validation_tenth`. A tree without allsplit.mat is split by the list that
-    comes with this repository, which is the same one, provided that most of its frames are in the list. An allsplit.mat of other
-    frames, such as the miniature world's, decides on validation itself by its `trainvalsplit`.
+    SUN RGB-D: test is the official half of the toolbox's allsplit.mat (5,050 frames), validation a tenth of the other
+    half (5,285) that shares no room with the rest, see `validation_tenth`. A tree without allsplit.mat is split by the
+    list that comes with this repository, which is the same one, provided that most of its frames are in the list. An
+    allsplit.mat of other frames, such as the miniature world's, decides on validation itself by its `trainvalsplit`.
 
     Args:
         root: ROOT_DATA_DIR.
@@ -237,7 +237,8 @@ def listed_split(root: Path, frames: list[Frame], *, official_val: bool = False)
         official_val: train and val are the toolbox's `trainvalsplit` (2,666 and 2,619 frames) for SUN RGB-D as well.
 
     Raises:
-        UserError: the file is unreadable, lacks a `trainvalsplit` that is asked for, or is missing from a tree of other frames.
+        UserError: the file is unreadable, lacks a `trainvalsplit` that is asked for, or is missing from a tree of other
+            frames.
     """
     path = root / "SUNRGBDtoolbox" / "traintestSUNRGBD" / "allsplit.mat"
     official = read_official_list()
@@ -277,9 +278,10 @@ def missing_frames(root: Path, frames: list[Frame], listed: ListedSplit) -> list
 def validation_tenth(training: Collection[str]) -> set[str]:
     """The frames to validate on: whole rooms (`frame_rooms`), about a tenth of every collection and of every sensor.
 
-    Rooms are taken in the order of a hash of their names: first, in every collection, each that still fits into its tenth;
-    then the same for sensors, whose collections may have no room that is small enough, and one more room when that brings a
-    sensor nearer to its tenth. A room that several sensors saw is never taken. The result depends on nothing but `training`.
+    Rooms are taken in the order of a hash of their names: first, in every collection, each that still fits into its
+    tenth; then the same for sensors, whose collections may have no room that is small enough, and one more room when
+    that brings a sensor nearer to its tenth. A room that several sensors saw is never taken. The result depends on
+    nothing but `training`.
 
     Args:
         training: all names of the training half, such as `kv1/b3dodata/img_0063`, whether they are on this disk or not.
@@ -306,16 +308,16 @@ def validation_tenth(training: Collection[str]) -> set[str]:
 
 
 def frame_rooms(training: Collection[str]) -> dict[str, str]:
-    """`name -> room` of the training half: what frames that may show one room have in common, at least as wide as `frame_group`.
+    """`name -> room` of the training half: what frames that may show one room have in common.
 
-    The data set names few rooms (scene.txt names kinds of rooms). What counts as one:
+    The data set names few rooms (scene.txt has their kinds). What counts as one, never narrower than `frame_group`:
 
     - xtion/sun3ddata: the place, with all of its scans.
     - Frames named by a date (kv2, realsense, xtion_align_data): the day, in all collections. On 2014-12-18 align_kv2,
       xtion_align_data and realsense/shr were recorded side by side.
-    - kv1/NYUdata: a run of numbers without a gap in the training half. NYUv2 is numbered scene by scene and was divided by
-      scene (Silberman et al., ECCV 2012), so that a run between two test frames holds whole scenes.
-    - kv1/b3dodata: `B3DO_BLOCK` consecutive numbers. Its rooms are not known; pictures of one are likely to be neighbours.
+    - kv1/NYUdata: a run of numbers without a gap in the training half. NYUv2 is numbered scene by scene and was divided
+      by scene (Silberman et al., ECCV 2012), so that a run between two test frames holds whole scenes.
+    - kv1/b3dodata: `B3DO_BLOCK` consecutive numbers. Its rooms are not known; neighbours are likely to show one.
     """
     nyu = {number for name in training if (number := _number(name, "kv1/NYUdata/NYU")) is not None}
     starts, rooms = sorted(number for number in nyu if number - 1 not in nyu), {}
@@ -353,7 +355,7 @@ def _toolbox_split(path: Path) -> dict[str, str]:
 
 
 def read_official_list() -> dict[str, str]:
-    """The toolbox's split of all 10,335 frames: `kv1/b3dodata/img_0063 -> train | val | test`, val by `trainvalsplit`."""
+    """The toolbox's split of all 10,335 frames: `kv1/b3dodata/img_0063 -> train | val | test`, by `trainvalsplit`."""
     lines = lzma.decompress(OFFICIAL_LIST.read_bytes()).decode().splitlines()
     return {name: split for split, name in (line.split(" ", 1) for line in lines)}
 

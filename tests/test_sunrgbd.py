@@ -97,7 +97,7 @@ def tenth() -> dict[str, str]:
 
 
 def test_the_validation_tenth_of_the_official_training_half():
-    """No recording and no place on both sides; a tenth of every sensor, but for realsense, which has five days in all."""
+    """No recording and no place on both sides; a tenth of every sensor; realsense has but five days."""
     split = tenth()
     assert Counter(split.values()) == {"train": 4735, "val": 550}
     for of in (frame_group, lambda path: "/".join(path.split("/")[1:4]) if "sun3d" in path else path):

@@ -265,7 +265,7 @@ def test_new_question_code_asks_again_about_the_same_rooms(tmp_path):
 
 
 def test_other_code_makes_another_world(tmp_path, monkeypatch):
-    """Code that draws, reads or decodes: rooms are rendered again; code that asks: it asks again about the same rooms."""
+    """Code that draws, reads or decodes: rooms are rendered again. Code that asks: it asks about the same rooms."""
     shutil.copytree(
         world.ROOT / "dataset", tmp_path / "dataset", ignore=shutil.ignore_patterns("world*", "*.safetensors")
     )

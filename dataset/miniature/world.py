@@ -41,8 +41,8 @@ from dataset.miniature.renderer import RoomObject, View, render_room
 
 TRAIN, VAL, TEST = 5000, 400, 600
 MARKER, UNFINISHED = "world.json", "unfinished.json"
-# Other code makes other rooms or other questions, so the digest of dataset/ is part of a world's settings. A change in these
-# files leaves the rooms as they are; after any other one they are rendered again, for about two minutes of processor time.
+# Other code makes other rooms or other questions, so the digest of dataset/ is part of a world's settings. A change in
+# these files leaves the rooms as they are; after any other they are rendered again: two minutes of processor time.
 QUESTION_CODE = ("captions.py", "prepare_sunrgbd.py", "questions.py")
 # Shares as in the real data set, where every collection but realsense/lg and realsense/sa occurs in every split.
 COLLECTIONS = {
