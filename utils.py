@@ -22,11 +22,12 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+SOURCES = (".py", ".json", ".csv", ".txt", ".xz")  # code and tables
 
 
 class UserError(Exception):
@@ -169,6 +170,30 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def source_digest(folder: Path, *, without: Collection[str] = (), subfolders: bool = True) -> str:
+    """Digest of the code in a folder: the names and bytes of its Python files and tables.
+
+    What was made by this code and kept is named by it, so that no other code takes it for its own. Whole folders count,
+    because a list of files forgets the one that is split off from them later.
+
+    Args:
+        folder: its subfolders count when there are Python files in them. Models and rendered worlds have none and are
+            not read.
+        without: names of files that what is kept does not depend on.
+        subfolders: False for the files of this folder alone.
+    """
+    digest, waiting = hashlib.sha256(), [folder]
+    while waiting:
+        entries = sorted(waiting.pop(0).iterdir())
+        if not any(entry.suffix == ".py" for entry in entries):
+            continue
+        for entry in entries:
+            if entry.suffix in SOURCES and entry.name not in without:
+                digest.update(f"{entry.relative_to(folder)} {sha256(entry)}\n".encode())
+        waiting += [entry for entry in entries if subfolders and entry.is_dir()]
+    return digest.hexdigest()
 
 
 def checksum_path(path: Path) -> Path:

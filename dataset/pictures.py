@@ -19,10 +19,16 @@ from dataset.depth import encode_depth, read_depth
 from dataset.processor import ImageTextProcessor
 from dataset.store import TensorStore
 from dataset.sunrgbd import Frame, read_rgb
-from utils import ROOT, UserError
+from utils import ROOT, UserError, source_digest
 
 MODALITIES = ("rgb", "depth", "blind")
 DEPTH_SOURCES = ("raw", "bfx")
+# What no picture depends on: a change in it leaves stored pictures, and with them the teacher's outputs, in use.
+OTHER_CODE = (
+    *("annotations.py", "build_nouns.py", "captions.py", "daquar.py", "extract.py", "prepare_sunrgbd.py", "preview.py"),
+    *("questions.py", "nouns.json", "official_split.txt.xz"),
+    *("demo.py", "pretrain.py", "renderer.py", "world.py"),  # of the miniature world
+)
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,6 @@ def load_images(
     sources = {settings.depth_source for settings in wanted if settings.modality == "depth"}
     rgb = read_rgb(frame.root / frame.image_path) if "rgb" in modalities else None
     depth_m = read_depth(frame.root / _depth_file(frame, sources.pop())) if sources else None
-    if rgb is not None and depth_m is not None and rgb.shape[:2] != depth_m.shape:
-        raise UserError(
-            f"{frame.path}: RGB is {rgb.shape[:2]} and depth {depth_m.shape} pixels; they must be registered"
-        )
     intrinsics, tilt = frame.intrinsics, frame.tilt
     if augment_rng is not None and modalities != {"blind"}:
         rgb, depth_m, intrinsics, tilt = augment(rgb, depth_m, intrinsics=intrinsics, tilt=tilt, rng=augment_rng)
@@ -122,13 +124,12 @@ def make_picture(image: np.ndarray, processor: ImageTextProcessor, image_tokens:
 
 def picture_key(processor: ImageTextProcessor, settings: ImageSettings) -> dict[str, Any]:
     """Everything that decides the tiles besides the frame itself."""
-    sources = [(ROOT / "dataset" / name).read_bytes() for name in ("depth.py", "pictures.py", "processor.py")]
     return {
         "settings": asdict(settings),
         "processor": processor.image_processor.to_dict(),
         "image_tokens": processor.num_image_tokens,
         "libraries": [transformers.__version__, Image.__version__, np.__version__],
-        "sources": [hashlib.sha256(source).hexdigest() for source in sources],
+        "sources": source_digest(ROOT / "dataset", without=OTHER_CODE),
     }
 
 

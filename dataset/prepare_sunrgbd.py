@@ -6,6 +6,9 @@ Writes  ROOT_DATA_DIR/SUNRGBD/csv_data/{train,val,test}_dataset.csv; train_unans
         frames without their answers, for a teacher; {train,val,test}_captions.csv, a description of each frame; and
         questions.json, which says how they were made
 
+The test split is the official one. A tenth of the official training half is for validation, whole rooms of it, see
+`dataset.sunrgbd.validation_tenth`; with --official_val train and val are the toolbox's, half of it each.
+
     python dataset/prepare_sunrgbd.py            # build
     python dataset/prepare_sunrgbd.py --sunrgbd_zip SUNRGBD.zip --toolbox_zip SUNRGBDtoolbox.zip    # unpack there, then build
     python dataset/prepare_sunrgbd.py --check    # build nothing, list every frame that cannot be used
@@ -56,7 +59,7 @@ from dataset.questions import (
     unanswered_file,
     write_questions,
 )
-from dataset.sunrgbd import Frame, find_frames, missing_frames, official_split, read_rgb
+from dataset.sunrgbd import Frame, find_frames, listed_split, missing_frames, read_rgb
 from evaluation.blind import blind_check
 
 SPLITS = ("train", "val", "test")
@@ -83,6 +86,7 @@ def build_csv_data(
     train_per_frame: int = 2,
     eval_per_frame: int = 8,
     unanswered_per_frame: int = 8,
+    official_val: bool = False,
 ) -> dict[str, Any]:
     """Write the question files of all splits, and `questions.json` beside them.
 
@@ -93,15 +97,18 @@ def build_csv_data(
         train_per_frame: questions per training frame at most; the published data set has one to two.
         eval_per_frame: the same for val and test.
         unanswered_per_frame: further questions per training frame at most, without answers.
+        official_val: see `listed_split`.
 
     Returns:
-        What `questions.json` holds: version, seed, margins; questions per split, type and sensor; what was left out and why.
+        What `questions.json` holds: version, seed, margins, the split's rule; questions per split, type and sensor;
+        what was left out and why.
 
     Raises:
         UserError: no frame, no official split, or not a single question.
     """
     frames, unusable = find_frames(root)
-    split = official_split(root, frames)
+    whole = listed_split(root, frames, official_val=official_val)
+    split = whole.names
     listed = [frame for frame in frames if frame.path in split]
     reports = list(read_frames(listed, seed=seed, workers=workers))
     usable = [(frame, report.questions) for frame, report in zip(listed, reports, strict=True) if not report.failure]
@@ -131,9 +138,10 @@ def build_csv_data(
         },
         "margins": MARGINS,
         "largest_answer_share": ANSWER_SHARE,
+        "split": {"rule": whole.rule, "listed_frames": dict(sorted(Counter(split.values()).items()))},
         "frames": dict(Counter(split[frame.path] for frame, _ in usable)),
         "frames_outside_the_official_split": len(frames) - len(listed),
-        "missing_frames": _collections(missing_frames(root, frames)),
+        "missing_frames": _collections(missing_frames(root, frames, whole)),
         "recordings_in_two_splits": _shared_recordings(listed, split),
         "questions": {name: _counts(rows[name]) for name in SPLITS} | {"train_unanswered": _counts(unanswered)},
         "captions": {name: len(captions[name]) for name in SPLITS},
@@ -186,8 +194,6 @@ def read_frame_questions(frame: Frame, *, seed: int, vocabulary: Collection[str]
     try:
         instances, unsure = frame_objects(frame, drops, coverage)
         rgb = read_rgb(frame.root / frame.image_path)
-        if instances and instances[0].mask.shape != rgb.shape[:2]:
-            raise UserError(f"{frame.path}: RGB is {rgb.shape[:2]} and depth {instances[0].mask.shape} pixels")
     except UserError as error:
         return FrameReport([], drops, coverage, str(error))
     questions = frame_candidates(instances, rgb=rgb, rng=rng, unsure=unsure, vocabulary=vocabulary)
@@ -244,22 +250,24 @@ def print_coverage(found: dict[str, Any]) -> None:
         print("most frequent other names: " + ", ".join(f"{name or '(none)'} {n}" for name, n in names))
 
 
-def check_tree(root: Path, *, workers: int | None = None) -> None:
+def check_tree(root: Path, *, workers: int | None = None, official_val: bool = False) -> None:
     """Print every frame that cannot be used, with its reason.
 
     Raises:
         UserError: there is one, or the official split is missing.
     """
     frames, unusable = find_frames(root)
-    split = official_split(root, frames)
+    whole = listed_split(root, frames, official_val=official_val)
     reports = zip(frames, read_frames(frames, seed=0, workers=workers), strict=True)
     unusable += [(frame.path, report.failure) for frame, report in reports if report.failure]
     for path, reason in sorted(unusable):
         print(f"{path}: {reason}")
     sensors = Counter(frame.sensor for frame in frames)
     print(f"{len(frames)} frames ({', '.join(f'{name} {n}' for name, n in sorted(sensors.items()))}); split: ", end="")
-    print(", ".join(f"{name} {n}" for name, n in sorted(Counter(split.values()).items())) or "none listed")
-    print_missing(_collections(missing_frames(root, frames)))
+    split = Counter(whole.names[frame.path] for frame in frames if frame.path in whole.names)
+    print(", ".join(f"{name} {n}" for name, n in sorted(split.items())) or "none listed")
+    print(whole.rule)
+    print_missing(_collections(missing_frames(root, frames, whole)))
     if unusable:
         raise UserError(f"{root / 'SUNRGBD'}: {len(unusable)} frames cannot be used, listed above with the reason")
 
@@ -314,7 +322,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="further questions per training frame, for a teacher to answer",
     )
     add("--eval_per_frame", type=int, default=8, help="questions per val or test frame at most")
+    add("--official_val", action="store_true", help="train and val as in the toolbox: 2,666 and 2,619 frames")
     args = parser.parse_args(argv)
+    if args.official_val and (args.preview or args.blind_check):
+        parser.error(
+            "--official_val decides how question files are made; --preview and --blind_check read what is there"
+        )
     if args.root and args.miniature:
         parser.error("--root and --miniature name two data sets; give one")
     if args.miniature and (args.sunrgbd_zip or args.toolbox_zip):
@@ -339,7 +352,7 @@ def main(args: argparse.Namespace) -> None:
     if args.miniature:
         ensure_world(root, workers=args.workers)
     if args.check:
-        check_tree(root, workers=args.workers)
+        check_tree(root, workers=args.workers, official_val=args.official_val)
         return
     if args.preview:
         path = questions_file(root, "train").with_name("preview.html")
@@ -356,7 +369,9 @@ def main(args: argparse.Namespace) -> None:
         train_per_frame=args.train_per_frame,
         eval_per_frame=args.eval_per_frame,
         unanswered_per_frame=args.unanswered_per_frame,
+        official_val=args.official_val,
     )
+    print(summary["split"]["rule"])
     for name, counts in summary["questions"].items():
         types = ", ".join(f"{kind} {n}" for kind, n in counts["types"].items())
         print(f"{name}: {counts['all']} questions about {counts['images']} images ({types})")

@@ -13,9 +13,13 @@ import hashlib
 import lzma
 import os
 import re
-from collections.abc import Iterator
+from bisect import bisect
+from collections import defaultdict
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,6 +29,10 @@ from utils import UserError, atomic_path
 
 OFFICIAL_LIST = Path(__file__).with_name("official_split.txt.xz")  # made by `write_official_list`
 SENSORS = ("kv1", "kv2", "realsense", "xtion")
+VAL_SHARE = 0.1  # of the official training half
+B3DO_BLOCK = 25  # consecutive numbers that are held to be of one room
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a damaged picture
+_DAY = re.compile(r"(\d{4})[-_](\d{2})[-_](\d{2})")
 _ANCHOR = re.compile(r"(?:^|/)((?:kv1|kv2|realsense|xtion)/.*)$")
 
 
@@ -48,17 +56,22 @@ class Frame:
 
     @property
     def group(self) -> str:
-        """Frames of one group may show the same room; a split never separates them."""
+        """The recording, see `frame_group`."""
         return frame_group(self.path)
 
 
 def frame_group(path: str) -> str:
-    """The room or recording that a frame belongs to: place and scan of sun3d, the day of kv2 and realsense, else the frame."""
+    """The recording of a frame: place and scan of sun3d, the day of the other xtion, kv2 and realsense, else the frame.
+
+    Frames of one recording may show the same room. Training and validation share none, unless the toolbox's own
+    validation frames are asked for: then 4 days of kinect2data. The official test half does share: 55 recordings, 44 of
+    them SUN3D scans, have frames in it and in the training half.
+    """
     parts = path.split("/")
     collection, name = "/".join(parts[1:3]), parts[-1]
     if collection == "xtion/sun3ddata":
         return "/".join(parts[1:-1])
-    if day := re.search(r"(\d{4})[-_](\d{2})[-_](\d{2})", name):
+    if day := _DAY.search(name):
         return f"{collection}/{day.group(0)}"
     return f"{collection}/{name}"
 
@@ -84,33 +97,66 @@ def find_frames(root: Path) -> tuple[list[Frame], list[tuple[str, str]]]:
     return frames, unusable
 
 
-def _frame_folders(top: Path) -> Iterator[Path]:
-    for folder, subfolders, _ in os.walk(top, followlinks=True):
-        if "image" in subfolders or "depth" in subfolders:  # without one of them it is a frame, but an unusable one
-            subfolders.clear()
-            yield Path(folder)
-        else:
-            subfolders.sort()
+def _frame_folders(top: Path) -> list[Path]:
+    """The folders that look like a frame, sorted; every real folder once, though links may lead to it or in a circle.
+
+    Links are followed last, so that a frame has its name in the tree and not that of a link to it.
+    """
+    found, starts, seen = [], [top], set()
+    while starts:
+        links = []
+        for start in starts:
+            for folder, subfolders, _ in os.walk(start):
+                place = os.stat(folder)
+                if (place.st_dev, place.st_ino) in seen:
+                    subfolders.clear()
+                    continue
+                seen.add((place.st_dev, place.st_ino))
+                if not {"image", "depth"}.isdisjoint(subfolders):  # a frame; one that lacks either is unusable
+                    subfolders.clear()
+                    found.append(Path(folder))
+                links += [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
+        starts = sorted(links)
+    return sorted(found)
 
 
 def read_frame(root: Path, path: str) -> Frame:
     """The frame in folder `path` (relative to `root`).
 
     Raises:
-        UserError: a file is missing, ambiguous or malformed; names it.
+        UserError: a file is missing, ambiguous or malformed, or depth has another size than the image; names it.
     """
     folder = root / path
     bfx = folder / "depth_bfx"
-    return Frame(
+    frame = Frame(
         root=root,
         path=path,
         image_path=_only_file(root, folder / "image", (".jpg", ".jpeg", ".png")),
         depth_path=_only_file(root, folder / "depth", (".png",)),
         depth_bfx_path=_only_file(root, bfx, (".png",)) if bfx.is_dir() else None,
-        intrinsics=_matrix(folder / "intrinsics.txt", 3, 3),
+        intrinsics=_intrinsics(folder / "intrinsics.txt"),
         tilt=_tilt(folder / "extrinsics"),
         scene=_scene(folder / "scene.txt"),
     )
+    _check_sizes(frame)
+    return frame
+
+
+def _check_sizes(frame: Frame) -> None:
+    """Pixels of image and depth belong together by their place. Only the headers of the files are read."""
+    image, *depths = (frame.root / path for path in (frame.image_path, frame.depth_path, frame.depth_bfx_path) if path)
+    sizes = [_header_size(path) for path in (image, *depths)]
+    for path, size in zip(depths, sizes[1:], strict=True):
+        if size and sizes[0] and size != sizes[0]:
+            found, expected = ("{}x{}".format(*pixels) for pixels in (size, sizes[0]))
+            raise UserError(f"{path}: depth is {found} pixels and {image.name} {expected}; they must be registered")
+
+
+def _header_size(path: Path) -> tuple[int, int] | None:
+    """Width and height of a picture; None for a damaged one, of which whoever reads its pixels complains."""
+    with suppress(*UNREADABLE), Image.open(path) as picture:
+        return picture.size
+    return None
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -118,7 +164,7 @@ def read_rgb(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: image cannot be read ({error})") from error
 
 
@@ -132,10 +178,19 @@ def _only_file(root: Path, folder: Path, endings: tuple[str, ...]) -> str:
 
 def _matrix(path: Path, rows: int, columns: int) -> np.ndarray:
     try:
-        values = np.array(path.read_text(encoding="utf-8").split(), dtype=np.float64)
-        return values.reshape(rows, columns)
+        values = np.array(path.read_text(encoding="utf-8").split(), dtype=np.float64).reshape(rows, columns)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected {rows}x{columns} numbers ({error})") from error
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: expected {rows}x{columns} numbers, found nan or inf among them")
+    return values
+
+
+def _intrinsics(path: Path) -> np.ndarray:
+    intrinsics = _matrix(path, 3, 3)
+    if min(intrinsics[0, 0], intrinsics[1, 1]) <= 0:
+        raise UserError(f"{path}: focal lengths {intrinsics[0, 0]:g} and {intrinsics[1, 1]:g}; they must be positive")
+    return intrinsics
 
 
 def _tilt(folder: Path) -> np.ndarray:
@@ -151,64 +206,156 @@ def _scene(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def official_split(root: Path, frames: list[Frame], *, val_share: float = 0.1) -> dict[str, str]:
-    """`frame path -> train | val | test` by the toolbox's allsplit.mat; frames it does not list are left out.
-
-    Train and val are its `trainvalsplit`. Without that variable, a `val_share` of the training groups is cut off by a hash
-    of the group's name, so that a room is never in both. A tree without allsplit.mat is split by the list that comes with this
-    repository, which is the same one, provided that it is SUN RGB-D: most of its frames have to be in the list.
+def official_split(root: Path, frames: list[Frame], *, official_val: bool = False) -> dict[str, str]:
+    """`frame path -> train | val | test` of these frames by `listed_split`; frames it does not list are left out.
 
     Raises:
-        UserError: the file is unreadable, or missing from a tree of other frames.
+        UserError: as `listed_split`.
     """
-    listed = _listed_split(root, frames, val_share)
+    listed = listed_split(root, frames, official_val=official_val).names
     return {frame.path: listed[frame.path] for frame in frames if frame.path in listed}
 
 
-def missing_frames(root: Path, frames: list[Frame]) -> list[str]:
-    """Paths that the official split lists and the tree of these frames does not have, not even as an unusable folder.
+class ListedSplit(NamedTuple):
+    """A split of a whole data set, whatever is on this disk."""
+
+    names: dict[str, str]  # frame path -> train | val | test
+    rule: str  # how training and validation were told apart, in words
+
+
+def listed_split(root: Path, frames: list[Frame], *, official_val: bool = False) -> ListedSplit:
+    """The split of the data set that these frames are from.
+
+    SUN RGB-D: test is the official half of the toolbox's allsplit.mat (5,050 frames), validation a tenth of the other
+    half (5,285) that shares no room with the rest, see `validation_tenth`. A tree without allsplit.mat is split by the
+    list that comes with this repository, which is the same one, provided that most of its frames are in the list. An
+    allsplit.mat of other frames, such as the miniature world's, decides on validation itself by its `trainvalsplit`.
+
+    Args:
+        root: ROOT_DATA_DIR.
+        frames: of this tree.
+        official_val: train and val are the toolbox's `trainvalsplit` (2,666 and 2,619 frames) for SUN RGB-D as well.
 
     Raises:
-        UserError: as `official_split`.
+        UserError: the file is unreadable, lacks a `trainvalsplit` that is asked for, or is missing from a tree of other
+            frames.
     """
-    listed = _listed_split(root, frames, val_share=0.1)
-    return sorted(path for path in listed.keys() - {frame.path for frame in frames} if not (root / path).is_dir())
-
-
-def _listed_split(root: Path, frames: list[Frame], val_share: float) -> dict[str, str]:
-    """`frame path -> train | val | test` of all frames that the split of this tree lists."""
     path = root / "SUNRGBDtoolbox" / "traintestSUNRGBD" / "allsplit.mat"
+    official = read_official_list()
     if path.exists():
-        listed = _toolbox_split(path, val_share)
+        names = _toolbox_split(path)
     else:
-        listed = read_official_list()
-        known = sum(frame.path.removeprefix("SUNRGBD/") in listed for frame in frames)
-        # Other data in this layout reuses names such as kv1/NYUdata/NYU0001, so a few that match prove nothing.
-        if 2 * known < len(frames):
-            raise UserError(
-                f"{path} is missing, and the official split names only {known} of the {len(frames)} frames; "
-                "unpack SUNRGBDtoolbox.zip there"
-            )
-    return {f"SUNRGBD/{name}": split for name, split in listed.items()}
+        names = official
+        _check_known(path, frames, official)
+    toolbox_val = "val" in names.values()
+    if official_val and not toolbox_val:
+        raise UserError(f"{path}: no trainvalsplit in it, which --official_val asks for; leave that flag out")
+    if official_val or (toolbox_val and names.keys() != official.keys()):
+        rule = "train and val are those of the toolbox's trainvalsplit"
+    else:
+        val = validation_tenth([name for name, split in names.items() if split != "test"])
+        names = {name: split if split == "test" else "val" if name in val else "train" for name, split in names.items()}
+        rule = "val is a tenth of the training half, in whole recordings and rooms"
+    return ListedSplit({f"SUNRGBD/{name}": split for name, split in names.items()}, rule)
 
 
-def _toolbox_split(path: Path, val_share: float) -> dict[str, str]:
-    """`kv1/b3dodata/img_0063 -> train | val | test` of an allsplit.mat."""
+def _check_known(path: Path, frames: list[Frame], official: dict[str, str]) -> None:
+    known = sum(frame.path.removeprefix("SUNRGBD/") in official for frame in frames)
+    # Other data in this layout reuses names such as kv1/NYUdata/NYU0001, so a few that match prove nothing.
+    if 2 * known < len(frames):
+        raise UserError(
+            f"{path} is missing, and the official split names only {known} of the {len(frames)} frames; "
+            "unpack SUNRGBDtoolbox.zip there"
+        )
+
+
+def missing_frames(root: Path, frames: list[Frame], listed: ListedSplit) -> list[str]:
+    """Paths that the split lists and the tree of these frames does not have, not even as an unusable folder."""
+    absent = listed.names.keys() - {frame.path for frame in frames}
+    return sorted(path for path in absent if not (root / path).is_dir())
+
+
+def validation_tenth(training: Collection[str]) -> set[str]:
+    """The frames to validate on: whole rooms (`frame_rooms`), about a tenth of every collection and of every sensor.
+
+    Rooms are taken in the order of a hash of their names: first, in every collection, each that still fits into its
+    tenth; then the same for sensors, whose collections may have no room that is small enough, and one more room when
+    that brings a sensor nearer to its tenth. A room that several sensors saw is never taken. The result depends on
+    nothing but `training`.
+
+    Args:
+        training: all names of the training half, such as `kv1/b3dodata/img_0063`, whether they are on this disk or not.
+    """
+    rooms: dict[str, list[str]] = defaultdict(list)
+    for name, room in frame_rooms(training).items():
+        rooms[room].append(name)
+    ordered = [rooms[room] for room in sorted(rooms, key=_hash_share)]
+    val: set[str] = set()
+    for depth in (2, 1):  # collections, then sensors
+        for part in sorted({tuple(name.split("/")[:depth]) for name in training}):
+            here = {name for name in training if tuple(name.split("/")[:depth]) == part}
+            wanted = VAL_SHARE * len(here) - len(here & val)
+            free = [room for room in ordered if here.issuperset(room) and val.isdisjoint(room)]
+            for room in free:
+                if len(room) <= wanted:
+                    val.update(room)
+                    wanted -= len(room)
+            left = [room for room in free if val.isdisjoint(room)]
+            nearest = min(left, key=lambda room: abs(wanted - len(room)), default=[])
+            if depth == 1 and abs(wanted - len(nearest)) < wanted:
+                val.update(nearest)
+    return val
+
+
+def frame_rooms(training: Collection[str]) -> dict[str, str]:
+    """`name -> room` of the training half: what frames that may show one room have in common.
+
+    The data set names few rooms (scene.txt has their kinds). What counts as one, never narrower than `frame_group`:
+
+    - xtion/sun3ddata: the place, with all of its scans.
+    - Frames named by a date (kv2, realsense, xtion_align_data): the day, in all collections. On 2014-12-18 align_kv2,
+      xtion_align_data and realsense/shr were recorded side by side.
+    - kv1/NYUdata: a run of numbers without a gap in the training half. NYUv2 is numbered scene by scene and was divided
+      by scene (Silberman et al., ECCV 2012), so that a run between two test frames holds whole scenes.
+    - kv1/b3dodata: `B3DO_BLOCK` consecutive numbers. Its rooms are not known; neighbours are likely to show one.
+    """
+    nyu = {number for name in training if (number := _number(name, "kv1/NYUdata/NYU")) is not None}
+    starts, rooms = sorted(number for number in nyu if number - 1 not in nyu), {}
+    for name in sorted(training):
+        place = "/".join(name.split("/")[:3])
+        if place.startswith("xtion/sun3ddata/"):
+            rooms[name] = place
+        elif day := _DAY.search(name.rsplit("/", 1)[-1]):
+            rooms[name] = "-".join(day.groups())
+        elif (number := _number(name, "kv1/NYUdata/NYU")) is not None:
+            rooms[name] = f"kv1/NYUdata/{starts[bisect(starts, number) - 1]}"
+        elif (number := _number(name, "kv1/b3dodata/img_")) is not None:
+            rooms[name] = f"kv1/b3dodata/{number // B3DO_BLOCK}"
+        else:
+            rooms[name] = frame_group(f"SUNRGBD/{name}")
+    return rooms
+
+
+def _number(name: str, prefix: str) -> int | None:
+    digits = name.removeprefix(prefix)
+    return int(digits) if name.startswith(prefix) and digits.isdecimal() else None
+
+
+def _toolbox_split(path: Path) -> dict[str, str]:
+    """`kv1/b3dodata/img_0063 -> train | val | test` of an allsplit.mat; without a `trainvalsplit` nothing is val."""
     try:
         mat = loadmat(path, squeeze_me=True)
         train, test = (_split_paths(mat[key]) for key in ("alltrain", "alltest"))
-        val = _split_paths(mat["trainvalsplit"]["val"].item()) if "trainvalsplit" in mat else None
+        val = _split_paths(mat["trainvalsplit"]["val"].item()) if "trainvalsplit" in mat else set()
     except Exception as error:  # a damaged file can end in any error of the parser: zlib's, numpy's, MatReadError
         raise UserError(
             f"{path}: the official split cannot be read ({error}); unpack SUNRGBDtoolbox.zip there"
         ) from error
-    if val is None:
-        val = {name for name in train if _hash_share(frame_group(f"SUNRGBD/{name}")) < val_share}
     return {name: "val" if name in val else "train" for name in train} | dict.fromkeys(test, "test")
 
 
 def read_official_list() -> dict[str, str]:
-    """The official split of all 10,335 frames: `kv1/b3dodata/img_0063 -> train | val | test`."""
+    """The toolbox's split of all 10,335 frames: `kv1/b3dodata/img_0063 -> train | val | test`, by `trainvalsplit`."""
     lines = lzma.decompress(OFFICIAL_LIST.read_bytes()).decode().splitlines()
     return {name: split for split, name in (line.split(" ", 1) for line in lines)}
 
@@ -220,7 +367,7 @@ def write_official_list(allsplit: Path | str, path: Path = OFFICIAL_LIST) -> Non
 
         python -c "from dataset.sunrgbd import write_official_list; write_official_list('path/to/allsplit.mat')"
     """
-    lines = sorted(f"{split} {name}\n" for name, split in _toolbox_split(Path(allsplit), val_share=0).items())
+    lines = sorted(f"{split} {name}\n" for name, split in _toolbox_split(Path(allsplit)).items())
     with atomic_path(path) as part:
         part.write_bytes(lzma.compress("".join(lines).encode(), preset=9))
 
@@ -232,4 +379,5 @@ def _split_paths(cells: np.ndarray) -> set[str]:
 
 
 def _hash_share(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

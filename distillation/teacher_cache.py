@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from dataset.datamodule import SUNRGBDDataModule, frame_path, group_by_image, image_placeholders, subset_of_images
-from dataset.pictures import ImageSettings, load_images
+from dataset.pictures import ImageSettings, load_images, picture_key
 from dataset.processor import ImageTextProcessor, load_processor
 from dataset.prompts import collate_prompts, pack_questions
 from dataset.questions import QuestionRow, unanswered_file
@@ -67,6 +67,7 @@ from utils import (
     outputs_root,
     progress,
     sha256,
+    source_digest,
     write_json,
 )
 
@@ -510,16 +511,16 @@ def model_digest(name: str, checkpoint: Path | None) -> str:
 
 def teacher_key(model_digest: str, processor: ImageTextProcessor, images: ImageSettings, dtype: torch.dtype) -> dict:
     """What decides the teacher's outputs besides pictures and questions."""
-    image_processor = processor.image_processor.to_dict()
+    pictures = json.dumps(picture_key(processor, images), sort_keys=True, default=str)
     tokenizer = processor.tokenizer.backend_tokenizer.to_str() + str(processor.chat_template)
     return {
         "format": FORMAT,
         "teacher": model_digest,
         "dtype": str(dtype),
         "images": asdict(images),
-        "image_processor": hashlib.sha256(
-            json.dumps(image_processor, sort_keys=True, default=str).encode()
-        ).hexdigest(),
+        "pictures": hashlib.sha256(pictures.encode()).hexdigest(),
+        "torch": torch.__version__.split("+")[0],  # whatever device it was built for
+        "sources": source_digest(ROOT / "distillation", without=("losses.py", "training.py"), subfolders=False),
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
         "max_answer_tokens": MAX_ANSWER_TOKENS,
     }

@@ -3,11 +3,13 @@
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dataset import pictures
 from dataset.augmentation import augment
 from dataset.datamodule import SUNRGBDDataModule, frame_path, group_by_image, subset_of_images
 from dataset.depth import unproject
@@ -206,6 +208,26 @@ def first_frame(root):
     return row, read_frame(root, frame_path(row))
 
 
+def test_other_code_or_libraries_make_other_pictures(processor, tmp_path, monkeypatch):
+    shutil.copytree(
+        pictures.ROOT / "dataset", tmp_path / "dataset", ignore=shutil.ignore_patterns("miniature", "__pycache__")
+    )
+    monkeypatch.setattr(pictures, "ROOT", tmp_path)
+
+    def folder() -> Path:
+        return PictureCache(tmp_path, picture_key(processor, DEPTH), DEPTH).store.folder
+
+    seen = [folder()]
+    for name in ("questions.py", "sunrgbd.py", "inputs/encodings.py"):
+        (tmp_path / "dataset" / name).parent.mkdir(exist_ok=True)
+        with open(tmp_path / "dataset" / name, "a") as source:
+            source.write("\n")
+        seen.append(folder())
+    monkeypatch.setattr(pictures.np, "__version__", "99.0")
+    seen.append(folder())
+    assert seen[0] == seen[1] and len(set(seen[1:])) == 4
+
+
 def test_bad_pictures_name_the_file(own_world):
     row, frame = first_frame(own_world)
     depth = own_world / frame.depth_path
@@ -224,10 +246,10 @@ def test_bad_pictures_name_the_file(own_world):
 def test_unregistered_pictures_are_refused(own_world):
     from PIL import Image
 
-    _, frame = first_frame(own_world)
+    row, frame = first_frame(own_world)
     Image.new("RGB", (64, 64)).save(own_world / frame.image_path)
     with pytest.raises(UserError, match="registered"):
-        load_images(frame, [RGB, DEPTH])
+        read_frame(own_world, frame_path(row))
 
 
 def test_bfx_source(world):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dataset import pictures
 from dataset.datamodule import SUNRGBDDataModule, hide_labels
 from dataset.pictures import ImageSettings, measured_share
 from dataset.processor import load_processor
@@ -405,6 +406,32 @@ def test_other_pictures_or_questions_are_other_files(world, tiny_folder, tmp_pat
     assert teacher_cache.image_name(tmp_path, rows) == before
     picture.write_bytes(picture.read_bytes() + b"0")
     assert teacher_cache.image_name(tmp_path, rows) != before
+
+
+def test_other_code_or_libraries_ask_the_teacher_again(tiny_teacher, tmp_path, monkeypatch):
+    """A folder of outputs for each; a loss or a script is no reason to ask again."""
+    for name in ("dataset", "distillation"):
+        shutil.copytree(
+            teacher_cache.ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("miniature", "__pycache__")
+        )
+    processor, images = load_processor(str(tiny_teacher)), ImageSettings("rgb")
+    for module in (teacher_cache, pictures):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+
+    def key() -> str:
+        return json.dumps(teacher_cache.teacher_key("digest", processor, images, torch.float32), sort_keys=True)
+
+    seen = [key()]
+    for name in ("distillation/losses.py", "distillation/baseline_depth/train.py"):
+        (tmp_path / name).write_text("")
+        assert key() == seen[0]
+    for name in ("distillation/models.py", "distillation/decoding.py", "dataset/prompts.py", "dataset/processor.py"):
+        (tmp_path / name).write_text("")
+        seen.append(key())
+    for module in (torch, pictures.transformers, pictures.np):
+        monkeypatch.setattr(module, "__version__", "99.0")
+        seen.append(key())
+    assert len(set(seen)) == 8
 
 
 def test_unfit_teachers_are_refused(places, world, tiny_folder, tiny_teacher, tmp_path):

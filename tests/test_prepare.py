@@ -151,12 +151,23 @@ def test_unusable_frames_are_reported_with_their_reason(tree, capsys):
         assert any(line.startswith(frame.path) and reason in line for line in printed.splitlines())
 
 
-def test_pictures_must_be_registered(tree):
-    frame, other = find_frames(tree)[0][:2]
-    with Image.open(tree / other.image_path) as picture:
-        picture.resize((50, 40)).save(tree / frame.image_path)
-    report = read_frame_questions(frame, seed=0, vocabulary=())
-    assert frame.path in report.failure and "(40, 50)" in report.failure and not report.questions
+def test_pictures_must_be_registered(tree, capsys):
+    """Also where nothing is annotated, and a camera has to be one."""
+    frame, bare, camera = find_frames(tree)[0][:3]
+    for path in (frame.path, bare.path):
+        image = tree / read_frame(tree, path).image_path
+        with Image.open(image) as picture:
+            picture.resize((50, 40)).save(image)
+    for layer in (tree / bare.path).glob("annotation*"):
+        shutil.rmtree(layer)
+    (tree / camera.path / "intrinsics.txt").write_text("nan 0 1 0 1 1 0 0 1")
+    with pytest.raises(UserError, match="3 frames cannot be used"):
+        main(parse_args(["--root", str(tree), "--check", "--workers", "1"]))
+    listed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if line.startswith("SUNRGBD/"))
+    assert listed.keys() == {frame.path, bare.path, camera.path}
+    assert all(frame.depth_path in listed[frame.path] and "50x40" in listed[path] for path in (frame.path, bare.path))
+    assert "intrinsics.txt" in listed[camera.path] and "nan" in listed[camera.path]
+    assert build_csv_data(tree, workers=1)["unusable_frames"] == listed
 
 
 def test_check_of_a_sound_tree_writes_nothing(tree, capsys):
@@ -204,6 +215,8 @@ def test_nothing_to_ask_is_an_error(tree):
         ["--miniature", "--sunrgbd_zip", "x.zip"],
         ["--miniature", "--toolbox_zip", "x.zip"],
         ["--chek"],
+        ["--official_val", "--preview", "2"],
+        ["--official_val", "--blind_check"],
     ],
 )
 def test_wrong_flags_are_refused(flags):
@@ -258,13 +271,35 @@ def test_a_root_without_the_data_set_needs_the_archive(tmp_path, monkeypatch, tr
     assert not any((tmp_path / "empty").iterdir())
 
 
-def test_a_tree_without_the_toolbox(tmp_path):
+def test_a_tree_without_the_toolbox(tmp_path, capsys):
     """The generated tree of the benchmark, whose frames are called as in SUN RGB-D."""
-    write_tree(tmp_path, 24, (64, 48))
-    summary = build_csv_data(tmp_path, workers=1)
-    found = Counter(read_official_list()[frame.path.removeprefix("SUNRGBD/")] for frame in find_frames(tmp_path)[0])
-    assert summary["frames"] == found and sum(found.values()) == 24
-    assert not summary["unusable_frames"] and not summary["frames_outside_the_official_split"]
+    write_tree(tmp_path, 60, (64, 48))
+    frames = find_frames(tmp_path)[0]
+    halves = read_official_list()
+    for flags, listed in (
+        (["--official_val"], {"test": 5050, "train": 2666, "val": 2619}),
+        ([], {"test": 5050, "train": 4735, "val": 550}),
+    ):
+        main(parse_args(["--root", str(tmp_path), "--workers", "1", *flags]))
+        summary = json.loads((tmp_path / "SUNRGBD" / "csv_data" / "questions.json").read_text())
+        assert summary["split"]["listed_frames"] == listed and summary["split"]["rule"] in capsys.readouterr().out
+        found = official_split(tmp_path, frames, official_val=bool(flags))
+        assert summary["frames"] == Counter(found.values()) and len(found) == 60
+        assert ({path[8:]: side for path, side in found.items()}.items() <= halves.items()) == bool(flags)
+        assert not summary["unusable_frames"] and not summary["frames_outside_the_official_split"]
+        rows = read_questions(questions_file(tmp_path, "train"), root=tmp_path)
+        assert {found[row.image_path.rsplit("/", 2)[0]] for row in rows} == {"train"}
+
+
+def test_the_miniature_keeps_its_own_validation_frames(tree):
+    """With and without --official_val: its allsplit.mat is not SUN RGB-D's."""
+    flags = ["--root", str(tree), "--workers", "1"]
+    main(parse_args(flags))
+    before = files(tree)
+    main(parse_args([*flags, "--official_val"]))
+    assert files(tree) == before
+    split = json.loads(before["questions.json"])["split"]
+    assert split["listed_frames"] == {"test": 8, "train": 24, "val": 8} and "toolbox" in split["rule"]
 
 
 def test_command_from_another_folder(tree, tmp_path):

@@ -1,20 +1,25 @@
 """Frame index: layout variants, the official split, unusable frames with their reasons."""
 
 import random
+import re
 import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.io import loadmat, savemat
 
 from dataset.sunrgbd import (
     OFFICIAL_LIST,
     find_frames,
     frame_group,
+    frame_rooms,
+    listed_split,
     official_split,
     read_frame,
     read_official_list,
+    validation_tenth,
     write_official_list,
 )
 from utils import UserError
@@ -75,7 +80,64 @@ def test_a_tree_without_the_toolbox_has_the_official_split(own_world):
     frames = [read_frame(own_world, frame.path) for frame in find_frames(own_world)[0][:36]]
     for frame, name in zip(frames, [*known, *(f"kv1/own/{i}" for i in range(6))], strict=True):
         object.__setattr__(frame, "path", f"SUNRGBD/{name}")
-    assert official_split(own_world, frames) == {f"SUNRGBD/{name}": split for name, split in known.items()}
+    toolbox = official_split(own_world, frames, official_val=True)
+    assert toolbox == {f"SUNRGBD/{name}": split for name, split in known.items()}
+    split = official_split(own_world, frames)
+    assert {path for path in split if split[path] == "test"} == {path for path in toolbox if toolbox[path] == "test"}
+    val = validation_tenth([name for name, half in read_official_list().items() if half != "test"])
+    assert split.keys() == toolbox.keys()
+    assert {path for path in split if split[path] == "val"} == {path for path in split if path[8:] in val}
+
+
+def tenth() -> dict[str, str]:
+    """`name -> train | val` of the official training half."""
+    training = [name for name, split in read_official_list().items() if split != "test"]
+    val = validation_tenth(training)
+    return {name: "val" if name in val else "train" for name in training}
+
+
+def test_the_validation_tenth_of_the_official_training_half():
+    """No recording and no place on both sides; a tenth of every sensor; realsense has but five days."""
+    split = tenth()
+    assert Counter(split.values()) == {"train": 4735, "val": 550}
+    for of in (frame_group, lambda path: "/".join(path.split("/")[1:4]) if "sun3d" in path else path):
+        sides = {side: {of(f"SUNRGBD/{name}") for name in split if split[name] == side} for side in ("train", "val")}
+        assert not sides["train"] & sides["val"]
+    shares = {
+        part: sum(split[name] == "val" for name in names) / len(names)
+        for part in ("kv1/NYUdata", "kv1/b3dodata", "kv2", "kv2/kinect2data", "xtion", "xtion/sun3ddata", "realsense")
+        if (names := [name for name in split if name.startswith(f"{part}/")])
+    }
+    assert shares.pop("realsense") == pytest.approx(93 / 587)
+    assert all(0.09 < share < 0.115 for share in shares.values()), shares
+
+
+def test_what_was_recorded_together_stays_together():
+    """Three sensors side by side on one day; NYUv2 scenes, which no gap in the numbers divides; neighbours of B3DO."""
+    split = tenth()
+    aligned = ("kv2/align_kv2/", "xtion/xtion_align_data/", "realsense/shr/")
+    assert len({split[name] for name in split if name.startswith(aligned)}) == 1
+    numbers = {int(name[-4:]): name for name in split if name.startswith("kv1/NYUdata/")}
+    for number, name in numbers.items():
+        assert split[name] == split[numbers.get(number + 1, name)]
+    b3do = sorted(name for name in split if name.startswith("kv1/b3dodata/"))
+    changes = sum(split[one] != split[other] for one, other in zip(b3do, b3do[1:], strict=False))
+    assert changes <= 4  # single frames at random would be 50
+    rooms = frame_rooms(split)
+    assert len({rooms[name] for name in split if split[name] == "val"}) == 40
+
+
+def test_the_validation_tenth_does_not_depend_on_the_order():
+    training = [name for name, split in read_official_list().items() if split != "test"]
+    shuffled = random.Random(1).sample(training, len(training))
+    assert validation_tenth(shuffled) == validation_tenth(set(training)) == validation_tenth(training)
+
+
+def test_a_toolbox_without_trainvalsplit_has_no_official_validation(own_world):
+    mat = loadmat(own_world / SPLIT)
+    savemat(own_world / SPLIT, {key: mat[key] for key in ("alltrain", "alltest")})
+    with pytest.raises(UserError, match="no trainvalsplit in it.*leave that flag out"):
+        official_split(own_world, find_frames(own_world)[0], official_val=True)
 
 
 def test_a_damaged_split_is_an_error_with_or_without_the_list(own_world):
@@ -117,6 +179,15 @@ def test_the_list_of_the_official_split():
         (lambda f: (f / "intrinsics.txt").write_text("1 2 3"), "intrinsics.txt: expected 3x3"),
         (lambda f: (f / "intrinsics.txt").unlink(), "intrinsics.txt"),
         (lambda f: next((f / "extrinsics").iterdir()).write_text("a b"), "expected 3x4"),
+        (lambda f: next((f / "extrinsics").iterdir()).write_text("inf " * 12), "nan or inf"),
+        (lambda f: (f / "intrinsics.txt").write_text("500 0 nan 0 500 200 0 0 1"), "intrinsics.txt.*nan or inf"),
+        (
+            lambda f: (f / "intrinsics.txt").write_text("500 0 300 0 -500 200 0 0 1"),
+            "500 and -500; they must be positive",
+        ),
+        (lambda f: (f / "intrinsics.txt").write_text("0 0 300 0 500 200 0 0 1"), "0 and 500; they must be positive"),
+        (lambda f: half_size(next((f / "depth").iterdir())), "depth is 64x64 pixels and .* 128x128"),
+        (lambda f: half_size(next((f / "depth_bfx").iterdir())), "depth_bfx/.*depth is 64x64 pixels"),
     ],
 )
 def test_unusable_frames_are_listed_with_their_reason(own_world, damage, complaint):
@@ -125,7 +196,30 @@ def test_unusable_frames_are_listed_with_their_reason(own_world, damage, complai
     usable, unusable = find_frames(own_world)
     assert len(usable) == 39
     ((path, reason),) = unusable
-    assert path == frames[3].path and complaint in reason
+    assert path == frames[3].path and re.search(complaint, reason)
+
+
+def half_size(path) -> None:
+    with Image.open(path) as picture:
+        small = picture.resize([side // 2 for side in picture.size], Image.Resampling.NEAREST)
+    small.save(path)
+
+
+def test_links_lead_to_every_frame_once(own_world, tmp_path):
+    """To a parent, to a sibling, in a circle with another folder, and to frames that lie somewhere else."""
+    top = own_world / "SUNRGBD"
+    before = [frame.path for frame in find_frames(own_world)[0]]
+    (top / "kv1" / "all").symlink_to(top)
+    (top / "a_link").symlink_to(top / "kv2")  # comes first by its name
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "back").symlink_to(top / "xtion")
+    (top / "outside").symlink_to(tmp_path / "elsewhere")
+    assert [frame.path for frame in find_frames(own_world)[0]] == before
+    moved = tmp_path / "elsewhere" / "frame"
+    shutil.move(own_world / before[0], moved)
+    (own_world / before[0]).symlink_to(moved)
+    frames, unusable = find_frames(own_world)
+    assert [frame.path for frame in frames] == before and not unusable
 
 
 def test_optional_files(own_world):
@@ -187,3 +281,5 @@ def test_the_list_is_the_real_file(samples, tmp_path):
 def test_real_frames_without_the_toolbox(samples, tmp_path):
     frames, _ = find_frames(samples)
     assert official_split(tmp_path, frames) == official_split(samples, frames)
+    assert listed_split(tmp_path, frames) == listed_split(samples, frames)
+    assert listed_split(tmp_path, frames, official_val=True) == listed_split(samples, frames, official_val=True)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.reproduce import load_script
 from dataset.pictures import ImageSettings
@@ -380,18 +381,43 @@ def test_without_data_as_a_subprocess(tmp_path):
     assert line.startswith("error: ROOT_DATA_DIR is not set") and "--miniature" in line
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_damaged_picture_as_a_subprocess(world, tiny_folder, tmp_path, workers):
+def cut(depth: Path) -> Path:
+    depth.write_bytes(depth.read_bytes()[:300])
+    return depth
+
+
+def shrink(depth: Path) -> Path:
+    with Image.open(depth) as picture:
+        small = picture.resize((96, 96), Image.Resampling.NEAREST)
+    small.save(depth)
+    return depth
+
+
+def lose_focus(depth: Path) -> Path:
+    camera = depth.parents[1] / "intrinsics.txt"
+    camera.write_text("nan 0 64 0 nan 64 0 0 1")
+    return camera
+
+
+@pytest.mark.parametrize(
+    ("damage", "workers", "complaint"),
+    [
+        (cut, "0", "cannot be read"),
+        (cut, "1", "cannot be read"),
+        (shrink, "1", "depth is 96x96 pixels"),  # a depth student does not open the image
+        (lose_focus, "0", "nan or inf"),
+    ],
+)
+def test_a_damaged_frame_as_a_subprocess(world, tiny_folder, tmp_path, damage, workers, complaint):
     """Found by a loading process in the middle of the first epoch: one line that names the file, nothing left behind."""
     shutil.copytree(world, tmp_path / "world")
     rows = read_questions(questions_file(tmp_path / "world", "train"))
-    picture = tmp_path / "world" / rows[0].depth_path
-    picture.write_bytes(picture.read_bytes()[:300])
+    damaged = damage(tmp_path / "world" / rows[0].depth_path)
     env = os.environ | {"ROOT_DATA_DIR": str(tmp_path / "world"), "MAIN_ROOT_DATA_DIR": str(tmp_path / "out")}
     command = [sys.executable, str(ROOT / SCRIPTS["baseline_depth"]), *flags(tiny_folder, "--num_workers", workers)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: ") and picture.name in line and "cannot be read" in line
+    assert line.startswith("error: ") and str(damaged) in line and complaint in line
     assert "Traceback" not in done.stderr
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import utils
-from utils import ROOT, core_shares, locked
+from utils import ROOT, core_shares, locked, source_digest
 
 HOLD = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import utils\nwith utils.locked(pathlib.Path(sys.argv[2])): print('in')"
 
@@ -40,3 +43,58 @@ def test_cores_are_shared_out(monkeypatch):
 def test_this_machine_gives_everybody_a_core():
     own = os.sched_getaffinity(0)
     assert {core for share in core_shares(len(own)) for core in share} == own
+
+
+def test_a_source_digest_covers_code_and_tables_and_nothing_that_was_made(tmp_path):
+    """A new, changed, renamed or moved source is another digest; models, worlds and bytecode are the same one."""
+    (tmp_path / "inner" / "models").mkdir(parents=True)
+    for name in ("a.py", "table.json", "inner/b.py"):
+        (tmp_path / name).write_text(name)
+    seen = {source_digest(tmp_path)}
+    assert (
+        source_digest(tmp_path, subfolders=False) not in seen and source_digest(tmp_path, without=["b.py"]) not in seen
+    )
+    (tmp_path / "inner" / "models" / "config.json").write_text("{}")
+    (tmp_path / "inner" / "weights.safetensors").write_text("0")
+    (tmp_path / "world" / "SUNRGBD").mkdir(parents=True)
+    (tmp_path / "world" / "questions.json").write_text("{}")
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "a.pyc").write_text("0")
+    assert source_digest(tmp_path) in seen
+    changes = [
+        lambda: (tmp_path / "inner" / "split_off.py").write_text(""),
+        lambda: (tmp_path / "table.json").write_text("[]"),
+        lambda: (tmp_path / "inner" / "b.py").rename(tmp_path / "inner" / "c.py"),
+        lambda: (tmp_path / "a.py").rename(tmp_path / "inner" / "a.py"),
+    ]
+    for number, change in enumerate(changes, 2):
+        (tmp_path / "stays.py").write_text("")
+        change()
+        seen.add(source_digest(tmp_path))
+        assert len(seen) == number
+
+
+def test_the_digest_of_this_repository_reads_no_model_and_no_world(monkeypatch):
+    read = []
+    monkeypatch.setattr(utils, "sha256", lambda path: read.append(path.relative_to(ROOT).as_posix()) or "0")
+    source_digest(ROOT / "dataset")
+    tracked = subprocess.run(["git", "-C", ROOT, "ls-files", "dataset"], capture_output=True, text=True, check=True)
+    code = [name for name in tracked.stdout.split() if name.endswith((".py", ".xz")) or name == "dataset/nouns.json"]
+    assert set(code) <= set(read) and not [name for name in read if "/student/" in name or "/world/" in name]
+
+
+@pytest.mark.parametrize(
+    ("module", "constant"), [("dataset.pictures", "OTHER_CODE"), ("dataset.miniature.world", "QUESTION_CODE")]
+)
+def test_what_a_key_leaves_out_is_there_and_not_imported(module, constant):
+    """Whatever the module uses, directly or by way of others, is in its key."""
+    code = (
+        f"import sys, {module} as module\n"
+        "print(*(loaded.__file__ for loaded in list(sys.modules.values()) if getattr(loaded, '__file__', None)))\n"
+        f"print(*module.{constant})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded, left_out = (line.split() for line in done.stdout.splitlines())
+    own = {Path(name).name for name in loaded if Path(name).is_relative_to(ROOT / "dataset")}
+    assert "depth.py" in own and "sunrgbd.py" in own and not own & set(left_out)
+    assert set(left_out) <= {path.name for path in (ROOT / "dataset").rglob("*")}

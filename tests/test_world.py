@@ -264,6 +264,31 @@ def test_new_question_code_asks_again_about_the_same_rooms(tmp_path):
     assert json.loads((root / world.MARKER).read_text()) == settings
 
 
+def test_other_code_makes_another_world(tmp_path, monkeypatch):
+    """Code that draws, reads or decodes: rooms are rendered again. Code that asks: it asks about the same rooms."""
+    shutil.copytree(
+        world.ROOT / "dataset", tmp_path / "dataset", ignore=shutil.ignore_patterns("world*", "*.safetensors")
+    )
+    monkeypatch.setattr(world, "ROOT", tmp_path)
+    root, sizes = tmp_path / "world", {"train": 2, "val": 1, "test": 1}
+    world.ensure_world(root, **sizes, workers=1)
+    image = root / find_frames(root)[0][0].image_path
+    asked = root / "SUNRGBD" / "csv_data" / "questions.json"
+    for name, rendered, asked_again in (
+        ("README.md", False, False),
+        ("questions.py", False, True),
+        ("depth.py", True, True),
+        ("sunrgbd.py", True, True),
+        ("split_off_from_the_renderer.py", True, True),
+    ):
+        before = [os.stat(path).st_mtime_ns for path in (image, asked)]
+        with open(tmp_path / "dataset" / name, "a") as source:
+            source.write("\n")
+        world.ensure_world(root, **sizes, workers=1)
+        after = [os.stat(path).st_mtime_ns for path in (image, asked)]
+        assert [a != b for a, b in zip(after, before, strict=True)] == [rendered, asked_again], name
+
+
 def test_command_line_says_where_it_wrote(tmp_path):
     script = Path(world.__file__)
     sizes = ["--train", "2", "--val", "1", "--test", "1", "--workers", "1"]
