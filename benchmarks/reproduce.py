@@ -1,10 +1,11 @@
 """What the README claims about distillation, from nothing: train every arm over several seeds, write the tables.
 
 All arms of a seed start from the same student and see as many images in as many optimizer steps, with the same precision, batch
-size and schedule rules; they differ in the loss, in what they may read, and in learning rates, which were chosen on val
-for each of them. A seed decides the order of the data, which labels
-are kept, and the student's start (the shipped weights with 2 % of noise). Choices were made on the validation split; the tables
-show the test split. What is finished is kept: an interrupted call goes on where it was.
+size and schedule rules; they differ in the loss, in what they may read, and in learning rates. Those are read from
+`reproduce/rates.json`, which `rates.py` writes: as many tries for every system, chosen on val; without that file they are the
+scripts' own. A seed decides the order of the data, which labels are kept, and the student's start (the shipped weights with 2 % of
+noise). Choices were made on the validation split; the tables show the test split. What is finished is kept: an interrupted call
+goes on where it was.
 
 Writes  <output>/runs.json, a record per arm, label fraction and seed; <output>/README.md, the tables
         <work>/logs/, what each arm printed
@@ -49,13 +50,14 @@ from evaluation.metrics import QUESTION_TYPES
 
 EPOCHS = 5  # of 5,000 images in batches of 8: 3,125 optimizer steps, whatever the arm
 FRACTIONS = (1.0, 0.1, 0.05)
+RATES = ROOT / "benchmarks" / "reproduce" / "rates.json"  # the learning rates of every system, written by rates.py
 TROUBLE = "knowledge_distillation7b_double_trouble"
 TUNED_TEACHER = [
     "--teacher_checkpoint",
     "miniature_teacher",
 ]  # where labels are scarce, the stock one: it has read none
-ASK = ["--teacher_questions", "8"]
-CONTROL, CONTROL_SCRIPT = "label-only", "baseline_depth"
+ASK = ("--teacher_questions", "8")
+CONTROL = "label-only"
 START_NOISE = 0.02
 
 
@@ -63,41 +65,57 @@ START_NOISE = 0.02
 class Stage:
     """One training script of an arm."""
 
+    system: str  # whose learning rates it has in `RATES`
     script: str  # folder below distillation/
     epochs: int
     flags: tuple[str, ...] = ()
     labels: bool = True  # whether it reads gold answers; without them label fractions share it
+    taught: bool = True  # whether it has a teacher
+    rates: tuple[str, ...] = ("lr", "vision_lr")  # the learning rates that its script has
 
     def but(self, *flags: str) -> "Stage":
         """The same with further flags."""
         return replace(self, flags=self.flags + flags)
 
 
+LABELS_ONLY = Stage(CONTROL, "baseline_depth", EPOCHS, taught=False)
+RGB_STUDENT = Stage("RGB student", "baseline_rgb05b", EPOCHS, taught=False)
+LOGITS = Stage("logit-based", "knowledge_distillation7b_logit_based", EPOCHS)
+FEATURES = Stage("feature-based", "knowledge_distillation7b_feature_based", EPOCHS, rates=("lr", "vision_lr", "map_lr"))
+JOINT = Stage("joint", f"{TROUBLE}/phase3", EPOCHS, ("--from_stock",))
 THREE_PHASES = (
-    Stage(f"{TROUBLE}/phase1", 2, labels=False),
-    Stage(f"{TROUBLE}/phase2", 1, tuple(ASK)),
-    Stage(f"{TROUBLE}/phase3", 2, tuple(ASK)),
+    Stage("phase 1", f"{TROUBLE}/phase1", 2, labels=False, rates=("vision_lr",)),
+    Stage("phase 2", f"{TROUBLE}/phase2", 1, rates=("lr",)),
+    Stage("phase 3", f"{TROUBLE}/phase3", 2),
 )
+ASKING_PHASES = tuple(stage.but(*ASK) if stage.labels else stage for stage in THREE_PHASES)
 ARMS = {  # name -> stages; the first is what all others are measured against
-    CONTROL: (Stage(CONTROL_SCRIPT, EPOCHS),),
-    "double trouble": THREE_PHASES,
+    CONTROL: (LABELS_ONLY,),
+    "double trouble": ASKING_PHASES,
 }
-JOINT = Stage(f"{TROUBLE}/phase3", EPOCHS, ("--from_stock", "--vision_lr", "2.5e-4"))  # the rates of the control
 FULL_LABEL_ARMS = {  # with all labels only: each term added to those before it, the phases, the other strategies
-    "CE + KL (logit-based, gold questions only)": (Stage("knowledge_distillation7b_logit_based", EPOCHS),),
+    "CE + KL (logit-based, gold questions only)": (LOGITS,),
     "CE + LoCa": (JOINT.but("--patch_weight", "0", "--contrastive_weight", "0"),),
     "CE + LoCa + InfoNCE": (JOINT.but("--patch_weight", "0"),),
     "CE + LoCa + InfoNCE + patches": (JOINT,),
     "the same with teacher questions": (JOINT.but(*ASK),),
-    "double trouble, gold questions only": tuple(
-        Stage(stage.script, stage.epochs, labels=stage.labels) for stage in THREE_PHASES
-    ),
-    "logit-based": (Stage("knowledge_distillation7b_logit_based", EPOCHS, tuple(ASK)),),
-    "feature-based": (Stage("knowledge_distillation7b_feature_based", EPOCHS, tuple(ASK)),),
-    "feature-based, gold questions only": (Stage("knowledge_distillation7b_feature_based", EPOCHS),),
+    "double trouble, gold questions only": THREE_PHASES,
+    "logit-based": (LOGITS.but(*ASK),),
+    "feature-based": (FEATURES.but(*ASK),),
+    "feature-based, gold questions only": (FEATURES,),
+    "RGB student": (RGB_STUDENT,),  # what depth costs
 }
 FULL_LABEL_SEEDS = 1  # what they cost in all seeds would not fit into three hours
 MOST_JOBS = 4  # unless asked for more: each takes a GiB
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command of this repository that runs beside others, on its share of the cores."""
+
+    title: str
+    command: tuple[str, ...]  # what stands behind `python`
+    log: Path  # gets what it prints
 
 
 @dataclass(frozen=True)
@@ -122,6 +140,12 @@ class Job:
         """Where its record is once it is done."""
         return work / "results" / f"{self.name}.json"
 
+    def task(self, work: Path) -> Task:
+        """This script again, for this arm alone."""
+        flags = ("--arm", self.arm, "--fraction", str(self.fraction), "--seed", str(self.seed), "--work", str(work))
+        title = f"{self.arm}, {100 * self.fraction:g} % of the labels, seed {self.seed}"
+        return Task(title, (__file__, *flags), work / "logs" / f"{self.name}.txt")
+
 
 def load_script(path: str):
     """A training or evaluation script as a module: nothing runs at import."""
@@ -129,6 +153,12 @@ def load_script(path: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def training_script(folder: str):
+    """The training script in a folder below distillation/, as a module."""
+    (path,) = (ROOT / "distillation" / folder).glob("train*.py")
+    return load_script(path.relative_to(ROOT).as_posix())
 
 
 def run_once(script: str, argv: Sequence[str], work: Path, *, name: str) -> Path:
@@ -139,12 +169,16 @@ def run_once(script: str, argv: Sequence[str], work: Path, *, name: str) -> Path
         if record.is_file() and "best" in json.loads(record.read_text(encoding="utf-8")):
             return folder
         shutil.rmtree(folder, ignore_errors=True)  # a run is minutes: an unfinished one starts again
-        (path,) = (ROOT / "distillation" / script).glob("train*.py")
-        module = load_script(path.relative_to(ROOT).as_posix())
+        module = training_script(script)
         print(f"--- {script} {name}", flush=True)
         module.main(module.parse_args(["--miniature", "--run_name", name, *argv]))
         gc.collect()
     return folder
+
+
+def tuned_teacher(work: Path) -> Path:
+    """The checkpoints folder of the teacher that has read all labels, trained unless it is there."""
+    return run_once("baseline_rgb7b", [], work, name="teacher")
 
 
 def logs_of(checkpoints: Path) -> Path:
@@ -180,12 +214,25 @@ def student_start(work: Path, seed: int) -> Path:
     return folder
 
 
+def rate_flags(system: str) -> list[str]:
+    """The learning rates that were chosen for a system, as flags; none before they were: the script has its own."""
+    if not RATES.is_file():
+        return []
+    chosen = json.loads(RATES.read_text(encoding="utf-8"))["systems"][system]["chosen"]
+    return [text for name, value in chosen.items() for text in (f"--{name}", f"{value:g}")]
+
+
+def fixed_flags(stage: Stage, fraction: float, seed: int) -> list[str]:
+    """A stage's command line but for its learning rates, its student and the checkpoint that it starts from."""
+    # An arm may have one core only: a loading process would take turns with the training, and hand batches over besides.
+    flags = ["--max_epochs", str(stage.epochs), "--seed", str(seed), "--num_workers", "0", *stage.flags]
+    flags += ["--label_fraction", str(fraction)] * stage.labels
+    return flags + (TUNED_TEACHER if stage.taught and fraction == 1 else [])
+
+
 def stage_flags(stage: Stage, job: Job) -> list[str]:
     """A stage's command line but for its student and the checkpoint that it starts from."""
-    # An arm may have one core only: a loading process would take turns with the training, and hand batches over besides.
-    flags = ["--max_epochs", str(stage.epochs), "--seed", str(job.seed), "--num_workers", "0", *stage.flags]
-    flags += ["--label_fraction", str(job.fraction)] * stage.labels
-    return flags + (TUNED_TEACHER if stage.script != CONTROL_SCRIPT and job.fraction == 1 else [])
+    return fixed_flags(stage, job.fraction, job.seed) + rate_flags(stage.system)
 
 
 def file_name(arm: str) -> str:
@@ -220,59 +267,51 @@ def run_arm(job: Job, work: Path) -> dict[str, Any]:
     }
 
 
-def run_side_by_side(waiting: list[Job], args: argparse.Namespace) -> None:
-    """Train and score arms, `args.jobs` at a time, each in a process with its own share of this machine's cores.
+def run_side_by_side(waiting: Sequence[Task], jobs: int) -> None:
+    """Run tasks, `jobs` at a time, each in a process with its own share of this machine's cores.
 
     Raises:
-        UserError: an arm failed; the others that were running are finished first. Names the file with what it printed.
+        UserError: a task failed; the others that were running are finished first. Names the file with what it printed.
     """
-    shares = core_shares(args.jobs)
+    shares = core_shares(jobs)
     started, total, left, running, failed = time.monotonic(), len(waiting), list(waiting), {}, None
     try:
         while running or (left and not failed):
-            for place in [] if failed else range(args.jobs):
+            for place in [] if failed else range(jobs):
                 if left and place not in running:
-                    job = left.pop(0)
-                    running[place] = job, start_process(job, args, shares[place])
+                    task = left.pop(0)
+                    running[place] = task, start_process(task, shares[place])
             time.sleep(1)
-            for place, (job, process) in list(running.items()):
+            for place, (task, process) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[place]
-                failed = failed or (job if process.returncode else None)
+                failed = failed or (task if process.returncode else None)
                 done, spent = total - len(left) - len(running), time.monotonic() - started
                 print(
-                    f"{job.arm}, {100 * job.fraction:g} % of the labels, seed {job.seed}: "
-                    f"{'FAILED' if process.returncode else 'done'}; {done} of {total} arms in {duration(spent)}, about "
+                    f"{task.title}: {'FAILED' if process.returncode else 'done'}; {done} of {total} in {duration(spent)}, about "
                     f"{duration(spent / done * (total - done))} left",
                     flush=True,
                 )
-    finally:  # Ctrl-C: an arm that was interrupted starts again in the next call
+    finally:  # Ctrl-C: a task that was interrupted starts again in the next call
         for _, process in running.values():
             process.terminate()
         for _, process in running.values():
             process.wait()
     if failed:
-        raise UserError(f"{failed.arm}: training failed, see {log_path(failed, args.work)}; finished arms are kept")
+        raise UserError(f"{failed.title}: training failed, see {failed.log}; what is finished is kept")
 
 
-def start_process(job: Job, args: argparse.Namespace, cores: Sequence[int]) -> subprocess.Popen:
-    """This script again, for one arm, on these cores; its output goes into a file."""
-    command = [sys.executable, __file__, "--arm", job.arm, "--fraction", str(job.fraction), "--seed", str(job.seed)]
-    log = log_path(job, args.work)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w", encoding="utf-8") as output:
+def start_process(task: Task, cores: Sequence[int]) -> subprocess.Popen:
+    """A task's process on these cores; its output goes into a file."""
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(task.log, "w", encoding="utf-8") as output:
         return subprocess.Popen(
-            [*command, "--work", str(args.work)],
+            [sys.executable, *task.command],
             stdout=output,
             stderr=subprocess.STDOUT,
             preexec_fn=partial(os.sched_setaffinity, 0, cores),  # before torch counts them
         )
-
-
-def log_path(job: Job, work: Path) -> Path:
-    """What the process of an arm printed."""
-    return work / "logs" / f"{job.name}.txt"
 
 
 def scores_of(runs: Sequence[Mapping[str, Any]], arm: str, fraction: float) -> dict[int, dict[str, float]]:
@@ -377,30 +416,41 @@ def report(records: Mapping[str, Any]) -> str:
     return "\n".join([*text, *findings(records), ""])
 
 
+def add_study_args(parser: argparse.ArgumentParser) -> None:
+    """The flags of every study: how many processes, and where they write."""
+    cores = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    folder = ROOT / "benchmarks" / "reproduce"
+    parser.add_argument(
+        "--jobs", type=int, default=min(cores, MOST_JOBS), help="runs at a time, each with its share of the cores"
+    )
+    parser.add_argument("--work", type=Path, default=folder.with_suffix(".work"), help="checkpoints and results")
+    parser.add_argument("--output", type=Path, default=folder, help="tables")
+
+
+def check_study_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what `add_study_args` cannot, and make the work folder's path absolute."""
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: give at least 1")
+    args.work = args.work.resolve()
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    cores = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="repetitions of every arm")
-    parser.add_argument(
-        "--jobs", type=int, default=min(cores, MOST_JOBS), help="arms at a time, each with its share of the cores"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / "benchmarks" / "reproduce.work", help="checkpoints and results"
-    )
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "reproduce", help="tables")
+    add_study_args(parser)
     parser.add_argument("--arm", choices=[*ARMS, *FULL_LABEL_ARMS], help="train and score this one only, no tables")
     parser.add_argument("--fraction", type=float, choices=FRACTIONS, default=1.0, help="of the labels, with --arm")
     parser.add_argument("--seed", type=int, default=0, help="with --arm")
     args = parser.parse_args(argv)
-    for flag, least in (("seeds", 1), ("jobs", 1), ("seed", 0)):
+    check_study_args(parser, args)
+    for flag, least in (("seeds", 1), ("seed", 0)):
         if getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)}: give at least {least}")
     if args.arm is None and (args.fraction, args.seed) != (1.0, 0):
         parser.error("--fraction and --seed are of one arm; name it with --arm")
     if args.arm in FULL_LABEL_ARMS and args.fraction != 1:
         parser.error(f"--fraction {args.fraction}: {args.arm} is trained with all labels only")
-    args.work = args.work.resolve()
     return args
 
 
@@ -424,7 +474,7 @@ def read_record(job: Job, work: Path) -> dict[str, Any] | None:
 def main(args: argparse.Namespace) -> None:
     """The teacher, then all arms that are not finished yet, then the tables."""
     os.environ["MAIN_ROOT_DATA_DIR"] = str(args.work)  # apart from the user's own runs
-    folder = run_once("baseline_rgb7b", [], args.work, name="teacher")
+    folder = tuned_teacher(args.work)
     if args.arm:
         job = Job(args.arm, args.fraction, args.seed)
         if read_record(job, args.work) is None:
@@ -434,7 +484,7 @@ def main(args: argparse.Namespace) -> None:
     teacher = evaluate(["--ckpt_path", str(best)], args.work / "results" / "teacher")
     stock_teacher = evaluate(["--model_id", MINIATURE_TEACHER], args.work / "results" / "stock_teacher")
     jobs = study(args.seeds)
-    run_side_by_side([job for job in jobs if read_record(job, args.work) is None], args)
+    run_side_by_side([job.task(args.work) for job in jobs if read_record(job, args.work) is None], args.jobs)
     records = {
         "date": str(date.today()),
         "teacher": scores(teacher),

@@ -64,54 +64,47 @@ def test_every_command_line_is_one_that_its_script_takes():
     """Same batches, seed and labels in all stages that read labels; the control has no teacher."""
     for name, stages in (reproduce.ARMS | reproduce.FULL_LABEL_ARMS).items():
         for stage in stages:
-            (path,) = (reproduce.ROOT / "distillation" / stage.script).glob("train*.py")
             flags = reproduce.stage_flags(stage, Job(name, 0.1, 3))
             start = [] if "--from_stock" in flags else ["--load_checkpoint", "run"]
-            args = reproduce.load_script(str(path.relative_to(reproduce.ROOT))).parse_args(
-                ["--miniature", *flags, *start]
-            )
+            args = reproduce.training_script(stage.script).parse_args(["--miniature", *flags, *start])
             assert (args.batch_size, args.accumulate_grad_batches, args.precision, args.seed) == (8, 1, "auto", 3)
             assert not stage.labels or args.label_fraction == 0.1
-            assert hasattr(args, "teacher_checkpoint") == (name != reproduce.CONTROL)
-            assert (
-                name == reproduce.CONTROL or args.teacher_checkpoint is None
-            )  # few labels: a teacher that has read none
-            assert (name == reproduce.CONTROL) or "--teacher_checkpoint" in reproduce.stage_flags(
-                stage, Job(name, 1.0, 3)
-            )
+            assert hasattr(args, "teacher_checkpoint") == stage.taught
+            if stage.taught:
+                assert args.teacher_checkpoint is None  # few labels: a teacher that has read none
+                assert "--teacher_checkpoint" in reproduce.stage_flags(stage, Job(name, 1.0, 3))
 
 
 def test_arms_run_side_by_side_on_cores_of_their_own(tmp_path, monkeypatch):
     """Every arm once, no more than asked for at a time, each on its share of the cores; a failure names its log."""
-    jobs, cores = reproduce.study(2), sorted(os.sched_getaffinity(0))
+    tasks, cores = [job.task(tmp_path) for job in reproduce.study(2)], sorted(os.sched_getaffinity(0))
     running, most, seen = set(), 0, []
 
     class Process:
         returncode = None
 
-        def __init__(self, job, share):
+        def __init__(self, task, share):
             nonlocal most
-            running.add(job)
-            most, self.job = max(most, len(running)), job
-            seen.append((job, tuple(share)))
+            running.add(task)
+            most, self.task = max(most, len(running)), task
+            seen.append((task, tuple(share)))
 
         def poll(self):
-            self.returncode = int(self.job == failing)
-            running.discard(self.job)
+            self.returncode = int(self.task == failing)
+            running.discard(self.task)
             return self.returncode
 
-    monkeypatch.setattr(reproduce, "start_process", lambda job, args, share: Process(job, share))
+    monkeypatch.setattr(reproduce, "start_process", Process)
     monkeypatch.setattr(reproduce.time, "sleep", lambda seconds: None)
-    args = reproduce.parse_args(["--jobs", "3", "--work", str(tmp_path)])
     failing = None
-    reproduce.run_side_by_side(jobs, args)
+    reproduce.run_side_by_side(tasks, 3)
     assert most == 3 and not running
-    assert sorted(job.name for job, _ in seen) == sorted(job.name for job in jobs)
+    assert [task for task, _ in seen] == tasks
     assert {core for _, share in seen for core in share} == set(cores)
-    failing, seen[:] = jobs[4], []
-    with pytest.raises(UserError, match=rf"{jobs[4].arm}: training failed, see .*{jobs[4].name}.txt"):
-        reproduce.run_side_by_side(jobs, args)
-    assert not running and len(seen) < len(jobs)
+    failing, seen[:] = tasks[4], []
+    with pytest.raises(UserError, match=rf"{tasks[4].title}: training failed, see {tasks[4].log}"):
+        reproduce.run_side_by_side(tasks, 3)
+    assert not running and len(seen) < len(tasks)
 
 
 def test_the_process_of_an_arm_is_pinned_before_it_counts_its_cores(tmp_path, monkeypatch):
@@ -119,10 +112,10 @@ def test_the_process_of_an_arm_is_pinned_before_it_counts_its_cores(tmp_path, mo
     script = tmp_path / "arm.py"
     script.write_text("import os, sys; print(sorted(os.sched_getaffinity(0)), sys.argv[1:])", encoding="utf-8")
     monkeypatch.setattr(reproduce, "__file__", str(script))
-    args, job = reproduce.parse_args(["--work", str(tmp_path)]), Job(reproduce.CONTROL, 0.1, 3)
+    task = Job(reproduce.CONTROL, 0.1, 3).task(tmp_path)
     core = max(os.sched_getaffinity(0))
-    assert reproduce.start_process(job, args, [core]).wait() == 0
-    printed = reproduce.log_path(job, args.work).read_text(encoding="utf-8")
+    assert reproduce.start_process(task, [core]).wait() == 0
+    printed = task.log.read_text(encoding="utf-8")
     assert printed.startswith(f"[{core}] ['--arm', 'label-only', '--fraction', '0.1', '--seed', '3', '--work'")
 
 
@@ -162,10 +155,9 @@ def test_finished_arms_are_kept_and_other_flags_are_refused(tmp_path, monkeypatc
         )
         return system | {"blind": {"majority": blind}}
 
-    def run_here(jobs, args):
-        for job in jobs:
-            flags = ["--arm", job.arm, "--fraction", str(job.fraction), "--seed", str(job.seed)]
-            reproduce.main(reproduce.parse_args([*flags, "--work", str(args.work)]))
+    def run_here(tasks, jobs):
+        for task in tasks:
+            reproduce.main(reproduce.parse_args(task.command[1:]))
 
     monkeypatch.setattr(reproduce, "run_once", train)
     monkeypatch.setattr(reproduce, "evaluate", evaluate)
