@@ -50,8 +50,50 @@ def cluster_bootstrap_ci(
     kinds, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
     weights = np.random.default_rng(seed).multinomial(n, counts / n, size=n_resamples)
     totals = weights @ kinds  # (n_resamples, 2): sum of values, number of questions
-    low, high = np.quantile(totals[:, 0] / totals[:, 1], [(1 - level) / 2, (1 + level) / 2])
+    return percentile_interval(totals[:, 0] / totals[:, 1], level=level)
+
+
+def percentile_interval(draws: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
+    """The ends between which the middle `level` of bootstrap draws lies."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def crossed_bootstrap(
+    values: np.ndarray, clusters: Sequence[object], *, n_resamples: int = 2000, seed: int = 0
+) -> np.ndarray:
+    """Means of answers by several systems in several training seeds, when seeds and clusters are drawn with replacement.
+
+    Every draw takes as many seeds and as many clusters as there are, independently of each other, and the same ones for
+    all systems: differences and ratios of the means are paired. With one seed only the clusters vary.
+
+    Args:
+        values: (K, S, N) numbers of K systems in S seeds on N questions, for instance 1 = right.
+        clusters: (N,) the recording of each question.
+        n_resamples: bootstrap repetitions, B.
+        seed: seed of the resampling.
+
+    Returns:
+        (B, K) means over drawn seeds and questions.
+
+    Raises:
+        ValueError: `values` is not (K, S, N) for as many questions as `clusters`, or there are fewer than two clusters.
+
+    Source: Owen 2007, Annals of Applied Statistics 1:386 (the pigeonhole bootstrap: rows and columns resampled
+    independently; its variance is not below the true one where both are many).
+    """
+    values = np.asarray(values)
+    if values.ndim != 3 or values.shape[2] != len(clusters):
+        raise ValueError(f"values of shape {values.shape} do not fit (systems, seeds, {len(clusters)} questions)")
+    sums, sizes = zip(*(_cluster_sums(row, clusters) for row in values.reshape(-1, len(clusters))), strict=True)
+    if (n := len(sizes[0])) < 2:
+        raise ValueError("fewer than two clusters say nothing about their spread")
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples)  # (B, C)
+    means = (weights @ np.array(sums).T) / (weights @ sizes[0])[:, None]  # (B, K * S)
+    n_seeds = values.shape[1]
+    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_resamples) / n_seeds  # (B, S)
+    return np.einsum("bks,bs->bk", means.reshape(n_resamples, len(values), n_seeds), seeds)
 
 
 def _cluster_sums(values: Sequence[float], clusters: Sequence[object]) -> tuple[np.ndarray, np.ndarray]:

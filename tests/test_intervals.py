@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from evaluation.intervals import cluster_bootstrap_ci, paired_difference, permutation_test, wilson_interval
+from evaluation.intervals import (
+    cluster_bootstrap_ci,
+    crossed_bootstrap,
+    paired_difference,
+    percentile_interval,
+    permutation_test,
+    wilson_interval,
+)
 
 
 def naive_cluster_bootstrap(values, clusters, n_resamples: int, seed: int) -> tuple[float, float]:
@@ -93,6 +100,10 @@ def test_bad_arguments_are_refused():
         permutation_test([True], [True, False], ["a", "b"])
     with pytest.raises(ValueError, match="1 values but 2 clusters"):
         permutation_test([True], [True], ["a", "b"])
+    with pytest.raises(ValueError, match=r"values of shape \(1, 2\) do not fit"):
+        crossed_bootstrap(np.ones((1, 2)), ["a", "b"])
+    with pytest.raises(ValueError, match="fewer than two clusters"):
+        crossed_bootstrap(np.ones((1, 1, 2)), ["a", "a"])
     with pytest.raises(ValueError, match="no questions"):
         paired_difference([], [], [])
     with pytest.raises(ValueError, match="successes"):
@@ -113,6 +124,47 @@ def test_paired_difference_is_antisymmetric_and_sharper_than_unpaired():
     alone = cluster_bootstrap_ci(a, images)
     assert high - low < 0.7 * (alone[1] - alone[0])
     assert paired_difference(a, a, images) == (0, 0, 0)
+
+
+def test_seeds_and_rooms_drawn_together_cover_the_truth():
+    """Five seeds and 60 rooms, both with effects of their own on the gain: rooms alone claim too much, both together do not."""
+    rng, hits, hits_of_rooms = np.random.default_rng(7), 0, 0
+    clusters = np.repeat(np.arange(60), 4)
+    for trial in range(200):
+        gain = 0.1 + 0.05 * rng.standard_normal((5, 1)) + 0.15 * rng.standard_normal(60)[clusters]
+        difference = gain + 0.4 * rng.standard_normal((5, len(clusters)))
+        draws = crossed_bootstrap(difference[None], clusters, n_resamples=500, seed=trial)
+        low, high = percentile_interval(draws[:, 0])
+        hits += low <= 0.1 <= high
+        low, high = cluster_bootstrap_ci(difference.mean(0), clusters, n_resamples=500, seed=trial)
+        hits_of_rooms += low <= 0.1 <= high
+    assert 0.88 <= hits / 200 <= 0.99 and hits_of_rooms < hits - 20, (hits, hits_of_rooms)
+
+
+def test_with_one_seed_the_crossed_bootstrap_is_that_over_clusters():
+    values, clusters = clustered_answers(np.random.default_rng(9), 60)
+    draws = crossed_bootstrap(values[None, None], clusters, n_resamples=20000)
+    assert draws.shape == (20000, 1)
+    expected = cluster_bootstrap_ci(values, clusters, n_resamples=20000)
+    assert percentile_interval(draws[:, 0]) == pytest.approx(expected, abs=0.005)
+    again = crossed_bootstrap(np.stack([values, values, ~values])[:, None], clusters)
+    assert np.allclose(again[:, 0], again[:, 1]) and np.allclose(again[:, 0] + again[:, 2], 1)  # the same draw for all
+
+
+def test_the_crossed_bootstrap_draws_seeds():
+    """Against drawing seeds and rooms one by one and averaging their questions."""
+    rng = np.random.default_rng(10)
+    sizes = rng.integers(1, 5, 20)
+    clusters = np.repeat(np.arange(20), sizes)
+    values = rng.random((3, len(clusters))) < np.array([[0.2], [0.5], [0.7]])
+    means = []
+    for _ in range(4000):
+        rooms = [np.flatnonzero(clusters == room) for room in rng.integers(0, 20, 20)]
+        means.append(values[rng.integers(0, 3, 3)][:, np.concatenate(rooms)].mean())
+    draws = crossed_bootstrap(values[None], clusters, n_resamples=4000)[:, 0]
+    for share in (0.025, 0.25, 0.5, 0.75, 0.975):
+        assert np.quantile(draws, share) == pytest.approx(np.quantile(means, share), abs=0.03)
+    assert np.std(draws) == pytest.approx(np.std(means), rel=0.06)
 
 
 def mcnemar(a, b) -> float:
