@@ -1,19 +1,23 @@
 """What the README claims about distillation, from nothing: train every arm over several seeds, write the tables.
 
 All arms of a seed start from the same student and see as many images in as many optimizer steps, with the same precision, batch
-size and schedule rules; they differ in the loss, in what they may read, and in learning rates, which were chosen on val
-for each of them. A seed decides the order of the data, which labels
-are kept, and the student's start (the shipped weights with 2 % of noise). Choices were made on the validation split; the tables
-show the test split. What is finished is kept: an interrupted call goes on where it was.
+size and schedule rules; they differ in the loss, in what they may read, and in learning rates. Those are read from
+`reproduce/rates.json`, which `rates.py` writes: as many tries for every system, chosen on val; without that file they are the
+scripts' own. A seed decides the order of the data, which labels are kept, and the student's start (the shipped weights with 2 % of
+noise). Choices were made on the validation split; the tables show the test split. What is finished is kept: an interrupted call
+goes on where it was.
 
-Writes  <output>/runs.json, a record per arm, label fraction and seed; <output>/README.md, the tables
-        <work>/logs/, what each arm printed
+Intervals resample seeds and recordings of test questions, both at once.
+
+Writes  <output>/runs.json, a record per arm, label fraction and seed; <output>/answers.npz, which questions each got right;
+        <output>/README.md, the tables; <work>/logs/, what each arm printed
 
 Tiny models leave most of a machine idle: arms run side by side, each on its own share of the cores.
 
     make reproduce
     python benchmarks/reproduce.py [--seeds 5] [--jobs N] [--work DIR] [--output benchmarks/reproduce]
     python benchmarks/reproduce.py --arm "double trouble" --fraction 0.1 --seed 3     # one arm only
+    python benchmarks/reproduce.py --tables     # the tables again, from the two files of records alone
 """
 
 import sys
@@ -22,10 +26,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, core_shares, duration, git_commit, locked, run_script, write_json  # first: loads .env
+from utils import (
+    UserError,
+    core_shares,
+    data_root,
+    duration,
+    git_commit,
+    locked,
+    run_script,
+    write_json,
+)  # first: loads .env
 
 # isort: split
 import argparse
+import csv
 import gc
 import importlib.util
 import json
@@ -40,22 +54,28 @@ from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
-from scipy.stats import t as student_t
 
+from benchmarks.answers import Answers, digest, pack, unpack
 from dataset.processor import load_processor, save_processor
+from dataset.questions import csv_cells
 from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, load_model
-from evaluation.metrics import QUESTION_TYPES
+from evaluation.blind import blind_predictions
+from evaluation.compare import load_results
+from evaluation.metrics import QUESTION_TYPES, exact_match
 
 EPOCHS = 5  # of 5,000 images in batches of 8: 3,125 optimizer steps, whatever the arm
 FRACTIONS = (1.0, 0.1, 0.05)
+RATES = ROOT / "benchmarks" / "reproduce" / "rates.json"  # the learning rates of every system, written by rates.py
+EVALUATION = "evaluation/onevisionv3/sunrgbd/evaluate_onevision.py"
 TROUBLE = "knowledge_distillation7b_double_trouble"
-TUNED_TEACHER = [
-    "--teacher_checkpoint",
-    "miniature_teacher",
-]  # where labels are scarce, the stock one: it has read none
-ASK = ["--teacher_questions", "8"]
-CONTROL, CONTROL_SCRIPT = "label-only", "baseline_depth"
+TEACHERS = {  # run name -> how baseline_rgb7b tunes it; where labels are scarce the stock one teaches: it has read none
+    "teacher": (),
+    "weak_teacher": ("--subset_percentage", "0.05", "--batch_size", "8", "--max_epochs", "1", "--lr", "1e-2"),
+}
+ASK = ("--teacher_questions", "8")
+CONTROL = "label-only"
 START_NOISE = 0.02
 
 
@@ -63,41 +83,103 @@ START_NOISE = 0.02
 class Stage:
     """One training script of an arm."""
 
+    system: str  # whose learning rates it has in `RATES`
     script: str  # folder below distillation/
     epochs: int
     flags: tuple[str, ...] = ()
     labels: bool = True  # whether it reads gold answers; without them label fractions share it
+    teacher: str | None = "teacher"  # a run of `TEACHERS`
+    rates: tuple[str, ...] = ("lr", "vision_lr")  # the learning rates that its script has
 
     def but(self, *flags: str) -> "Stage":
         """The same with further flags."""
         return replace(self, flags=self.flags + flags)
 
 
+LABELS_ONLY = Stage(CONTROL, "baseline_depth", EPOCHS, teacher=None)
+RGB_STUDENT = Stage("RGB student", "baseline_rgb05b", EPOCHS, teacher=None)
+LOGITS = Stage("logit-based", "knowledge_distillation7b_logit_based", EPOCHS)
+FEATURES = Stage("feature-based", "knowledge_distillation7b_feature_based", EPOCHS, rates=("lr", "vision_lr", "map_lr"))
+JOINT = Stage("joint", f"{TROUBLE}/phase3", EPOCHS, ("--from_stock",))
 THREE_PHASES = (
-    Stage(f"{TROUBLE}/phase1", 2, labels=False),
-    Stage(f"{TROUBLE}/phase2", 1, tuple(ASK)),
-    Stage(f"{TROUBLE}/phase3", 2, tuple(ASK)),
+    Stage("phase 1", f"{TROUBLE}/phase1", 2, labels=False, rates=("vision_lr",)),
+    Stage("phase 2", f"{TROUBLE}/phase2", 1, rates=("lr",)),
+    Stage("phase 3", f"{TROUBLE}/phase3", 2),
 )
+ASKING_PHASES = tuple(stage.but(*ASK) if stage.labels else stage for stage in THREE_PHASES)
 ARMS = {  # name -> stages; the first is what all others are measured against
-    CONTROL: (Stage(CONTROL_SCRIPT, EPOCHS),),
-    "double trouble": THREE_PHASES,
+    CONTROL: (LABELS_ONLY,),
+    "double trouble": ASKING_PHASES,
 }
-JOINT = Stage(f"{TROUBLE}/phase3", EPOCHS, ("--from_stock", "--vision_lr", "2.5e-4"))  # the rates of the control
-FULL_LABEL_ARMS = {  # with all labels only: each term added to those before it, the phases, the other strategies
-    "CE + KL (logit-based, gold questions only)": (Stage("knowledge_distillation7b_logit_based", EPOCHS),),
-    "CE + LoCa": (JOINT.but("--patch_weight", "0", "--contrastive_weight", "0"),),
-    "CE + LoCa + InfoNCE": (JOINT.but("--patch_weight", "0"),),
+OFF = {  # what turns a term of the joint training off
+    "LoCa": ("--kl_weight", "0"),
+    "InfoNCE": ("--contrastive_weight", "0"),
+    "patches": ("--patch_weight", "0"),
+}
+
+
+def joint_without(*terms: str) -> Stage:
+    """The joint training on gold questions without some of its terms, at the same learning rates."""
+    return JOINT.but(*(flag for term in terms for flag in OFF[term]))
+
+
+KL, LOCA = replace(LOGITS, system="joint"), joint_without("InfoNCE", "patches")  # at the same learning rates
+FULL_LABEL_ARMS = {  # with all labels only: each term alone on CE, all but each, the phases, the other strategies
+    "CE": (joint_without(*OFF),),
+    "CE + KL": (KL,),
+    "CE + LoCa": (LOCA,),
+    "CE + InfoNCE": (joint_without("LoCa", "patches"),),
+    "CE + patches": (joint_without("LoCa", "InfoNCE"),),
+    "CE + LoCa + teacher questions": (LOCA.but(*ASK),),
+    "CE + InfoNCE + patches": (joint_without("LoCa"),),
+    "CE + LoCa + patches": (joint_without("InfoNCE"),),
+    "CE + LoCa + InfoNCE": (joint_without("patches"),),
     "CE + LoCa + InfoNCE + patches": (JOINT,),
-    "the same with teacher questions": (JOINT.but(*ASK),),
-    "double trouble, gold questions only": tuple(
-        Stage(stage.script, stage.epochs, labels=stage.labels) for stage in THREE_PHASES
-    ),
-    "logit-based": (Stage("knowledge_distillation7b_logit_based", EPOCHS, tuple(ASK)),),
-    "feature-based": (Stage("knowledge_distillation7b_feature_based", EPOCHS, tuple(ASK)),),
-    "feature-based, gold questions only": (Stage("knowledge_distillation7b_feature_based", EPOCHS),),
+    "joint": (JOINT.but(*ASK),),
+    "double trouble, gold questions only": THREE_PHASES,
+    "logit-based": (LOGITS.but(*ASK),),
+    "feature-based": (FEATURES.but(*ASK),),
+    "feature-based, gold questions only": (FEATURES,),
+    "feature-based without patches": (FEATURES.but(*OFF["patches"]),),
+    "feature-based without hidden states": (FEATURES.but("--hidden_weight", "0"),),
+    "CE + KL, weak teacher": (replace(KL, teacher="weak_teacher"),),
+    "CE + LoCa, weak teacher": (replace(LOCA, teacher="weak_teacher"),),
+    "RGB student": (RGB_STUDENT,),
 }
-FULL_LABEL_SEEDS = 1  # what they cost in all seeds would not fit into three hours
+COMPARISONS = (  # what is asked, the arm with it, the arm without it
+    ("LoCa, on CE alone", "CE + LoCa", "CE"),
+    ("LoCa, beside all else", "CE + LoCa + InfoNCE + patches", "CE + InfoNCE + patches"),
+    ("InfoNCE, on CE alone", "CE + InfoNCE", "CE"),
+    ("InfoNCE, beside all else", "CE + LoCa + InfoNCE + patches", "CE + LoCa + patches"),
+    ("patches, on CE alone", "CE + patches", "CE"),
+    ("patches, beside all else", "CE + LoCa + InfoNCE + patches", "CE + LoCa + InfoNCE"),
+    ("teacher questions, on CE + LoCa", "CE + LoCa + teacher questions", "CE + LoCa"),
+    ("teacher questions, beside all else", "joint", "CE + LoCa + InfoNCE + patches"),
+    ("hidden states, beside patches", "feature-based, gold questions only", "feature-based without hidden states"),
+    ("patches, beside hidden states", "feature-based, gold questions only", "feature-based without patches"),
+    ("teacher questions, in feature-based", "feature-based", "feature-based, gold questions only"),
+    ("KL, on CE alone", "CE + KL", "CE"),
+    ("LoCa instead of KL", "CE + LoCa", "CE + KL"),
+    ("LoCa instead of KL, weak teacher", "CE + LoCa, weak teacher", "CE + KL, weak teacher"),
+    ("phases instead of all at once", "double trouble", "joint"),
+    (
+        "phases instead of all at once, gold questions only",
+        "double trouble, gold questions only",
+        "CE + LoCa + InfoNCE + patches",
+    ),
+    ("RGB instead of depth, labels only", "RGB student", CONTROL),
+)
+FULL_LABEL_SEEDS = 3
 MOST_JOBS = 4  # unless asked for more: each takes a GiB
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command of this repository that runs beside others, on its share of the cores."""
+
+    title: str
+    command: tuple[str, ...]  # what stands behind `python`
+    log: Path  # gets what it prints
 
 
 @dataclass(frozen=True)
@@ -122,6 +204,12 @@ class Job:
         """Where its record is once it is done."""
         return work / "results" / f"{self.name}.json"
 
+    def task(self, work: Path) -> Task:
+        """This script again, for this arm alone."""
+        flags = ("--arm", self.arm, "--fraction", str(self.fraction), "--seed", str(self.seed), "--work", str(work))
+        title = f"{self.arm}, {100 * self.fraction:g} % of the labels, seed {self.seed}"
+        return Task(title, (__file__, *flags), work / "logs" / f"{self.name}.txt")
+
 
 def load_script(path: str):
     """A training or evaluation script as a module: nothing runs at import."""
@@ -129,6 +217,12 @@ def load_script(path: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def training_script(folder: str):
+    """The training script in a folder below distillation/, as a module."""
+    (path,) = (ROOT / "distillation" / folder).glob("train*.py")
+    return load_script(path.relative_to(ROOT).as_posix())
 
 
 def run_once(script: str, argv: Sequence[str], work: Path, *, name: str) -> Path:
@@ -139,12 +233,16 @@ def run_once(script: str, argv: Sequence[str], work: Path, *, name: str) -> Path
         if record.is_file() and "best" in json.loads(record.read_text(encoding="utf-8")):
             return folder
         shutil.rmtree(folder, ignore_errors=True)  # a run is minutes: an unfinished one starts again
-        (path,) = (ROOT / "distillation" / script).glob("train*.py")
-        module = load_script(path.relative_to(ROOT).as_posix())
+        module = training_script(script)
         print(f"--- {script} {name}", flush=True)
         module.main(module.parse_args(["--miniature", "--run_name", name, *argv]))
         gc.collect()
     return folder
+
+
+def tuned_teacher(work: Path, name: str = "teacher") -> Path:
+    """The checkpoints folder of one of `TEACHERS`, trained unless it is there."""
+    return run_once("baseline_rgb7b", TEACHERS[name], work, name=name)
 
 
 def logs_of(checkpoints: Path) -> Path:
@@ -155,7 +253,7 @@ def logs_of(checkpoints: Path) -> Path:
 def evaluate(system: Sequence[str], output: Path) -> dict[str, Any]:
     """Test accuracies of the system that these flags of the evaluation script name: its `metrics.json`."""
     if not (output / "metrics.json").is_file():
-        script = load_script("evaluation/onevisionv3/sunrgbd/evaluate_onevision.py")
+        script = load_script(EVALUATION)
         script.main(script.parse_args(["--miniature", *system, "--output", str(output)]))
     return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
 
@@ -180,12 +278,26 @@ def student_start(work: Path, seed: int) -> Path:
     return folder
 
 
+def rate_flags(system: str) -> list[str]:
+    """The learning rates that were chosen for a system, as flags; none before they were: the script has its own."""
+    if not RATES.is_file():
+        return []
+    chosen = json.loads(RATES.read_text(encoding="utf-8"))["systems"][system]["chosen"]
+    return [text for name, value in chosen.items() for text in (f"--{name}", f"{value:g}")]
+
+
+def fixed_flags(stage: Stage, fraction: float, seed: int) -> list[str]:
+    """A stage's command line but for its learning rates, its student and the checkpoint that it starts from."""
+    # An arm may have one core only: a loading process would take turns with the training, and hand batches over besides.
+    flags = ["--max_epochs", str(stage.epochs), "--seed", str(seed), "--num_workers", "0", *stage.flags]
+    flags += ["--label_fraction", str(fraction)] * stage.labels
+    tuned = stage.teacher and fraction == 1
+    return flags + (["--teacher_checkpoint", f"miniature_{stage.teacher}"] if tuned else [])
+
+
 def stage_flags(stage: Stage, job: Job) -> list[str]:
     """A stage's command line but for its student and the checkpoint that it starts from."""
-    # An arm may have one core only: a loading process would take turns with the training, and hand batches over besides.
-    flags = ["--max_epochs", str(stage.epochs), "--seed", str(job.seed), "--num_workers", "0", *stage.flags]
-    flags += ["--label_fraction", str(job.fraction)] * stage.labels
-    return flags + (TUNED_TEACHER if stage.script != CONTROL_SCRIPT and job.fraction == 1 else [])
+    return fixed_flags(stage, job.fraction, job.seed) + rate_flags(stage.system)
 
 
 def file_name(arm: str) -> str:
@@ -197,17 +309,21 @@ def run_arm(job: Job, work: Path) -> dict[str, Any]:
     """Train the stages of an arm one after the other and score its end on the test split."""
     started, checkpoints = time.monotonic(), None
     for stage in job.stages:
+        if stage.teacher:
+            tuned_teacher(work, stage.teacher)
         shared = f"all_seed{job.seed}" if job.fraction == 1 else f"stock_teacher_seed{job.seed}"
         argv = [*stage_flags(stage, job), "--student_name", str(student_start(work, job.seed))]
         argv += ["--load_checkpoint", str(checkpoints)] if checkpoints else []
         checkpoints = run_once(stage.script, argv, work, name=job.name if stage.labels else shared)
-    results = work / "results" / job.name
+    folder = work / "results" / job.name / "best"
     (best,) = checkpoints.glob("best-*.ckpt")
-    found = scores(evaluate(["--ckpt_path", str(best)], results / "best"))
+    found = scores(evaluate(["--ckpt_path", str(best)], folder))
     if job.arm == CONTROL:  # early stopping or not, whichever turns out better for it
-        last = evaluate(["--ckpt_path", str(checkpoints / "last.ckpt")], results / "last")
-        found = max(found, scores(last), key=lambda s: s["By depth"])
-    found["Val"] = json.loads((logs_of(checkpoints) / "run.json").read_text(encoding="utf-8"))["val/exact_match"]
+        last = scores(evaluate(["--ckpt_path", str(checkpoints / "last.ckpt")], folder.with_name("last")))
+        if last["By depth"] > found["By depth"]:
+            found, folder = last, folder.with_name("last")
+    answers = load_results(folder)
+    run = json.loads((logs_of(checkpoints) / "run.json").read_text(encoding="utf-8"))
     return {
         "arm": job.arm,
         "fraction": job.fraction,
@@ -216,63 +332,67 @@ def run_arm(job: Job, work: Path) -> dict[str, Any]:
         "commit": git_commit(),
         "seconds": time.monotonic() - started,
         "threads": torch.get_num_threads(),
-        "scores": found,
+        "corrected": corrected_share(logs_of(checkpoints) / "metrics.csv"),
+        "scores": found | {"Val": run["val/exact_match"]},
+        "questions": digest(answers),
+        "right": pack(answers.correct()),
     }
 
 
-def run_side_by_side(waiting: list[Job], args: argparse.Namespace) -> None:
-    """Train and score arms, `args.jobs` at a time, each in a process with its own share of this machine's cores.
+def corrected_share(metrics: Path) -> float | None:
+    """Mean share of gold tokens that LoCa corrected in the last stage's logged steps; None where it was not at work."""
+    if not metrics.is_file():
+        return None
+    with open(metrics, encoding="utf-8", newline="") as handle:
+        logged = [row.get("train/corrected") for row in csv.DictReader(handle)]
+    return mean(map(float, found)) if (found := [value for value in logged if value]) else None
+
+
+def run_side_by_side(waiting: Sequence[Task], jobs: int) -> None:
+    """Run tasks, `jobs` at a time, each in a process with its own share of this machine's cores.
 
     Raises:
-        UserError: an arm failed; the others that were running are finished first. Names the file with what it printed.
+        UserError: a task failed; the others that were running are finished first. Names the file with what it printed.
     """
-    shares = core_shares(args.jobs)
+    shares = core_shares(jobs)
     started, total, left, running, failed = time.monotonic(), len(waiting), list(waiting), {}, None
     try:
         while running or (left and not failed):
-            for place in [] if failed else range(args.jobs):
+            for place in [] if failed else range(jobs):
                 if left and place not in running:
-                    job = left.pop(0)
-                    running[place] = job, start_process(job, args, shares[place])
+                    task = left.pop(0)
+                    running[place] = task, start_process(task, shares[place])
             time.sleep(1)
-            for place, (job, process) in list(running.items()):
+            for place, (task, process) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[place]
-                failed = failed or (job if process.returncode else None)
+                failed = failed or (task if process.returncode else None)
                 done, spent = total - len(left) - len(running), time.monotonic() - started
                 print(
-                    f"{job.arm}, {100 * job.fraction:g} % of the labels, seed {job.seed}: "
-                    f"{'FAILED' if process.returncode else 'done'}; {done} of {total} arms in {duration(spent)}, about "
+                    f"{task.title}: {'FAILED' if process.returncode else 'done'}; {done} of {total} in {duration(spent)}, about "
                     f"{duration(spent / done * (total - done))} left",
                     flush=True,
                 )
-    finally:  # Ctrl-C: an arm that was interrupted starts again in the next call
+    finally:  # Ctrl-C: a task that was interrupted starts again in the next call
         for _, process in running.values():
             process.terminate()
         for _, process in running.values():
             process.wait()
     if failed:
-        raise UserError(f"{failed.arm}: training failed, see {log_path(failed, args.work)}; finished arms are kept")
+        raise UserError(f"{failed.title}: training failed, see {failed.log}; what is finished is kept")
 
 
-def start_process(job: Job, args: argparse.Namespace, cores: Sequence[int]) -> subprocess.Popen:
-    """This script again, for one arm, on these cores; its output goes into a file."""
-    command = [sys.executable, __file__, "--arm", job.arm, "--fraction", str(job.fraction), "--seed", str(job.seed)]
-    log = log_path(job, args.work)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w", encoding="utf-8") as output:
+def start_process(task: Task, cores: Sequence[int]) -> subprocess.Popen:
+    """A task's process on these cores; its output goes into a file."""
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(task.log, "w", encoding="utf-8") as output:
         return subprocess.Popen(
-            [*command, "--work", str(args.work)],
+            [sys.executable, *task.command],
             stdout=output,
             stderr=subprocess.STDOUT,
             preexec_fn=partial(os.sched_setaffinity, 0, cores),  # before torch counts them
         )
-
-
-def log_path(job: Job, work: Path) -> Path:
-    """What the process of an arm printed."""
-    return work / "logs" / f"{job.name}.txt"
 
 
 def scores_of(runs: Sequence[Mapping[str, Any]], arm: str, fraction: float) -> dict[int, dict[str, float]]:
@@ -280,7 +400,26 @@ def scores_of(runs: Sequence[Mapping[str, Any]], arm: str, fraction: float) -> d
     return {run["seed"]: run["scores"] for run in runs if (run["arm"], run["fraction"]) == (arm, fraction)}
 
 
-def table(runs: Sequence[Mapping[str, Any]], fraction: float) -> list[str]:
+@dataclass(frozen=True)
+class Study:
+    """Everything the tables are made of."""
+
+    records: Mapping[str, Any]  # runs.json
+    answers: Answers
+
+    @property
+    def runs(self) -> list[Mapping[str, Any]]:
+        """A record per arm, share of labels and seed."""
+        return self.records["runs"]
+
+    def gain(self, own: tuple[str, float], other: tuple[str, float], column: str) -> str:
+        """Points by which an arm (with a share of labels) is above another, over the seeds that both have; empty without any."""
+        seeds = [seed for seed in scores_of(self.runs, *own) if seed in scores_of(self.runs, *other)]
+        names = ([Job(*which, seed).name for seed in seeds] for which in (own, other))
+        return interval(self.answers.difference(*names, column)) if seeds else ""
+
+
+def table(study: Study, fraction: float) -> list[str]:
     """Markdown rows: mean and standard deviation over seeds, paired difference from the control with its 95 % interval."""
     columns = ["By depth", "Overall", *QUESTION_TYPES, "Val"]
     lines = [
@@ -288,33 +427,34 @@ def table(runs: Sequence[Mapping[str, Any]], fraction: float) -> list[str]:
         "Gain by depth | Gain overall |",
         "| --- |" + " ---: |" * (len(columns) + 3),
     ]
-    control = scores_of(runs, CONTROL, fraction)
-    for arm in dict.fromkeys(run["arm"] for run in runs if run["fraction"] == fraction):
-        own = scores_of(runs, arm, fraction)
+    for arm in dict.fromkeys(run["arm"] for run in study.runs if run["fraction"] == fraction):
+        own = scores_of(study.runs, arm, fraction)
         cells = [spread([100 * found[column] for found in own.values()]) for column in columns]
-        gains = [interval(gain(own, control, column)) if arm != CONTROL else "" for column in ("By depth", "Overall")]
+        versus = ((arm, fraction), (CONTROL, fraction))
+        gains = [study.gain(*versus, column) if arm != CONTROL else "" for column in ("By depth", "Overall")]
         lines.append(f"| {arm} | {len(own)} | {' | '.join([*cells, *gains])} |")
     return lines
 
 
-def gain(
-    own: Mapping[int, Mapping[str, float]], control: Mapping[int, Mapping[str, float]], column: str
-) -> list[float]:
-    """What an arm has more than the control, in points, seed by seed."""
-    return [100 * (own[seed][column] - control[seed][column]) for seed in own if seed in control]
-
-
-def gain_table(runs: Sequence[Mapping[str, Any]], arm: str) -> list[str]:
+def gain_table(study: Study, arm: str) -> list[str]:
     """Markdown rows: an arm's gain for every type of question and share of labels."""
     lines = [
         "| Gain | " + " | ".join(kind.removesuffix(" Identification") for kind in QUESTION_TYPES) + " |",
         "| --- |" + " ---: |" * len(QUESTION_TYPES),
     ]
     for fraction in FRACTIONS:
-        own, control = scores_of(runs, arm, fraction), scores_of(runs, CONTROL, fraction)
-        if own:
-            cells = [interval(gain(own, control, kind)) for kind in QUESTION_TYPES]
+        if scores_of(study.runs, arm, fraction):
+            cells = [study.gain((arm, fraction), (CONTROL, fraction), kind) for kind in QUESTION_TYPES]
             lines.append(f"| {100 * fraction:g} % of the labels | {' | '.join(cells)} |")
+    return lines
+
+
+def comparison_table(study: Study) -> list[str]:
+    """Markdown rows: what each term gives, as a difference of two arms that differ in nothing else."""
+    lines = ["| What | With it | Without it | By depth | Overall |", "| --- | --- | --- | ---: | ---: |"]
+    for what, own, other in COMPARISONS:
+        gains = [study.gain((own, 1.0), (other, 1.0), column) for column in ("By depth", "Overall")]
+        lines += [f"| {what} | {own} | {other} | {' | '.join(gains)} |"] * bool(gains[0])
     return lines
 
 
@@ -323,38 +463,34 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
-def interval(values: Sequence[float], *, sign: str = "+") -> str:
-    """Mean with the 95 % interval of Student's t over seeds."""
-    if len(values) < 2:
-        return f"{mean(values):{sign}.1f}"
-    half = student_t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):{sign}.1f} [{mean(values) - half:{sign}.1f}, {mean(values) + half:{sign}.1f}]"
+def interval(ends: Sequence[float], *, sign: str = "+") -> str:
+    """A value with its interval."""
+    return "{:{sign}.1f} [{:{sign}.1f}, {:{sign}.1f}]".format(*ends, sign=sign)
 
 
-def findings(records: Mapping[str, Any]) -> list[str]:
-    """What the tables do not say in one number: how much of the way to the teacher, and what few labels are worth."""
-    arm, runs, blind = "double trouble", records["runs"], records["blind"]
-    way = records["teacher"]["By depth"] - blind
-    whole = scores_of(runs, arm, 1.0)
-    shares = [100 * (found["By depth"] - blind) / way for found in whole.values()]
+def findings(study: Study) -> list[str]:
+    """What the tables do not say in one number: the way to the teacher, what few labels are worth, what LoCa had to correct."""
+    arm = "double trouble"
+    whole = [Job(arm, 1.0, seed).name for seed in scores_of(study.runs, arm, 1.0)]
+    way = study.answers.share_of_way(whole, "blind", "teacher", "By depth")
     lines = [
-        f"- With all labels, {arm} closes {interval(shares, sign='')} % of the gap between the best blind baseline and the RGB "
+        f"- With all labels, {arm} closes {interval(way, sign='')} % of the gap between the best blind baseline and the RGB "
         "teacher, by depth."
     ]
-    control = scores_of(runs, CONTROL, 1.0)
     for fraction in FRACTIONS[1:]:
-        few = gain(scores_of(runs, arm, fraction), control, "By depth")
-        if few:
+        if few := study.gain((arm, fraction), (CONTROL, 1.0), "By depth"):
             lines.append(
-                f"- With {100 * fraction:g} % of the labels, {arm} is {interval(few)} points by depth from {CONTROL} with all of "
-                "them."
+                f"- With {100 * fraction:g} % of the labels, {arm} is {few} points by depth from {CONTROL} with all of them."
             )
+    for name in ("CE + LoCa", "CE + LoCa, weak teacher"):
+        shares = [run["corrected"] for run in study.runs if run["arm"] == name and run["corrected"] is not None]
+        lines += [f"- In {name}, LoCa corrected {100 * mean(shares):.1f} % of the gold tokens."] if shares else []
     return lines
 
 
-def report(records: Mapping[str, Any]) -> str:
+def report(study: Study) -> str:
     """The tables with what they are about."""
-    runs = records["runs"]
+    records, runs = study.records, study.runs
     commits = ", ".join(sorted({run["commit"] for run in runs}))
     spent, threads = duration(sum(run["seconds"] for run in runs)), max(run["threads"] for run in runs)
     text = [
@@ -362,45 +498,66 @@ def report(records: Mapping[str, Any]) -> str:
         "",
         f"{records['date']}, commit {commits}; {spent} in all for the arms, each in a process with {threads} CPU thread(s). Share "
         "of right answers in % on the test split, mean ± standard deviation over seeds; gain: paired difference from "
-        f"{CONTROL} of the same seed and labels, with the 95 % interval over seeds. All arms of a table see as many images in as "
+        f"{CONTROL} of the same seed and labels. Its 95 % interval resamples seeds and recordings of test questions at once (here "
+        "each picture is a recording); with one seed, recordings only. It says nothing about other teachers, worlds or choices of "
+        "rates. All arms of a table see as many images in as "
         "many optimizer steps. By depth: all questions but those about colour; val: overall, on the split on which choices were "
         "made. The RGB teacher was tuned on all labels of the training set and has "
         f"{100 * records['teacher']['By depth']:.1f} by depth, the best blind baseline {100 * records['blind']:.1f}. Where labels "
         "are scarce the stock teacher teaches, which has read none of this data set's and has "
         f"{100 * records['stock_teacher']['By depth']:.1f}. One teacher serves all seeds. Questions to the teacher are about the "
-        "true scenes and use the templates of the test questions.",
+        "true scenes and use the templates of the test questions. Learning rates: "
+        f"{'[rates.md](rates.md)' if records['rates'] else 'as the scripts have them, not searched'}.",
         "",
     ]
     for fraction in FRACTIONS:
-        text += [*table(runs, fraction), ""]
-    text += ["Double trouble against label-only training, type by type:", "", *gain_table(runs, "double trouble"), ""]
-    return "\n".join([*text, *findings(records), ""])
+        text += [*table(study, fraction), ""]
+    text += [
+        "What each term gives, with all labels: pairs of arms that differ in it alone.",
+        "",
+        *comparison_table(study),
+        "",
+    ]
+    text += ["Double trouble against label-only training, type by type:", "", *gain_table(study, "double trouble"), ""]
+    return "\n".join([*text, *findings(study), ""])
+
+
+def add_study_args(parser: argparse.ArgumentParser) -> None:
+    """The flags of every study: how many processes, and where they write."""
+    cores = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    folder = ROOT / "benchmarks" / "reproduce"
+    parser.add_argument(
+        "--jobs", type=int, default=min(cores, MOST_JOBS), help="runs at a time, each with its share of the cores"
+    )
+    parser.add_argument("--work", type=Path, default=folder.with_suffix(".work"), help="checkpoints and results")
+    parser.add_argument("--output", type=Path, default=folder, help="tables")
+
+
+def check_study_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what `add_study_args` cannot, and make the work folder's path absolute."""
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: give at least 1")
+    args.work = args.work.resolve()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    cores = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="repetitions of every arm")
-    parser.add_argument(
-        "--jobs", type=int, default=min(cores, MOST_JOBS), help="arms at a time, each with its share of the cores"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / "benchmarks" / "reproduce.work", help="checkpoints and results"
-    )
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "reproduce", help="tables")
+    add_study_args(parser)
     parser.add_argument("--arm", choices=[*ARMS, *FULL_LABEL_ARMS], help="train and score this one only, no tables")
     parser.add_argument("--fraction", type=float, choices=FRACTIONS, default=1.0, help="of the labels, with --arm")
     parser.add_argument("--seed", type=int, default=0, help="with --arm")
+    parser.add_argument("--tables", action="store_true", help="train nothing: the tables from the records in --output")
     args = parser.parse_args(argv)
-    for flag, least in (("seeds", 1), ("jobs", 1), ("seed", 0)):
+    check_study_args(parser, args)
+    for flag, least in (("seeds", 1), ("seed", 0)):
         if getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)}: give at least {least}")
     if args.arm is None and (args.fraction, args.seed) != (1.0, 0):
         parser.error("--fraction and --seed are of one arm; name it with --arm")
     if args.arm in FULL_LABEL_ARMS and args.fraction != 1:
         parser.error(f"--fraction {args.fraction}: {args.arm} is trained with all labels only")
-    args.work = args.work.resolve()
     return args
 
 
@@ -416,36 +573,88 @@ def read_record(job: Job, work: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    if record["flags"] != [stage_flags(stage, job) for stage in job.stages]:
+    if record["flags"] != [stage_flags(stage, job) for stage in job.stages] or "right" not in record:
         raise UserError(f"{path}: was made with other flags; start over with another --work, or remove {work}")
     return record
+
+
+def best_blind(metrics: Mapping[str, Any]) -> tuple[float, list[bool]]:
+    """Of the blind baselines the best one's score by depth, and which test questions it gets right."""
+    script = load_script(EVALUATION)
+    rows, train_rows = script.load_questions(data_root(True), script.parse_args(["--miniature"]), {})
+    cells = [csv_cells(row) for row in rows]
+    by_name = {name: scores(found)["By depth"] for name, found in metrics["blind"].items()}
+    name = max(by_name, key=by_name.get)
+    predicted = blind_predictions(train_rows, cells)[name]
+    return by_name[name], [exact_match(p, row["Answers"]) for p, row in zip(predicted, cells, strict=True)]
+
+
+def collect(jobs: Sequence[Job], work: Path) -> Study:
+    """The records of finished arms with those of the teachers and the best blind baseline.
+
+    Raises:
+        UserError: an arm was scored on other questions than the teacher.
+    """
+    (best,) = tuned_teacher(work).glob("best-*.ckpt")
+    teacher = evaluate(["--ckpt_path", str(best)], work / "results" / "teacher")
+    stock_teacher = evaluate(["--model_id", MINIATURE_TEACHER], work / "results" / "stock_teacher")
+    blind, blind_right = best_blind(teacher)
+    results = load_results(work / "results" / "teacher")
+    asked = Answers.of(results)
+    right = {"teacher": np.array(results.correct()), "blind": np.array(blind_right)}
+    runs = []
+    for job in jobs:
+        record = read_record(job, work)
+        if record.pop("questions") != asked.questions:
+            raise UserError(
+                f"{job.record_path(work)}: is of other questions; remove it and {work / 'results' / job.name}"
+            )
+        right[job.name] = unpack(record.pop("right"), len(blind_right))
+        runs.append(record)
+    records = {
+        "date": str(date.today()),
+        "teacher": scores(teacher),
+        "stock_teacher": scores(stock_teacher),
+        "blind": blind,
+        "rates": RATES.is_file(),
+        "runs": runs,
+    }
+    return Study(records, replace(asked, right=right))
+
+
+def write_tables(output: Path) -> None:
+    """README.md of the study, from its records.
+
+    Raises:
+        UserError: there are none, or they are of a study that kept no answers.
+    """
+    path = output / "runs.json"
+    if not path.is_file():
+        raise UserError(f"{path}: is missing; run the study first, or give its --output")
+    answers = Answers.load(output / "answers.npz")
+    text = report(Study(json.loads(path.read_text(encoding="utf-8")), answers))
+    (output / "README.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 def main(args: argparse.Namespace) -> None:
     """The teacher, then all arms that are not finished yet, then the tables."""
     os.environ["MAIN_ROOT_DATA_DIR"] = str(args.work)  # apart from the user's own runs
-    folder = run_once("baseline_rgb7b", [], args.work, name="teacher")
+    if args.tables:
+        write_tables(args.output)
+        return
+    tuned_teacher(args.work)
     if args.arm:
         job = Job(args.arm, args.fraction, args.seed)
         if read_record(job, args.work) is None:
             write_json(job.record_path(args.work), run_arm(job, args.work))
         return
-    (best,) = folder.glob("best-*.ckpt")
-    teacher = evaluate(["--ckpt_path", str(best)], args.work / "results" / "teacher")
-    stock_teacher = evaluate(["--model_id", MINIATURE_TEACHER], args.work / "results" / "stock_teacher")
     jobs = study(args.seeds)
-    run_side_by_side([job for job in jobs if read_record(job, args.work) is None], args)
-    records = {
-        "date": str(date.today()),
-        "teacher": scores(teacher),
-        "stock_teacher": scores(stock_teacher),
-        "blind": max(scores(found)["By depth"] for found in teacher["blind"].values()),
-        "runs": [read_record(job, args.work) for job in jobs],
-    }
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_json(args.output / "runs.json", records)
-    (args.output / "README.md").write_text(report(records), encoding="utf-8")
-    print(report(records))
+    run_side_by_side([job.task(args.work) for job in jobs if read_record(job, args.work) is None], args.jobs)
+    found = collect(jobs, args.work)
+    found.answers.save(args.output / "answers.npz")
+    write_json(args.output / "runs.json", found.records)
+    write_tables(args.output)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from PIL import Image
 from dataset.depth import read_depth
 from dataset.questions import CAPTION_TYPE
 from dataset.sunrgbd import read_rgb
-from evaluation.intervals import mcnemar_exact, paired_difference
-from evaluation.metrics import evaluate_rows, exact_match, group_by, normalise_answer, order_types
+from evaluation.intervals import paired_difference, permutation_test
+from evaluation.metrics import evaluate_rows, exact_match, group_by, normalise_answer, order_types, recordings
 
 REQUIRED_COLUMNS = ("Question_Id", "Questions", "Question_Type", "Answers", "Model_Answer", "Image_Path", "Depth_Path")
 QUESTION_COLUMNS = ("Question_Id", "Questions", "Question_Type", "Answers")
@@ -68,7 +68,7 @@ class TableRow:
         blind: whether it is a baseline that sees no image.
         accuracies: `Overall` and each question type -> `{"value", "low", "high"}`, shares.
         difference: accuracy minus the baseline system's with its 95 % interval, shares; None where it cannot be paired.
-        p_value: exact McNemar test against the baseline system.
+        p_value: permutation test over recordings against the baseline system.
     """
 
     name: str
@@ -168,15 +168,15 @@ def comparison_table(results: Sequence[Results], baseline: str | None = None) ->
     reference = by_name.get(baseline or results[0].name)
     if reference is None:
         raise UserError(f"--baseline {baseline}: no such system; there are {', '.join(by_name)}")
-    images = [row["Image_Path"] for row in reference.rows]
+    clusters = recordings(reference.rows)
     expected = reference.correct()
     table = []
     for result in results:
         row = TableRow(result.name, False, _accuracies(evaluate_rows(result.rows)))
         if result is not reference:
             correct = result.correct()
-            difference = paired_difference(correct, expected, images)
-            row = replace(row, difference=difference, p_value=mcnemar_exact(correct, expected))
+            difference = paired_difference(correct, expected, clusters)
+            row = replace(row, difference=difference, p_value=permutation_test(correct, expected, clusters))
         table.append(row)
     blind = _blind_metrics(results)
     return table + [TableRow(f"blind: {name}", True, _accuracies(metrics)) for name, metrics in blind.items()]
@@ -257,8 +257,9 @@ def explanation(results: Sequence[Results], baseline: str | None = None) -> str:
     rows = results[0].rows
     text = (
         f"Share of right answers in % (normalised exact match) to {len(rows)} questions about "
-        f"{len({row['Image_Path'] for row in rows})} images, with 95 % intervals that resample images. "
-        f"Difference: points above {baseline or results[0].name} on the same questions; p: exact McNemar test. "
+        f"{len({row['Image_Path'] for row in rows})} images of {len(set(recordings(rows)))} recordings, with 95 % intervals that "
+        f"resample recordings. Difference: points above {baseline or results[0].name} on the same questions; p: permutation test "
+        "that exchanges the two systems' answers to whole recordings. "
         "By depth: questions that depth can answer. Blind baselines see no image. Depth shows no color: that column measures "
         "guessing from priors."
     )

@@ -1,10 +1,11 @@
-"""Intervals and paired tests for accuracies of questions that share images.
+"""Intervals and paired tests for accuracies of questions that share a room.
 
-Questions about one image are not independent: a system that misreads the room fails all of them. Every interval here
-therefore resamples images, never questions.
+Questions about one room are not independent: a system that misreads it fails all of them, and several pictures of a recording
+show one room. Every interval and test here therefore resamples or permutes clusters (recordings), never questions.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,14 +20,14 @@ def cluster_bootstrap_ci(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of the mean over questions when whole clusters (images) are drawn with replacement.
+    """Percentile interval of the mean over questions when whole clusters are drawn with replacement.
 
     Clusters with the same sum and size are interchangeable, so a resample is drawn as multinomial counts over those
     distinct pairs: exact, independent of the order of the rows, and fast for thousands of them.
 
     Args:
         values: (N,) one number per question, for instance 1 = right.
-        clusters: (N,) the image of each question.
+        clusters: (N,) the recording of each question.
         level: nominal coverage, in (0, 1).
         n_resamples: bootstrap repetitions.
         seed: seed of the resampling.
@@ -40,31 +41,79 @@ def cluster_bootstrap_ci(
     Source: Davison and Hinkley 1997, Bootstrap Methods and their Application, sections 2.4 and 3.8 (a ratio estimator
     under resampling of groups).
     """
-    if len(values) != len(clusters):
-        raise ValueError(f"{len(values)} values but {len(clusters)} clusters")
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
+    sums, sizes = _cluster_sums(values, clusters)
+    n = len(sums)
+    if n < 2:
+        return math.nan, math.nan
+    kinds, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
+    weights = np.random.default_rng(seed).multinomial(n, counts / n, size=n_resamples)
+    totals = weights @ kinds  # (n_resamples, 2): sum of values, number of questions
+    return percentile_interval(totals[:, 0] / totals[:, 1], level=level)
+
+
+def percentile_interval(draws: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
+    """The ends between which the middle `level` of bootstrap draws lies."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def crossed_bootstrap(
+    values: np.ndarray, clusters: Sequence[object], *, n_resamples: int = 2000, seed: int = 0
+) -> np.ndarray:
+    """Means of answers by several systems in several training seeds, when seeds and clusters are drawn with replacement.
+
+    Every draw takes as many seeds and as many clusters as there are, independently of each other, and the same ones for
+    all systems: differences and ratios of the means are paired. With one seed only the clusters vary.
+
+    Args:
+        values: (K, S, N) numbers of K systems in S seeds on N questions, for instance 1 = right.
+        clusters: (N,) the recording of each question.
+        n_resamples: bootstrap repetitions, B.
+        seed: seed of the resampling.
+
+    Returns:
+        (B, K) means over drawn seeds and questions.
+
+    Raises:
+        ValueError: `values` is not (K, S, N) for as many questions as `clusters`, or there are fewer than two clusters.
+
+    Source: Owen 2007, Annals of Applied Statistics 1:386 (the pigeonhole bootstrap: rows and columns resampled
+    independently; its variance is not below the true one where both are many).
+    """
+    values = np.asarray(values)
+    if values.ndim != 3 or values.shape[2] != len(clusters):
+        raise ValueError(f"values of shape {values.shape} do not fit (systems, seeds, {len(clusters)} questions)")
+    sums, sizes = zip(*(_cluster_sums(row, clusters) for row in values.reshape(-1, len(clusters))), strict=True)
+    if (n := len(sizes[0])) < 2:
+        raise ValueError("fewer than two clusters say nothing about their spread")
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples)  # (B, C)
+    means = (weights @ np.array(sums).T) / (weights @ sizes[0])[:, None]  # (B, K * S)
+    n_seeds = values.shape[1]
+    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_resamples) / n_seeds  # (B, S)
+    return np.einsum("bks,bs->bk", means.reshape(n_resamples, len(values), n_seeds), seeds)
+
+
+def _cluster_sums(values: Sequence[float], clusters: Sequence[object]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of the values in each cluster, both (K,), in the order in which clusters first occur."""
+    if len(values) != len(clusters):
+        raise ValueError(f"{len(values)} values but {len(clusters)} clusters")
     numbers: dict[object, int] = {}
     index = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], dtype=np.intp)
-    if len(numbers) < 2:
-        return math.nan, math.nan
-    sums = np.bincount(index, weights=np.asarray(values, dtype=np.float64))
-    kinds, counts = np.unique(np.stack([sums, np.bincount(index)], axis=1), axis=0, return_counts=True)
-    weights = np.random.default_rng(seed).multinomial(len(numbers), counts / len(numbers), size=n_resamples)
-    totals = weights @ kinds  # (n_resamples, 2): sum of values, number of questions
-    low, high = np.quantile(totals[:, 0] / totals[:, 1], [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return np.bincount(index, weights=np.asarray(values, dtype=np.float64)), np.bincount(index)
 
 
 def paired_difference(
     correct_a: Sequence[bool], correct_b: Sequence[bool], clusters: Sequence[object], *, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Accuracy of A minus accuracy of B on the same questions, with its interval clustered by image.
+    """Accuracy of A minus accuracy of B on the same questions, with its interval clustered by recording.
 
     Args:
         correct_a: (N,) whether system A answered each question correctly.
         correct_b: (N,) the same for system B, in the same order.
-        clusters: (N,) the image of each question.
+        clusters: (N,) the recording of each question.
         level: nominal coverage, in (0, 1).
 
     Returns:
@@ -79,21 +128,44 @@ def paired_difference(
     return float(difference.mean()), *cluster_bootstrap_ci(difference, clusters, level=level)
 
 
-def mcnemar_exact(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
-    """Two-sided exact McNemar p value: are the questions that only one system got right split evenly?
+def permutation_test(correct_a: Sequence[bool], correct_b: Sequence[bool], clusters: Sequence[object]) -> float:
+    """Two-sided p value of a paired permutation test over clusters: do two systems that are as good differ by so much?
 
-    It treats questions as independent, so read it beside the clustered interval of `paired_difference`.
+    If it made no difference which of the two systems gave which answers, the answers to a whole cluster could be
+    exchanged: the difference of right answers in it, d, would be -d as likely. The p value is the share of all 2**K
+    exchanges whose summed difference is at least as far from 0 as the observed one. It is exact for any K: differences
+    are whole numbers, so their distribution is a convolution of K two-point ones, and nothing has to be drawn at random.
+
+    Args:
+        correct_a: (N,) whether system A answered each question correctly.
+        correct_b: (N,) the same for system B, in the same order.
+        clusters: (N,) the recording of each question.
+
+    Returns:
+        p in (0, 1]; 1 where both have as many right.
 
     Raises:
         ValueError: the lengths differ.
 
-    Source: McNemar 1947, Psychometrika 12:153; exact form: a binomial test with probability one half.
+    Source: Good 2005, Permutation, Parametric and Bootstrap Tests of Hypotheses, 3rd edition, chapter 3 (one-sample test
+    by changes of sign); the distribution as in Pagano and Tritchler 1983, JASA 78:435 (there with Fourier transforms).
     """
-    difference = _paired(correct_a, correct_b)
-    only_a, only_b = int((difference > 0).sum()), int((difference < 0).sum())
-    n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    sums, _ = _cluster_sums(_paired(correct_a, correct_b), clusters)
+    steps = np.sort(np.abs(sums[sums != 0]).astype(np.int64))  # sorted: the order of the rows changes no bit
+    total = int(steps.sum())
+    chances = np.zeros(2 * total + 1)  # of the sums -total..total
+    chances[total] = 1.0
+    reach = 0
+    for step in steps.tolist():
+        before = chances[total - reach : total + reach + 1].copy() / 2
+        reach += step
+        chances[total - reach : total + reach + 1] = 0
+        chances[total - reach : total - reach + len(before)] += before
+        chances[total + reach + 1 - len(before) : total + reach + 1] += before
+    observed = abs(int(sums.sum()))
+    if observed == 0:
+        return 1.0
+    return max(2 * float(chances[total + observed :].sum()), sys.float_info.min)  # 2**-1000 and less round to 0
 
 
 def _paired(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dataset.questions import CAPTION_TYPE
+from dataset.sunrgbd import frame_group
 from evaluation.intervals import cluster_bootstrap_ci, wilson_interval
 from utils import UserError
 
@@ -108,12 +109,12 @@ MATCHES: dict[str, Callable[[str, str], bool]] = {"exact_match": exact_match, "l
 def evaluate_rows(rows: Sequence[Row], *, blind: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
     """Score prediction rows: what metrics.json holds about accuracy.
 
-    A cell is `{"n_questions", "n_images", "exact_match": {"value", "low", "high"}, "lemma_set_match": {...}}`; its 95 %
-    interval resamples images (None with fewer than two of them). Rows of type Caption are left out.
+    A cell is `{"n_questions", "n_images", "n_recordings", "exact_match": {"value", "low", "high"}, "lemma_set_match":
+    {...}}`; its 95 % interval resamples recordings (None with fewer than two of them). Rows of type Caption are left out.
 
     Args:
         rows: prediction rows with Question_Type, Answers, Model_Answer and Image_Path; `sensor`, `depth_answerable` and
-            `pair_id` are used where the rows have them.
+            `pair_id` are used where the rows have them, and so is Recording (see `recordings`).
         blind: name of a baseline that sees no image -> its answer to each of `rows`, in their order.
 
     Returns:
@@ -176,24 +177,46 @@ def order_types(types: Iterable[str]) -> list[str]:
     return sorted(types, key=lambda kind: (rank.get(kind, len(rank)), kind))
 
 
+def recording(image_path: str) -> str:
+    """The recording that a picture of the SUN RGB-D tree is from, by its path; a picture anywhere else is its own.
+
+    Pictures of one recording may show one room (`dataset.sunrgbd.frame_group`). Where the names do not tell, as in NYUv2
+    and B3DO, every frame counts as one.
+    """
+    frame, _, _ = image_path.rpartition("/image/")
+    return frame_group(frame) if frame else image_path
+
+
+def recordings(rows: Iterable[Row]) -> list[str]:
+    """The cluster of each prediction row: its cell Recording, else by its Image_Path.
+
+    The built-in world has the names of real frames, but each of its pictures shows a room of its own: there the cell says so.
+    """
+    return [row.get("Recording") or recording(row["Image_Path"]) for row in rows]
+
+
 def _cell(rows: Sequence[Row]) -> dict[str, Any]:
-    images = [row["Image_Path"] for row in rows]
-    cell: dict[str, Any] = {"n_questions": len(rows), "n_images": len(set(images))}
+    clusters = recordings(rows)
+    cell: dict[str, Any] = {
+        "n_questions": len(rows),
+        "n_images": len({row["Image_Path"] for row in rows}),
+        "n_recordings": len(set(clusters)),
+    }
     for name, match in MATCHES.items():
-        cell[name] = accuracy([match(row["Model_Answer"], row["Answers"]) for row in rows], images)
+        cell[name] = accuracy([match(row["Model_Answer"], row["Answers"]) for row in rows], clusters)
     return cell
 
 
-def accuracy(correct: Sequence[float], images: Sequence[str]) -> dict[str, float | None]:
-    """Share of right answers (or mean of scores) with its 95 % interval clustered by image: `{"value", "low", "high"}`.
+def accuracy(correct: Sequence[float], clusters: Sequence[str]) -> dict[str, float | None]:
+    """Share of right answers (or mean of scores) with its 95 % interval by cluster: `{"value", "low", "high"}`.
 
-    When all are right, or all wrong, resampling cannot show any spread; Wilson's interval over the images stands in.
+    When all are right, or all wrong, resampling cannot show any spread; Wilson's interval over the clusters stands in.
     """
-    n_right, n_images = sum(correct), len(set(images))
+    n_right, n_clusters = sum(correct), len(set(clusters))
     if n_right in (0, len(correct)):
-        low, high = wilson_interval(n_images if n_right else 0, n_images)
+        low, high = wilson_interval(n_clusters if n_right else 0, n_clusters)
     else:
-        low, high = cluster_bootstrap_ci(correct, images)
+        low, high = cluster_bootstrap_ci(correct, clusters)
     return {
         "value": n_right / len(correct),
         "low": None if math.isnan(low) else low,

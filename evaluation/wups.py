@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from evaluation.metrics import accuracy, answer_items, group_by, order_types
+from evaluation.metrics import accuracy, answer_items, group_by, order_types, recordings
 from utils import ProgressLine
 
 Row = Mapping[str, Any]
@@ -80,7 +80,7 @@ def wups(prediction: str, answer: str, *, threshold: float, similarity: WordSimi
 def wups_scores(
     rows: Sequence[Row], similarity: WordSimilarity, *, blind: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, Any]:
-    """WUPS of prediction rows at both thresholds, with 95 % intervals that resample images.
+    """WUPS of prediction rows at both thresholds, with 95 % intervals that resample recordings.
 
     Args:
         rows: prediction rows with Question_Type, Answers, Model_Answer and Image_Path.
@@ -118,5 +118,5 @@ def _cells(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _cell(rows: Sequence[Row]) -> dict[str, Any]:
-    images = [row["Image_Path"] for row in rows]
-    return {name: accuracy([row[name] for row in rows], images) for name in THRESHOLDS}
+    clusters = recordings(rows)
+    return {name: accuracy([row[name] for row in rows], clusters) for name in THRESHOLDS}

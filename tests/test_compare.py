@@ -12,7 +12,7 @@ from PIL import Image
 
 from dataset.depth import encode_sunrgbd
 from evaluation import compare
-from evaluation.intervals import mcnemar_exact, paired_difference
+from evaluation.intervals import paired_difference, permutation_test
 from evaluation.metrics import QUESTION_TYPES, evaluate_rows
 from utils import UserError
 
@@ -118,12 +118,29 @@ def test_table_agrees_with_metrics_and_statistics(folders):
         stored = json.loads((folder / "metrics.json").read_text())
         assert row.accuracies["Overall"] == stored["overall"]["exact_match"]
         assert row.accuracies["Yes/No"] == stored["per_type"]["Yes/No"]["exact_match"]
-    images = [row["Image_Path"] for row in results[0].rows]
-    assert table[0].difference == paired_difference(results[0].correct(), results[1].correct(), images)
+    rooms = [row["Image_Path"] for row in results[0].rows]
+    assert table[0].difference == paired_difference(results[0].correct(), results[1].correct(), rooms)
     assert table[0].difference[0] < 0 < table[2].difference[0] + 1
-    assert table[0].p_value == mcnemar_exact(results[0].correct(), results[1].correct())
+    assert table[0].p_value == permutation_test(results[0].correct(), results[1].correct(), rooms)
     assert table[1].difference is None and table[1].p_value is None
     assert table[-1].blind and table[-1].accuracies["Overall"]["value"] == 0.5
+
+
+def test_pictures_of_one_recording_are_one_cluster(tmp_path):
+    """Two SUN3D scans of five frames each: two systems cannot be told apart by two rooms, and the report says what there is."""
+    rows = [
+        row | {"Image_Path": f"SUNRGBD/xtion/sun3ddata/hotel/scan{n // 30}/{n // 6}/image/rgb.jpg"}
+        for n, row in enumerate(question_rows())
+    ]
+    results = load(
+        [write_results(tmp_path / str(share), answered(rows, share, 1), name=str(share)) for share in (0.3, 1)]
+    )
+    _, better = compare.comparison_table(results)
+    assert better.p_value == 0.5 and better.difference[0] > 0.5
+    cell = evaluate_rows(results[0].rows)["overall"]
+    assert (cell["n_images"], cell["n_recordings"]) == (10, 2)
+    text = compare.explanation(results)
+    assert "10 images of 2 recordings" in text.replace("\n", " ") and "resample recordings" in text.replace("\n", " ")
 
 
 def test_what_depth_can_answer_has_a_column_of_its_own(tmp_path):

@@ -16,6 +16,7 @@ from dataset.questions import read_questions
 from dataset.sunrgbd import read_frame
 from distillation.models import load_model
 from distillation.training import read_checkpoint
+from evaluation.metrics import recording
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
 from tests.test_training import train
 from utils import ROOT, UserError
@@ -148,6 +149,19 @@ def test_contradictions_are_errors(places, tmp_path, more, complaint):
     with pytest.raises(UserError, match=complaint):
         evaluate(tmp_path / "a", "--ckpt_path", str(best(places, "baseline_depth")), *more)
     assert not (tmp_path / "a").exists()
+
+
+def test_rooms_of_the_built_in_world_are_recordings_of_their_own(places, world, tiny_folder, tmp_path, monkeypatch):
+    """Its pictures are named like frames of recordings: as real ones they share clusters, with --miniature they do not."""
+    stock = ("--model_id", str(tiny_folder), "--pixel_data_type", "depth", "--image_tokens", "one_tile")
+    rows, metrics = evaluate(tmp_path / "a", *stock)
+    assert {row["Recording"] for row in rows} == {recording(row["Image_Path"]) for row in rows}
+    monkeypatch.setattr(evaluate_onevision, "data_root", lambda miniature: world)
+    monkeypatch.setattr(evaluate_onevision, "ensure_world", lambda root: root)
+    rows, miniature = evaluate(tmp_path / "b", *stock, "--miniature")
+    n_images = miniature["overall"]["n_images"]
+    assert len({row["Recording"] for row in rows}) == miniature["overall"]["n_recordings"] == n_images == 8
+    assert metrics["overall"]["n_recordings"] < n_images
 
 
 def test_ambiguous_and_missing_checkpoints(places, tmp_path):

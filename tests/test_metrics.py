@@ -12,7 +12,15 @@ from scipy.sparse import csr_matrix
 
 from evaluation import blind
 from evaluation.intervals import cluster_bootstrap_ci
-from evaluation.metrics import QUESTION_TYPES, evaluate_rows, exact_match, lemma_set_match, normalise_answer
+from evaluation.metrics import (
+    QUESTION_TYPES,
+    evaluate_rows,
+    exact_match,
+    lemma_set_match,
+    normalise_answer,
+    recording,
+    recordings,
+)
 from utils import UserError
 
 
@@ -118,6 +126,21 @@ def test_cells_equal_counting_by_hand(rows):
     assert list(scores["per_type"]) == [*QUESTION_TYPES, "Zoology"]
     assert scores.keys() == {"overall", "per_type"}
     json.dumps(scores, allow_nan=False)
+
+
+def test_intervals_resample_recordings(rows):
+    """Frames of a SUN3D scan or of a day of kv2 are one cluster, NYUv2's each its own; a row's own cluster goes before that."""
+    day = "SUNRGBD/kv2/kinect2data/{:06d}_2014-05-26_14-23-37_260595134347_rgbf000103-resize/image/0.jpg"
+    scan, alone = "SUNRGBD/xtion/sun3ddata/hotel/scan1/frame{}/image/0.jpg", "SUNRGBD/kv1/NYUdata/NYU{:04d}/image/0.jpg"
+    for path, n_recordings in ((day, 1), (scan, 1), (alone, 42)):
+        named = [row | {"Image_Path": path.format(number // 5)} for number, row in enumerate(rows)]
+        cell = evaluate_rows(named)["overall"]
+        assert (cell["n_images"], cell["n_recordings"]) == (42, n_recordings)
+        assert (cell["exact_match"]["low"] is None) == (n_recordings == 1)
+        assert [recording(row["Image_Path"]) for row in named] == recordings(named)
+        alone_again = evaluate_rows([row | {"Recording": row["Image_Path"]} for row in named])["overall"]
+        assert alone_again["n_recordings"] == 42
+        assert alone_again["exact_match"] == evaluate_rows(rows)["overall"]["exact_match"]
 
 
 def test_row_order_does_not_matter(rows):

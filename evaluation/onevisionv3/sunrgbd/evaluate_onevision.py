@@ -3,7 +3,7 @@
 Reads   SUNRGBD/csv_data/{train,val,test}_dataset.csv; a checkpoint of our training scripts, or a model id or folder;
         with --dataset daquar DAQUAR/qa.894.raw.{train,test}.txt instead, what people asked about the NYUv2 frames
 Writes  <output>/predictions.csv, a row per question, and <output>/metrics.json: accuracy per type and overall with 95 %
-        intervals that resample images, the baselines that see no image beside it, caption scores; WUPS for DAQUAR
+        intervals that resample recordings, the baselines that see no image beside it, caption scores; WUPS for DAQUAR
 
 What a checkpoint records (model, modality, depth encoding, image tokens) is used; a flag that contradicts it is an error.
 `--pixel_data_type blind` withholds the picture from any system. Answers are decoded greedily, without repetition rules.
@@ -67,7 +67,7 @@ from distillation.training import (
 )
 from evaluation.blind import blind_predictions
 from evaluation.captions import caption_scores
-from evaluation.metrics import evaluate_rows, exact_match
+from evaluation.metrics import evaluate_rows, exact_match, recording
 from evaluation.wups import wordnet_similarity, wups_scores
 
 
@@ -158,7 +158,10 @@ def main(args: argparse.Namespace) -> None:
     )
     answers = answer_questions(model.to(device).eval(), processor, root, rows, images, args)
     predictions = [
-        csv_cells(row) | {"Model_Answer": answers[row.id], "Correct": int(exact_match(answers[row.id], row.answer))}
+        csv_cells(row)
+        | {"Model_Answer": answers[row.id], "Correct": int(exact_match(answers[row.id], row.answer))}
+        # A room of the built-in world is in one picture, although that is named like a frame of a recording.
+        | {"Recording": frame_path(row) if args.miniature else recording(row.image_path)}
         for row in rows
     ]
     scored = [cells for cells in predictions if cells["Question_Type"] != CAPTION_TYPE]

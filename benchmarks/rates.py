@@ -1,0 +1,325 @@
+"""Learning rates for every system of the study, each by the same search on the validation split.
+
+A system has one rate or several: of language model and projector (lr), of the vision tower (vision_lr), of a map between hidden
+states (map_lr). One after the other, starting from the script's own, each is tried at five values a factor of 2 apart while the others
+stay; the best on val stays. Where that is at an end of the grid, the grid is extended there. One seed, all labels, as many epochs as
+in the study; every system in its fullest form, with questions to the teacher where it can ask. Phases 2 and 3 start from the best
+run of the phase before. A phase is judged by what chooses its checkpoint: phase 1 by the cosine of patches, all else by exact match.
+
+What is finished is kept: an interrupted call goes on where it was.
+
+Writes  <output>/rates.json, every run with its flags and what was chosen, which reproduce.py reads; <output>/rates.md, the tables
+        <work>/rates/, a record per run; <work>/logs/, what each run printed
+
+    python benchmarks/rates.py [--jobs N] [--work DIR] [--output benchmarks/reproduce]
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, duration, git_commit, run_script, write_json  # first: loads .env
+
+# isort: split
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import cache
+from typing import Any
+
+from benchmarks import reproduce
+from benchmarks.reproduce import ASK, ASKING_PHASES, FEATURES, JOINT, LABELS_ONLY, LOGITS, RGB_STUDENT, Stage, Task
+
+SEED = 0
+FACTOR = 2.0
+STEPS = (-2, -1, 0, 1, 2)  # powers of FACTOR around the start
+MOST_EXTENSIONS = 4  # values beyond an end of the grid, per rate
+DIVERGED = "gradient is not finite"  # in the message of a run whose rate is too high
+STAGES = {
+    stage.system: stage
+    for stage in (
+        *ASKING_PHASES,  # first: each phase waits for the one before
+        LABELS_ONLY,
+        RGB_STUDENT,
+        *(stage.but(*ASK) for stage in (LOGITS, FEATURES, JOINT)),
+    )
+}
+BEFORE = {second.system: first.system for first, second in zip(ASKING_PHASES, ASKING_PHASES[1:], strict=False)}
+
+Rates = dict[str, float]
+Scores = Mapping[tuple[float, ...], float]  # rates, in the order of the start -> score on val; -inf where it diverged
+
+
+@dataclass(frozen=True)
+class Line:
+    """One rate at several values while the others stay.
+
+    Attributes:
+        rate: which one varies.
+        others: values of the other ones.
+        values: tried values, rising.
+        best: the one that stays.
+        added: those by which the grid was extended.
+    """
+
+    rate: str
+    others: Rates
+    values: tuple[float, ...]
+    best: float
+    added: tuple[float, ...]
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the best is still at an end of the grid, after all extensions."""
+        return self.best in (self.values[0], self.values[-1])
+
+
+def search(start: Rates, scores: Scores) -> tuple[list[Rates], list[Line]]:
+    """How far a coordinate-wise search is: what has to run next, and the lines that are finished.
+
+    Args:
+        start: rates to begin with, in the order in which they are searched.
+        scores: of all runs so far.
+
+    Returns:
+        Rates to run now, none when the search is over; the finished lines.
+    """
+    rates, lines = dict(start), []
+    for name in start:
+        first, last = STEPS[0], STEPS[-1]
+        while True:
+            steps = range(first, last + 1)
+            values = {step: start[name] * FACTOR**step for step in steps}
+            tried = {step: rates | {name: value} for step, value in values.items()}
+            if missing := [found for found in tried.values() if tuple(found.values()) not in scores]:
+                return missing, lines
+            # Of equal ones that nearest to the start: an end of the grid has to be better, not as good.
+            best = max(steps, key=lambda step: (scores[tuple(tried[step].values())], -abs(step)))
+            if first < best < last or len(steps) == len(STEPS) + MOST_EXTENSIONS:
+                break
+            first, last = first - (best == first), last + (best == last)
+        others = {other: value for other, value in rates.items() if other != name}
+        added = tuple(value for step, value in values.items() if step not in STEPS)
+        lines.append(Line(name, others, tuple(values.values()), values[best], added))
+        rates[name] = values[best]
+    return [], lines
+
+
+@cache
+def start_of(stage: Stage) -> Rates:
+    """The learning rates that a stage's script has by itself, in the order in which they are searched."""
+    flags = [*stage.flags, *(["--load_checkpoint", "run"] if stage.system in BEFORE else [])]
+    own = vars(reproduce.training_script(stage.script).parse_args(["--miniature", *flags]))
+    return {name: own[name] for name in stage.rates}
+
+
+def rate_texts(rates: Rates) -> list[str]:
+    """`lr=0.00025` and so on."""
+    return [f"{name}={value:g}" for name, value in rates.items()]
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search for one system, with what its runs left in the work folder."""
+
+    stage: Stage
+    work: Path
+    subset: float  # share of the training images
+
+    @property
+    def earlier(self) -> "Search | None":
+        """The search of the phase before, whose best run this one starts from; None = from the student alone."""
+        name = BEFORE.get(self.stage.system)
+        return Search(STAGES[name], self.work, self.subset) if name else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known what the runs start from."""
+        return self.earlier is None or (self.earlier.ready and not self.earlier.progress()[0])
+
+    def chosen(self) -> Rates:
+        """The best rates so far."""
+        return start_of(self.stage) | {line.rate: line.best for line in self.progress()[1]}
+
+    def run_name(self, rates: Rates) -> str:
+        """Of the run with these rates, in file names."""
+        return "_".join([f"rates_{reproduce.file_name(self.stage.system)}", *rate_texts(rates)])
+
+    def best_run(self) -> str:
+        """The name of the run with the best rates."""
+        return self.run_name(self.chosen())
+
+    def flags(self, rates: Rates) -> list[str]:
+        """The command line but for its student and the checkpoint that it starts from."""
+        flags = reproduce.fixed_flags(self.stage, 1.0, SEED) + ["--subset_percentage", f"{self.subset:g}"]
+        return flags + [text for name, value in rates.items() for text in (f"--{name}", f"{value:g}")]
+
+    def record_path(self, rates: Rates) -> Path:
+        """Where the record of the run with these rates is once it is done."""
+        return self.work / "rates" / f"{self.run_name(rates)}.json"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of all finished runs. Raises UserError when one was made with other flags, or started from another run."""
+        source, found = self.earlier and self.earlier.best_run(), []
+        for path in sorted((self.work / "rates").glob(f"rates_{reproduce.file_name(self.stage.system)}_*.json")):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if (record["flags"], record["from"]) != (self.flags(record["rates"]), source):
+                raise UserError(f"{path}: was made with other flags; start over with another --work, or remove it")
+            found.append(record)
+        return found
+
+    def progress(self) -> tuple[list[Rates], list[Line]]:
+        """As `search`, with the scores of the finished runs."""
+        scores = {tuple(r["rates"].values()): -math.inf if r["val"] is None else r["val"] for r in self.records()}
+        return search(start_of(self.stage), scores)
+
+    def tasks(self) -> list[Task]:
+        """The runs that can start now; none while the phase before is searched, or when the search is over."""
+        own = (__file__, "--work", str(self.work), "--subset_percentage", f"{self.subset:g}")
+        return [
+            Task(
+                f"{self.stage.system}, {', '.join(rate_texts(rates))}",
+                (*own, "--system", self.stage.system, "--rates", *rate_texts(rates)),
+                self.work / "logs" / f"{self.run_name(rates)}.txt",
+            )
+            for rates in (self.progress()[0] if self.ready else [])
+        ]
+
+    def run(self, rates: Rates) -> dict[str, Any]:
+        """Train with these rates: the record. A run that diverged has no score; it says why."""
+        started, name, source = time.monotonic(), self.run_name(rates), None
+        argv = [*self.flags(rates), "--student_name", str(reproduce.student_start(self.work, SEED))]
+        if self.earlier:
+            source = self.earlier.best_run()
+            argv += [
+                "--load_checkpoint",
+                str(self.work / self.earlier.stage.script / "checkpoints" / f"miniature_{source}"),
+            ]
+        record = {"system": self.stage.system, "rates": rates, "flags": self.flags(rates), "from": source}
+        record |= {"metric": None, "val": None}
+        try:
+            folder = reproduce.run_once(self.stage.script, argv, self.work, name=name)
+            ended = json.loads((reproduce.logs_of(folder) / "run.json").read_text(encoding="utf-8"))
+            ((record["metric"], record["val"]),) = [item for item in ended.items() if item[0].startswith("val/")]
+        except UserError as error:
+            if DIVERGED not in str(error):
+                raise
+            record["error"] = str(error)
+        return record | {"commit": git_commit(), "seconds": round(time.monotonic() - started, 1)}
+
+    def result(self) -> dict[str, Any]:
+        """What rates.json says about the system, when its search is over."""
+        lines, records = self.progress()[1], self.records()
+        return {
+            "chosen": self.chosen(),
+            "start": start_of(self.stage),
+            "metric": next(record["metric"] for record in records if record["metric"]),
+            "lines": [asdict(line) | {"at_end": line.at_end} for line in lines],
+            "runs": [{k: v for k, v in record.items() if k not in ("system", "metric")} for record in records],
+        }
+
+
+def line_table(line: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown: the values of one rate, and below them what they scored, in %; the best is bold."""
+    scores = {tuple(sorted(run["rates"].items())): run["val"] for run in runs}
+    head, cells = [], []
+    for value in line["values"]:
+        score = scores[tuple(sorted((line["others"] | {line["rate"]: value}).items()))]
+        text = "diverged" if score is None else f"{100 * score:.1f}"
+        best = value == line["best"]
+        head.append(f"**{value:g}**" if best else f"{value:g}")
+        head[-1] += " (added)" if value in line["added"] else ""
+        cells.append(f"**{text}**" if best else text)
+    others = f" ({', '.join(rate_texts(line['others']))})" if line["others"] else ""
+    end = ["", f"The best {line['rate']} is still at an end of the grid."] if line["at_end"] else []
+    return [
+        f"| {line['rate']}{others} | {' | '.join(head)} |",
+        "| --- |" + " ---: |" * len(head),
+        f"| val | {' | '.join(cells)} |",
+        *end,
+        "",
+    ]
+
+
+def report(records: Mapping[str, Any]) -> str:
+    """The tables with what they are about."""
+    systems = records["systems"]
+    runs = [run for system in systems.values() for run in system["runs"]]
+    commits = ", ".join(sorted({run["commit"] for run in runs}))
+    text = [
+        "# Learning rates",
+        "",
+        f"{records['date']}, commit {commits}: {len(runs)} runs on {100 * records['subset_percentage']:g} % of the miniature's "
+        f"training images, {duration(sum(run['seconds'] for run in runs))} in all, each in a process of its own. Score on the "
+        "validation split in %; the best value is bold. Each rate in turn is tried at five values a factor of 2 apart, from the "
+        "script's own, while the others stay; one seed, so that differences of a point say little. A grid is extended where its "
+        "best value is at an end (added). Every system had this search; their number of rates decides the number of tries. "
+        "`rates.json` has every run.",
+        "",
+    ]
+    for name, system in systems.items():
+        best, flags = ", ".join(rate_texts(system["chosen"])), " ".join(STAGES[name].flags)
+        text += [
+            f"## {name}",
+            "",
+            f"`{STAGES[name].script}{' ' + flags if flags else ''}`, {system['metric']}; chosen: {best}",
+            "",
+        ]
+        for line in system["lines"]:
+            text += line_table(line, system["runs"])
+    return "\n".join(text)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reproduce.add_study_args(parser)
+    parser.add_argument("--subset_percentage", type=float, default=1.0, help="share of the training images, in (0, 1]")
+    parser.add_argument("--system", choices=tuple(STAGES), help="one run of this system only, no tables")
+    parser.add_argument("--rates", nargs="+", metavar="NAME=VALUE", help="with --system: all of its rates")
+    args = parser.parse_args(argv)
+    reproduce.check_study_args(parser, args)
+    if (args.system is None) != (args.rates is None):
+        parser.error("--system and --rates are of one run; give both")
+    if args.system:
+        try:
+            args.rates = {name: float(value) for name, value in (text.split("=") for text in args.rates)}
+        except ValueError:
+            parser.error(f"--rates {' '.join(args.rates)}: give NAME=VALUE, as in lr=0.00025")
+        if args.rates.keys() != (needed := start_of(STAGES[args.system])).keys():
+            parser.error(f"--rates: {args.system} has {', '.join(needed)}; give each of them")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """The teacher, then all runs that are not finished yet, round by round, then the tables."""
+    os.environ["MAIN_ROOT_DATA_DIR"] = str(args.work)  # apart from the user's own runs
+    reproduce.tuned_teacher(args.work)
+    if args.system:
+        one = Search(STAGES[args.system], args.work, args.subset_percentage)
+        if not one.record_path(args.rates).is_file():
+            write_json(one.record_path(args.rates), one.run(args.rates))
+        return
+    searches = {name: Search(stage, args.work, args.subset_percentage) for name, stage in STAGES.items()}
+    while tasks := [task for one in searches.values() for task in one.tasks()]:
+        reproduce.run_side_by_side(tasks, args.jobs)
+    records = {
+        "date": str(date.today()),
+        "subset_percentage": args.subset_percentage,
+        "seed": SEED,
+        "systems": {name: one.result() for name, one in searches.items()},
+    }
+    write_json(args.output / "rates.json", records)
+    (args.output / "rates.md").write_text(report(records), encoding="utf-8")
+    print(report(records))
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)
