@@ -95,7 +95,7 @@ class SUNRGBDDataset(Dataset):
         order = np.random.default_rng((self.seed, index))  # the same in every epoch
         further = self.further.get(rows[0].image_path, [])
         labelled = _turn([row for row in rows if row.answer], self.questions_per_image, epoch, order)
-        # Those with a gold answer come first: they are few where labels are hidden.
+        # Those with a gold answer come first: they are few where labels are withheld.
         room = None if self.questions_per_image is None else self.questions_per_image - len(labelled)
         unlabelled = _turn([row for row in rows if not row.answer], room, epoch, order)
         return {
@@ -168,7 +168,7 @@ def subset_of_images(rows: list[QuestionRow], share: float, *, seed: int) -> lis
     return [row for i in kept for row in images[i]]
 
 
-def hide_labels(rows: list[QuestionRow], share: float, *, seed: int) -> list[QuestionRow]:
+def withhold_labels(rows: list[QuestionRow], share: float, *, seed: int) -> list[QuestionRow]:
     """The rows with gold answers for a random `share` of them only; what a smaller share keeps, a larger one keeps too.
 
     Raises:
@@ -223,16 +223,16 @@ class SUNRGBDDataModule(pl.LightningDataModule):
             return
         rows = subset_of_images(self.rows("train"), self.subset_percentage, seed=self.seed)
         self.images_per_epoch = len(group_by_image(rows))
-        answered = [row for row in hide_labels(rows, self.label_fraction, seed=self.seed) if row.answer]
+        answered = [row for row in withhold_labels(rows, self.label_fraction, seed=self.seed) if row.answer]
         self.train = self._train_set(answered)
         # A checkpoint chosen on labels has used them: as few of the validation questions as of the training questions.
-        labelled = [row for row in hide_labels(self.rows("val"), self.label_fraction, seed=self.seed) if row.answer]
+        labelled = [row for row in withhold_labels(self.rows("val"), self.label_fraction, seed=self.seed) if row.answer]
         self.val = self._dataset(labelled)
 
     def use_teacher(self, teacher: TeacherOutputs) -> None:
         """Train on all images that the teacher has seen: what has no gold answer is answered by the teacher."""
         rows = subset_of_images(self.rows("train"), self.subset_percentage, seed=self.seed)
-        rows = hide_labels(rows, self.label_fraction, seed=self.seed)
+        rows = withhold_labels(rows, self.label_fraction, seed=self.seed)
         self.teacher = teacher
         self.train = self._train_set(
             [row for row in rows if row.image_path in teacher.rows],

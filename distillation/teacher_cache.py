@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,7 +43,7 @@ from dataset.datamodule import SUNRGBDDataModule, frame_path, group_by_image, im
 from dataset.pictures import ImageSettings, load_images, picture_key
 from dataset.processor import ImageTextProcessor, load_processor
 from dataset.prompts import collate_prompts, pack_questions
-from dataset.questions import QuestionRow, unanswered_file
+from dataset.questions import QuestionRow, csv_cells, unanswered_file
 from dataset.store import TensorStore
 from dataset.sunrgbd import frame_group, read_frame
 from distillation.models import greedy_answers, image_features, load_model, overview_patches, restore_student
@@ -58,6 +59,8 @@ from distillation.training import (
     read_checkpoint,
     resolve_precision,
 )
+from evaluation.blind import majority_per_type, question_text
+from evaluation.metrics import exact_match
 from utils import (
     ROOT,
     UserError,
@@ -288,6 +291,7 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
             "--augmentation: the teacher has seen the pictures as recorded, crops would not match; leave it out"
         )
     name, path, recorded = _named_teacher(args)
+    check_labels(args, path, recorded)
     processor = load_processor(name)
     check_same_language(processor, data.processor, teacher=name, student=args.student_name)
     check_same_vision(name, args.student_name)
@@ -299,7 +303,8 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
                 f"--teacher_checkpoint {path}: has {setting} {recorded[setting]}, a teacher here needs {wanted}"
             )
     dtype = frozen_dtype(args.precision, args.accelerator)
-    key = teacher_key(model_digest(name, path), processor, images, dtype)
+    weights = model_digest(name, path)
+    key = teacher_key(weights, processor, images, dtype)
     groups, n_bank = teacher_groups(data, dry_run=args.dry_run)
     folder = outputs_root(ROOT / "distillation" / "teacher_outputs")
     if args.dry_run:
@@ -328,14 +333,50 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
     teacher = TeacherCache(source, groups, n_bank)
-    run.record.update(teacher_outputs=folder.name, teacher_checkpoint=str(path) if path else None)
+    run.record.update(
+        teacher_outputs=folder.name, teacher_checkpoint=str(path) if path else None, teacher_weights=weights[:16]
+    )
     if not args.dry_run:
         scores = teacher.accuracy([row for rows in groups[n_bank:] for row in rows])
         run.record["teacher_val_exact_match"] = round(scores["all"], 4)
-        # A teacher hands on what it has read, labels that are hidden from the student too.
         whose = f"{path}, tuned on {100 * recorded['label_fraction']:g} % of the labels" if path else name
         print(f"teacher: {whose}; on val: " + ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items()))
+        warn_unless_above_blind(scores["all"], data)
     return teacher
+
+
+def check_labels(args: argparse.Namespace, path: Path | None, recorded: Mapping[str, Any] | None) -> None:
+    """A tuned teacher hands on every label that it has read: it may not have read more than the student may see.
+
+    Raises:
+        UserError: it has, and --any_teacher does not say that it is meant.
+    """
+    if path is None or args.any_teacher:
+        return
+    theirs, ours = recorded["label_fraction"], getattr(args, "label_fraction", 1.0)  # phase 1 reads no labels
+    same_draw = all(recorded[name] == getattr(args, name) for name in ("seed", "subset_percentage"))
+    if theirs > ours or (theirs == ours < 1 and not same_draw):
+        raise UserError(
+            f"--teacher_checkpoint {path}: was tuned on {100 * theirs:g} % of the labels (seed {recorded['seed']}), this student may "
+            f"see {100 * ours:g} % (seed {args.seed}), and a teacher hands on what it has read. Tune one with the same --label_fraction "
+            "and --seed, let a stock one teach (--teacher_name), or add --any_teacher if it is meant"
+        )
+
+
+def warn_unless_above_blind(score: float, data: SUNRGBDDataModule) -> None:
+    """Say so where a teacher knows no more about the validation questions than their words give away."""
+    train, val = ([csv_cells(row) for row in data.rows(split)] for split in ("train", "val"))
+    guesses = [majority_per_type(train, val), question_text(train, val)]
+    blind = max(
+        sum(exact_match(guess, row["Answers"]) for guess, row in zip(answers, val, strict=True)) / len(val)
+        for answers in guesses
+    )
+    if score <= blind:
+        print(
+            f"warning: the teacher is right on {score:.3f} of the validation questions, who does not look on {blind:.3f}: there is "
+            "nothing to learn from it. Tune it first (distillation/baseline_rgb7b/train2.py), or choose another",
+            file=sys.stderr,
+        )
 
 
 def stored_outputs(

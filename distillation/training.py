@@ -81,6 +81,10 @@ MINIATURE_DEFAULTS = dict(
     num_workers=1,
 )
 
+# Ten times that of fine-tuning, for every student whose tower has seen colour pictures and now sees depth: a control that learns to
+# see more slowly than its rivals would flatter them.
+DEPTH_VISION_LR = 2e-5
+
 LEAST = dict(  # smallest value that a flag takes
     batch_size=1,
     accumulate_grad_batches=1,
@@ -174,7 +178,9 @@ def add_common_args(parser: argparse.ArgumentParser, *, leave_out: Sequence[str]
 
 
 def add_depth_args(parser: argparse.ArgumentParser) -> None:
-    """The flags of every script whose student sees depth."""
+    """The flags of every script whose student sees depth; its tower's rate is higher, since depth is new to it."""
+    if parser.get_default("vision_lr") is not None:  # where the tower trains
+        parser.set_defaults(vision_lr=DEPTH_VISION_LR)
     parser.add_argument("--depth_encoding", choices=tuple(ENCODINGS), default="metric_log3", help="depth -> 3 channels")
     parser.add_argument("--depth_source", choices=DEPTH_SOURCES, default="raw", help="raw, or bfx = hole-filled")
 
@@ -188,6 +194,11 @@ def add_teacher_args(parser: argparse.ArgumentParser, *, asks: bool = True) -> N
         nargs="?",
         const="best",
         help="a teacher fine-tuned by baseline_rgb7b: a path or a run's name; without one: the best",
+    )
+    parser.add_argument(
+        "--any_teacher",
+        action="store_true",
+        help="accept a teacher that the phase before did not have, or that was tuned on labels which the student may not see",
     )
     parser.add_argument(
         "--teacher",
@@ -870,7 +881,7 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
     """
     free = {"resume", "run_name", "git_commit", "export", "save_final_pt", "num_workers", "max_epochs", "max_steps"}
     free |= {"accelerator", "devices", "strategy", "load_checkpoint", "picture_cache", "vision_cache", "teacher"}
-    free |= {"gradient_checkpointing", "num_nodes"}
+    free |= {"gradient_checkpointing", "num_nodes", "any_teacher"}
     free |= {"teacher_val_exact_match"}  # follows from the teacher
     for name in sorted(run.record.keys() - free):
         if recorded.get(name) != run.record[name]:
@@ -932,6 +943,11 @@ def load_student(
                     f"--load_checkpoint {path}: trained with {name} {theirs[name]}, this run has {record[name]}; give the path of "
                     "one that was trained on the same labels"
                 )
+    if builds_on and theirs["teacher_weights"] != record["teacher_weights"] and not record["any_teacher"]:
+        raise UserError(
+            f"--load_checkpoint {path}: was trained with another teacher ({theirs['teacher_checkpoint'] or theirs['teacher_name']}); "
+            "give the same one, or add --any_teacher if it is meant"
+        )
     load_trained_state(student, student_state(checkpoint), origin=str(path))
     print(f"starting from {path}")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dataset import pictures
-from dataset.datamodule import SUNRGBDDataModule, hide_labels
+from dataset.datamodule import SUNRGBDDataModule, withhold_labels
 from dataset.pictures import ImageSettings, measured_share
 from dataset.processor import load_processor
 from dataset.prompts import collate_prompts, pack_questions
@@ -523,12 +523,12 @@ def test_the_tensor_that_the_projector_reads(places, world, tiny_folder, process
 
 def test_label_fractions_are_nested_and_only_take_answers_away(world, tiny_folder):
     rows = data_module(world, tiny_folder).rows("train")
-    kept = {f: {r.id for r in hide_labels(rows, f, seed=3) if r.answer} for f in (0.05, 0.1, 0.5, 1.0)}
+    kept = {f: {r.id for r in withhold_labels(rows, f, seed=3) if r.answer} for f in (0.05, 0.1, 0.5, 1.0)}
     assert kept[0.05] <= kept[0.1] <= kept[0.5] <= kept[1.0] == {r.id for r in rows}
     assert len(kept[0.5]) == round(len(rows) / 2)
-    assert [r.id for r in hide_labels(rows, 0.1, seed=3)] == [r.id for r in rows]
+    assert [r.id for r in withhold_labels(rows, 0.1, seed=3)] == [r.id for r in rows]
     with pytest.raises(UserError, match="--label_fraction"):
-        hide_labels(rows, 0, seed=0)
+        withhold_labels(rows, 0, seed=0)
 
 
 def test_label_only_training_sees_labelled_images_and_as_many_of_them(world, tiny_folder):
@@ -570,7 +570,7 @@ def processor_text(data, tokens):
 
 def test_hidden_labels_do_not_crowd_out_gold_ones(world, tiny_folder):
     data = data_module(world, tiny_folder, label_fraction=0.5, questions_per_image=1)
-    rows = hide_labels(data.rows("train"), 0.5, seed=0)
+    rows = withhold_labels(data.rows("train"), 0.5, seed=0)
     data.train = data._train_set(rows)
     for index, group in enumerate(data.train.images):
         (drawn,) = data.train[0, index]["rows"]

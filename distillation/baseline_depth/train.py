@@ -1,13 +1,13 @@
 """Baseline: the 0.5B student learns to answer from depth with gold answers alone. What every distillation has to beat.
 
-Loss    cross-entropy of the gold answer tokens (the end of the turn included), mean over the answer tokens of an optimizer update
+Loss    cross-entropy of the gold answer tokens (the end of the turn included), mean over those of an optimizer update
 Trains  everything: vision tower (own rate), projector, language model
 Reads   the pretrained 0.5B model; SUNRGBD/csv_data/{train,val}_dataset.csv
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/
-Rates   LLaVA-OneVision's fine-tuning: 1e-5, vision tower 2e-6, cosine, 3 % warm-up, no weight decay
-        (LLaVA-VL/LLaVA-NeXT, scripts/train/finetune_ov.sh)
+Rates   LLaVA-OneVision's fine-tuning: 1e-5, cosine, 3 % warm-up, no weight decay (LLaVA-VL/LLaVA-NeXT,
+        scripts/train/finetune_ov.sh); vision tower 2e-5, ten times as much as there: depth is new to it, as in phase 1
 
-    python distillation/baseline_depth/train.py --batch_size 2 --max_epochs 10
+    python distillation/baseline_depth/train.py --batch_size 2 --max_epochs 15
     python distillation/baseline_depth/train.py --miniature
 """
 

@@ -1,13 +1,13 @@
 """Baseline: the 0.5B student learns to answer from RGB with gold answers alone. What depth costs a model of this size.
 
-Loss    cross-entropy of the gold answer tokens (the end of the turn included), mean over the answer tokens of an optimizer update
+Loss    cross-entropy of the gold answer tokens (the end of the turn included), mean over those of an optimizer update
 Trains  everything: vision tower (own rate), projector, language model
 Reads   the pretrained 0.5B model; SUNRGBD/csv_data/{train,val}_dataset.csv
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/
 Rates   LLaVA-OneVision's fine-tuning: 1e-5, vision tower 2e-6, cosine, 3 % warm-up, no weight decay
         (LLaVA-VL/LLaVA-NeXT, scripts/train/finetune_ov.sh)
 
-    python distillation/baseline_rgb05b/train.py --batch_size 2 --max_epochs 10
+    python distillation/baseline_rgb05b/train.py --batch_size 2 --max_epochs 15
     python distillation/baseline_rgb05b/train.py --miniature
 """
 

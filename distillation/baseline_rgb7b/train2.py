@@ -1,6 +1,6 @@
 """Baseline: the 7B model is adapted to RGB rooms with gold answers. The teacher of every distillation, and their ceiling.
 
-Loss    cross-entropy of the gold answer tokens (the end of the turn included), mean over the answer tokens of an optimizer update
+Loss    cross-entropy of the gold answer tokens (the end of the turn included), mean over those of an optimizer update
 Trains  LoRA on all linear layers of the language model, and the projector; everything with --lora_rank 0
 Reads   the pretrained 7B model; SUNRGBD/csv_data/{train,val}_dataset.csv
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/

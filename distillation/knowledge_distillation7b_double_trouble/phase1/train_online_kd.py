@@ -133,7 +133,6 @@ class VisionAlignment(pl.LightningModule):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_args(parser, leave_out=["--lr", "--label_fraction", "--questions_per_image"])
-    parser.set_defaults(vision_lr=2e-5)
     add_depth_args(parser)
     add_teacher_args(parser, asks=False)
     parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
