@@ -310,7 +310,7 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
     if args.dry_run:
         folder = Path(tempfile.mkdtemp())
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    folder /= hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder /= _short_digest(key)
 
     def live() -> LiveTeacher:
         model = (
@@ -333,8 +333,10 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
     teacher = TeacherCache(source, groups, n_bank)
+    # A run may go on with newer code, as it may at another commit; its teacher is the same, but is asked again.
+    same = _short_digest({name: value for name, value in key.items() if name != "code"})
     run.record.update(
-        teacher_outputs=folder.name, teacher_checkpoint=str(path) if path else None, teacher_weights=weights[:16]
+        teacher_outputs=same, teacher_checkpoint=str(path) if path else None, teacher_weights=weights[:16]
     )
     if not args.dry_run:
         scores = teacher.accuracy([row for rows in groups[n_bank:] for row in rows])
@@ -552,16 +554,28 @@ def model_digest(name: str, checkpoint: Path | None) -> str:
 
 def teacher_key(model_digest: str, processor: ImageTextProcessor, images: ImageSettings, dtype: torch.dtype) -> dict:
     """What decides the teacher's outputs besides pictures and questions."""
-    pictures = json.dumps(picture_key(processor, images), sort_keys=True, default=str)
+    image_processor = processor.image_processor.to_dict()
+    pictures = picture_key(processor, images)
     tokenizer = processor.tokenizer.backend_tokenizer.to_str() + str(processor.chat_template)
     return {
         "format": FORMAT,
         "teacher": model_digest,
         "dtype": str(dtype),
         "images": asdict(images),
-        "pictures": hashlib.sha256(pictures.encode()).hexdigest(),
-        "torch": torch.__version__.split("+")[0],  # whatever device it was built for
-        "sources": source_digest(ROOT / "distillation", without=("losses.py", "training.py"), subfolders=False),
+        "image_processor": hashlib.sha256(
+            json.dumps(image_processor, sort_keys=True, default=str).encode()
+        ).hexdigest(),
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
         "max_answer_tokens": MAX_ANSWER_TOKENS,
+        "code": {
+            "dataset": pictures["sources"],
+            "distillation": source_digest(
+                ROOT / "distillation", without=("losses.py", "training.py"), subfolders=False
+            ),
+            "libraries": [torch.__version__.split("+")[0], *pictures["libraries"]],  # torch for whatever device
+        },
     }
+
+
+def _short_digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

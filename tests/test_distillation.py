@@ -157,7 +157,7 @@ def test_phases_of_one_road_see_the_same_labels(places, tiny_folder, tiny_teache
     train("phase3", tiny_folder, tiny_teacher, *from_half)
 
 
-def test_a_requeued_phase_starts_from_the_phase_before(places, tiny_folder, tiny_teacher, capsys):
+def test_a_requeued_phase_starts_from_the_phase_before(places, tiny_folder, tiny_teacher, capsys, monkeypatch):
     """--resume auto with nothing to resume: the phase before is loaded all the same; without it there is no start."""
     with pytest.raises(SystemExit):
         train("phase3", tiny_folder, tiny_teacher, "--resume", "auto")
@@ -168,7 +168,11 @@ def test_a_requeued_phase_starts_from_the_phase_before(places, tiny_folder, tiny
         train("phase3", tiny_folder, tiny_teacher, *again)
     said = capsys.readouterr().out
     assert "starting a new run" in said and "starting from" in said
+    # Newer code is no reason to start over, but one to ask the teacher again.
+    outputs = list((places / "teacher_outputs").iterdir())
+    monkeypatch.setattr(teacher_cache, "source_digest", lambda *args, **options: "newer")
     train("phase3", tiny_folder, tiny_teacher, *again)
+    assert len(list((places / "teacher_outputs").iterdir())) == len(outputs) + 1
     said = capsys.readouterr().out
     assert "continuing" in said and "starting from" not in said
     record = json.loads((places / SCRIPTS["phase3"] / "tensorboard_logs/t/run.json").read_text())
