@@ -25,7 +25,7 @@ IRREGULAR = {
     "mouse": "mice", "person": "people", "shelf": "shelves", "knife": "knives",
     "pair of headphones": "pairs of headphones", "pair of scissors": "pairs of scissors",
 }  # fmt: skip
-MASS_NOUNS = ("chalk", "clothing", "food", "fruit", "soap", "tape", "toilet paper", "toothpaste")
+MASS_NOUNS = ("chalk", "clothing", "food", "fruit", "paper", "soap", "tape", "toilet paper", "toothpaste")
 SEMANTIC_CLASSES = """
     wall floor cabinet bed chair sofa table door window bookshelf picture counter blinds desk shelves curtain dresser pillow
     mirror floor_mat ceiling books fridge tv towel shower_curtain box whiteboard person night_stand toilet sink lamp bathtub bag
