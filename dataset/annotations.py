@@ -41,6 +41,9 @@ ACCESSORIES = tuple(  # last words of names of what belongs to a thing and is no
     "handle handles knob knobs frame frames jamb way hinge lock bell stop stopper sill ledge rod rail ring holder hanger brush pad "
     "mat paper cloth sheet sheets cover lid label sticker reflection shadow".split()
 )
+GROUPS = tuple(
+    f"{word} of" for word in "stack pile row group bunch set pair".split()
+)  # before a plural: "pile of books"
 MAX_CUTS = 16  # characters taken out of one broken JSON file
 
 
@@ -63,21 +66,22 @@ class Instance:
 class Coverage:
     """How much of what annotators outlined has a name of the noun table; by kind: "known", "unknown", "structure".
 
-    Structure are walls, floors and ceilings. Groups are known though they are no instances; an object without a name is unknown.
+    Structure are walls, floors, ceilings and their borders. Groups are known though they are no instances; an object without a
+    name is unknown.
     """
 
     outlines: Counter = field(default_factory=Counter)
     area: Counter = field(default_factory=Counter)  # inside the pictures, which have an area of 1 each
     unknown_names: Counter = field(default_factory=Counter)  # by their letters: outlines
 
-    def add(self, name: str, area: float) -> None:
-        """Count an outline; the name is empty where there is none."""
+    def add(self, name: str, area: float, *, times: int = 1) -> None:
+        """Count an outline, or several of no area; the name is empty where there is none."""
         noun = canonical_noun(name)
         kind = "unknown" if noun is None else "known" if noun in asked_nouns() else "structure"
-        self.outlines[kind] += 1
+        self.outlines[kind] += times
         self.area[kind] += area
         if noun is None:
-            self.unknown_names[letters(name)] += 1
+            self.unknown_names[letters(name)] += times
 
     def __add__(self, other: "Coverage") -> "Coverage":
         return Coverage(
@@ -102,8 +106,9 @@ class _Outline(NamedTuple):
 def nouns() -> dict[str, dict[str, Any]]:
     """The table `nouns.json`: canonical noun -> what is known about it; see `dataset.build_nouns`.
 
-    `plural`; `aliases` and `found`, other names of one such thing; `unclear`, names of what may hold any number of them; `not`,
-    what only looks like a name; `similar`, nouns that annotators may have used instead; `asked`, false for parts of the room.
+    `plural`, the noun itself where it cannot be counted (soap); `aliases` and `found`, other names of one such thing;
+    `unclear`, names of what may hold any number of them; `not`, what only looks like a name; `similar`, nouns that annotators
+    may have used instead; `asked`, false for parts of the room.
     """
     return json.loads(NOUN_TABLE.read_text(encoding="utf-8"))
 
@@ -154,11 +159,12 @@ def spellings(table: dict[str, dict[str, Any]]) -> dict[str, tuple[str, bool]]:
     """Letters of a spelling -> (noun, is a plural or unclear). A plural that the table lists as an alias is one object."""
     singular, plural = {}, {}
     for noun, entry in table.items():
+        several = [entry["plural"]]
         for name in (noun, *entry["aliases"], *entry.get("found", ())):
             singular[letters(name)] = (noun, False)
-            for form in (f"{name}s", f"{name}es", f"{name[:-1]}ies"):
-                plural[letters(form)] = (noun, True)
-        for name in (entry["plural"], *entry.get("unclear", ())):
+            several += [f"{name}s", f"{name}es", *([f"{name[:-1]}ies"] if name.endswith("y") else [])]
+        in_groups = [f"{group} {form}" for form in several for group in GROUPS]
+        for name in (*several, *in_groups, *entry.get("unclear", ())):
             plural[letters(name)] = (noun, True)
     return plural | singular
 

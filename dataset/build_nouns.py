@@ -2,15 +2,18 @@
 
 SUN RGB-D's names are free text: "woodenchair", "chiar", "chair2". People write the table's nouns with their plurals, `aliases`,
 `unclear` and `similar` names; this script adds, as `found`, the spellings in lists of raw names that follow from them: a known
-name behind words of colour, material, size or place, or with one slip of the pen. It proposes, a person looks at the diff of
-the table, and what is wrong goes into the noun's `not`: "chain" is no chair. Names of two nouns are proposed for neither.
+name behind words of colour, material, size or place, before "of" something, or with one slip of the pen. It proposes, a
+person looks at the diff of the table, and what is wrong goes into the noun's `not`: "chain" is no chair. Names of two nouns are
+proposed for neither.
 
 Reads   dataset/nouns.json and lists of raw names: .json (an array, or an object whose keys they are), .csv (the column
         Name_6585, as in tables of the toolbox's label names), or a name per line
+        with --frequencies a .csv of names (class) and the number of frames that have them (scene_frequency)
 Writes  dataset/nouns.json
 
     python dataset/build_nouns.py names.json names.csv
     python dataset/build_nouns.py --check names.json names.csv    # write nothing, fail when the table would change
+    python dataset/build_nouns.py --frequencies frames.csv    # only print which share of the used names has a noun
 
 The table that comes with this repository was made from the 14,424 names of Yannick947/data_generator_sunrgbd
 (raw_to_cleaned_names.json) and the 6,113 names of the toolbox's segmentation labels, in this order.
@@ -33,7 +36,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from dataset.annotations import NOUN_TABLE, letters, nouns, spellings
+from dataset.annotations import NOUN_TABLE, Coverage, letters, nouns, spellings
 
 Table = dict[str, dict[str, Any]]
 
@@ -42,7 +45,9 @@ QUALIFIERS = tuple(
     "black white blue red green yellow brown grey gray orange pink purple dark silver gold wood wooden metal plastic glass "
     "leather steel iron small big large little tiny long tall low short round circular square left right front back rear middle "
     "center centre corner upper lower top bottom another other second first third single double old new empty open closed "
-    "office kitchen school student classroom library bathroom bedroom".split()
+    "office kitchen school student classroom library bathroom bedroom decorative framed rolling wheeled portable digital electric "
+    "folded hanging mounted rectangular rounded rectangle ceramic stainless beige tan maroon rolled cement concrete partial hallway "
+    "store lab side".split()
 )
 SLIP_LETTERS = 5  # shorter names are one letter away from too many others
 HEADS_SHOWN = 40
@@ -77,7 +82,7 @@ def with_found(table: Table, names: Iterable[str]) -> Table:
     slips = _slips(singular)
     found: dict[str, set[str]] = {noun: set() for noun in bare}
     for key in {letters(name) for name in names} - known.keys():
-        noun = _behind_qualifiers(key, singular) or _with_one_slip(key, slips)
+        noun = _behind_qualifiers(key, singular) or _full_of(key, singular) or _with_one_slip(key, slips)
         if noun and key not in bare[noun].get("not", ()):
             found[noun].add(key)
     filled = {noun: {**entry, "found": sorted(found[noun])} for noun, entry in bare.items()}
@@ -93,6 +98,13 @@ def _behind_qualifiers(key: str, singular: dict[str, str]) -> str | None:
             if noun:
                 return noun
     return None
+
+
+def _full_of(key: str, singular: dict[str, str]) -> str | None:
+    """The noun of `bottleofketchup`, which is a bottle whatever is in it."""
+    return next(
+        (singular[key[:i]] for i in range(len(key) - 3, 2, -1) if key[:i] in singular and key[i : i + 2] == "of"), None
+    )
 
 
 def _slips(singular: dict[str, str]) -> dict[str, set[str]]:
@@ -127,6 +139,49 @@ def table_text(table: Table) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def read_frequencies(path: Path) -> dict[str, int]:
+    """Name -> the number of frames that have it.
+
+    Raises:
+        UserError: the file cannot be read, lacks a column, or a number is none; names the row.
+    """
+    frames: dict[str, int] = {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as handle:
+            reader = csv.DictReader(handle)
+            for row in reader:
+                frames[row["class"]] = frames.get(row["class"], 0) + int(row["scene_frequency"])
+    except KeyError as error:
+        raise UserError(f"{path}: has no column {error.args[0]}; give one with class and scene_frequency") from error
+    except (TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}:{reader.line_num}: no name with a number of frames ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if not sum(frames.values()):
+        raise UserError(f"{path}: holds no names")
+    return frames
+
+
+def weighed_coverage(frames: dict[str, int]) -> Coverage:
+    """What the shipped table knows of the pairs of frame and name; they have no area."""
+    coverage = Coverage()
+    for name, n in frames.items():
+        coverage.add(name, 0.0, times=n)
+    return coverage
+
+
+def print_weighed_coverage(frames: dict[str, int]) -> None:
+    """Print which share of the pairs of frame and name has a noun, room parts apart, and the most frequent other names."""
+    coverage = weighed_coverage(frames)
+    known, unknown, structure = (coverage.outlines[kind] for kind in ("known", "unknown", "structure"))
+    share = f"{known / (known + unknown):.1%} of {known + unknown:,}" if known + unknown else "none"
+    print(
+        f"{share} pairs of frame and name have a noun, not counting {structure:,} of walls, floors and other room parts"
+    )
+    listed = ", ".join(f"{name or '(none)'} {n}" for name, n in coverage.unknown_names.most_common(HEADS_SHOWN))
+    print(f"most frequent other names: {listed}")
+
+
 def print_coverage(table: Table, lists: dict[Path, list[str]]) -> None:
     """Print which share of each list's names the table knows, and the words on which most of the others end."""
     known = spellings(table)
@@ -156,13 +211,24 @@ def _head(key: str, words: Collection[str]) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lists", type=Path, nargs="+", metavar="LIST", help="file with raw names")
+    parser.add_argument("lists", type=Path, nargs="*", metavar="LIST", help="file with raw names")
     parser.add_argument("--check", action="store_true", help="write nothing; fail when the table would change")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--frequencies", type=Path, metavar="FILE", help="only print which share of the used names has a noun"
+    )
+    args = parser.parse_args(argv)
+    if bool(args.lists or args.check) == bool(args.frequencies):
+        parser.error("give lists of names, or --frequencies FILE alone")
+    if not (args.lists or args.frequencies):
+        parser.error("--check needs the lists of names")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Refresh the table, or check it, and print what it covers."""
+    if args.frequencies:
+        print_weighed_coverage(read_frequencies(args.frequencies))
+        return
     lists = {path: read_names(path) for path in args.lists}
     table = with_found(nouns(), (name for names in lists.values() for name in names))
     print_coverage(table, lists)

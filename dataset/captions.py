@@ -10,7 +10,16 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from dataset.annotations import Instance
-from dataset.questions import CAPTION_TYPE, MIN_AREA_SHARE, NUMBERS, Question, clearly_closest, plural, with_article
+from dataset.questions import (
+    CAPTION_TYPE,
+    MIN_AREA_SHARE,
+    NUMBERS,
+    Question,
+    clearly_closest,
+    countable,
+    plural,
+    with_article,
+)
 
 CAPTION_QUESTION = "Describe the room."
 MAX_NOUNS = 6  # of the largest objects; a longer list is read by nobody
@@ -56,9 +65,9 @@ def _room(scene: str) -> str:
 
 
 def _counted(noun: str, n: int, vague: Collection[str]) -> str:
-    if n == 1 and noun not in vague:
-        return with_article(noun)
-    return f"{NUMBERS[n - 1]} {plural(noun)}" if noun not in vague and n <= len(NUMBERS) else f"some {plural(noun)}"
+    if noun in vague or n > len(NUMBERS) or not countable(noun):
+        return f"some {plural(noun)}"
+    return with_article(noun) if n == 1 else f"{NUMBERS[n - 1]} {plural(noun)}"
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -153,7 +153,7 @@ def frame_candidates(
         [
             (_ask("Count", _COUNT, noun, answer=NUMBERS[n - 1]),)
             for noun, n in counts.items()
-            if noun not in vague and n <= MAX_COUNT
+            if noun not in vague and n <= MAX_COUNT and countable(noun)
         ],
         _directions(placed),
         _nearest(placed, shown),
@@ -195,9 +195,14 @@ def plural(noun: str) -> str:
     return nouns().get(noun, {}).get("plural", f"{noun}s")
 
 
+def countable(noun: str) -> bool:
+    """Whether there can be two of it. Of a mass noun, such as soap, the table says so with an equal plural."""
+    return plural(noun) != noun
+
+
 def with_article(noun: str) -> str:
-    """The noun with "a" or "an" in front."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    """The noun with "a" or "an" in front, a mass noun alone."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" if countable(noun) else noun
 
 
 def _only(things: Sequence[Instance], noun: str) -> Instance | None:

@@ -39,6 +39,11 @@ def test_a_caption_names_room_objects_order_and_the_nearest():
     assert caption([]) is None
 
 
+def test_what_cannot_be_counted_has_no_number():
+    room = [thing("soap", 0), thing("soap", 20), thing("toilet paper", 36)]
+    assert caption(room).startswith("An office with some soap and some toilet paper.")
+
+
 def test_numbers_only_where_they_are_sure():
     chairs = [thing("chair", 0), thing("chair", 20), thing("table", 36, width=12)]
     assert "two chairs" in caption(chairs) and "the chair" not in caption(chairs)

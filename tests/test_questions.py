@@ -160,6 +160,15 @@ def test_no_question_about_what_is_not_unique_or_not_clear():
     assert "Is there a lamp?" in answers([table]) and "Is there a lamp?" not in answers([table], unsure={"lamp"})
 
 
+def test_what_cannot_be_counted_is_neither_counted_nor_given_an_article():
+    lone = [thing("soap", (-1, 0, 2)), thing("soap dish", (1, 0, 2), (30, 0, 50, 20))]
+    found = answers(lone, vocabulary=("clothing", "towel"))
+    assert found["Is there soap?"] == found["Is there a soap dish?"] == "yes"
+    assert found["Is there clothing?"] == found["Is there a towel?"] == "no"
+    assert found["Where is the soap relative to the soap dish?"] == "left"
+    assert [text for text in found if text.startswith("How many")] == ["How many soap dishes are there?"]
+
+
 def test_unknown_positions_and_depths_silence_what_needs_them():
     lost = Instance("chair", thing("chair").mask, np.nan, np.full(3, np.nan), None)
     bed, table = thing("bed", (1, 0, 2), (30, 0, 50, 20)), thing("table", (-1, 0, 4), (0, 30, 60, 60))
