@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from dataset.pictures import ImageSettings, measured_share
 from dataset.processor import load_processor
 from dataset.prompts import collate_prompts, pack_questions
 from dataset.sampler import ImageOrder
-from distillation import teacher_cache
+from distillation import teacher_cache, training
 from distillation.models import (
     answer_logits,
     greedy_answers,
@@ -615,3 +616,45 @@ def test_dry_run_of_a_distillation_writes_nothing(places, tiny_folder, tiny_teac
     train("logit", tiny_folder, tiny_teacher, "--dry_run", "--teacher_questions", "2")
     assert "peak memory" in capsys.readouterr().out
     assert not places.exists()
+
+
+# a fit teacher
+
+
+def test_a_teacher_that_knows_nothing_is_said_to_be_useless(places, tiny_folder, tiny_teacher, capsys):
+    train("logit", tiny_folder, tiny_teacher, "--max_steps", "1")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "the teacher is right on 0.000 of the validation questions" in line
+
+
+def test_phases_of_one_road_have_one_teacher(places, tiny_folder, tiny_teacher):
+    train("phase2", tiny_folder, tiny_teacher, "--from_stock", "--max_steps", "1")
+    start = ("--load_checkpoint", "t", "--max_steps", "1", "--run_name", "p3")
+    with pytest.raises(UserError, match="another teacher .*teacher.*--any_teacher"):
+        train("phase3", tiny_folder, tiny_folder, *start)
+    train("phase3", tiny_folder, tiny_folder, *start, "--any_teacher")
+
+
+def test_a_teacher_may_not_have_read_more_labels_than_its_student(places, tiny_folder):
+    script = load_script("distillation/baseline_rgb7b/train2.py")
+    for run, more in (("all", ()), ("half", ("--label_fraction", "0.5"))):
+        script.main(script.parse_args(flags(tiny_folder, *more, "--max_steps", "1", "--run_name", run)))
+    script = load_script(f"distillation/{SCRIPTS['logit']}/train_online_kd.py")
+
+    def student(run, *more):
+        script.main(script.parse_args([*flags(tiny_folder), "--max_steps", "1", "--run_name", run, *more]))
+
+    half = ("--label_fraction", "0.5")
+    with pytest.raises(UserError, match=r"tuned on 100 % of the labels .* may see 50 %"):
+        student("a", "--teacher_checkpoint", "all", *half)
+    with pytest.raises(UserError, match=r"tuned on 50 % of the labels \(seed 0\).* \(seed 1\)"):
+        student("a", "--teacher_checkpoint", "half", *half, "--seed", "1")
+    student("a", "--teacher_checkpoint", "half", *half)
+    student("b", "--teacher_checkpoint", "half")
+    student("c", "--teacher_checkpoint", "all", *half, "--any_teacher")
+
+
+def test_no_room_for_what_the_teacher_says(places, tiny_folder, tiny_teacher, monkeypatch):
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="the teacher's outputs: no room in"):
+        train("logit", tiny_folder, tiny_teacher)
