@@ -194,7 +194,7 @@ def test_null_systems_are_told_apart_as_often_as_the_level_says():
 def test_a_true_gain_is_found():
     rng = np.random.default_rng(1)
     p_values = [permutation_test(*two_systems(rng, 200, gain=0.1)) for _ in range(200)]
-    assert np.mean(np.array(p_values) <= 0.05) > 0.9
+    assert np.mean(np.array(p_values) <= 0.05) > 0.85
 
 
 @pytest.mark.parametrize("n_clusters", [1, 2, 5, 9, 12])
