@@ -338,3 +338,26 @@ def leaky_rows(tree, name):
         replace(row, id=f"{row.id}{i}", question=f"Is there a {'shelf' if i % 2 else 'bed'}?")
         for i, row in enumerate(rows)
     ]
+
+
+@pytest.fixture(scope="module")
+def annotated(samples, tmp_path_factory):
+    """A data root around the NYUv2 frames, and what reading them gives: once for all settings."""
+    root = tmp_path_factory.mktemp("nyuv2")
+    (root / "SUNRGBD").mkdir()
+    (root / "SUNRGBD" / "kv1").symlink_to(samples / "nyuv2_half" / "SUNRGBD" / "kv1")
+    (root / "SUNRGBDtoolbox").symlink_to(samples / "SUNRGBDtoolbox")
+    frames, _ = find_frames(root)
+    split = official_split(root, frames)
+    return root, list(prepare_sunrgbd.read_frames([frame for frame in frames if frame.path in split], seed=0))
+
+
+@pytest.mark.parametrize("per_frame", [(), ("--train_per_frame", "10", "--eval_per_frame", "10")])
+def test_real_annotations_pass_the_blind_check(annotated, per_frame, capsys, monkeypatch):
+    root, reports = annotated
+    monkeypatch.setattr(prepare_sunrgbd, "read_frames", lambda frames, **_: iter(reports))
+    main(parse_args(["--root", str(root), *per_frame]))
+    main(parse_args(["--root", str(root), "--blind_check"]))
+    printed = capsys.readouterr().out
+    judged = "Count, Direction, Object Identification, Proximity, Yes/No"
+    assert all(f"{name}: {judged}" in printed.replace("Color Identification, ", "") for name in ("val", "test"))
