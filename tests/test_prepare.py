@@ -318,8 +318,11 @@ def test_preview_and_blind_check_of_files_that_are_there(tree, capsys, monkeypat
     shown = {row.image_path for name in ("train", "test") for row in read_questions(questions_file(tree, name))}
     assert page.read_text(encoding="utf-8").count("<img") == len(shown)
     val.write_bytes(before[val])
-    main(parse_args(["--root", str(tree), "--blind_check"]))
-    assert "no type has 200 questions or more" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"too few questions to judge; the largest type has \d+ in val, .*200 are needed"
+    ):
+        main(parse_args(["--root", str(tree), "--blind_check"]))
+    assert "none of them" not in (printed := capsys.readouterr().out) and "not judged, too few questions: Co" in printed
     assert {path: path.read_bytes() for path in before} == before
     monkeypatch.setattr(prepare_sunrgbd, "BLIND_CHECK_LEAST", 1)
     for name in ("train", "val", "test"):  # the wording tells the answer
