@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
+import time
 
 import utils
-from utils import ROOT, core_shares, locked
+from utils import ROOT, announced, core_shares, locked
 
 HOLD = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import utils\nwith utils.locked(pathlib.Path(sys.argv[2])): print('in')"
 
@@ -40,3 +41,12 @@ def test_cores_are_shared_out(monkeypatch):
 def test_this_machine_gives_everybody_a_core():
     own = os.sched_getaffinity(0)
     assert {core for share in core_shares(len(own)) for core in share} == own
+
+
+def test_only_a_long_job_is_announced(capsys):
+    with announced("fitting", after_s=30):
+        pass
+    assert capsys.readouterr().err == ""
+    with announced("fitting", after_s=0.01):
+        time.sleep(0.3)
+    assert capsys.readouterr().err == "fitting ...\n"
