@@ -21,9 +21,11 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -126,6 +128,18 @@ def progress(items: Iterable[T], *, total: int, label: str) -> Iterator[T]:
     for done, item in enumerate(items, 1):
         yield item
         line.update(done)
+
+
+@contextmanager
+def announced(what: str, *, after_s: float = 1.0) -> Iterator[None]:
+    """Say on stderr what is going on when the block takes longer than `after_s` seconds."""
+    timer = threading.Timer(after_s, partial(print, f"{what} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def duration(seconds: float) -> str:

@@ -345,7 +345,7 @@ def _backward(
     logits, targets = answer_logits(arm.student, text, images, vocab_size=len(arm.head))
     loss = answer_cross_entropy(logits=logits, targets=targets)
     loss = loss + forward_kl(student_logits=logits, teacher_logits=teacher)
-    loss = loss * len(targets) / count_answer_tokens(examples)
+    loss = loss / count_answer_tokens(examples)
     loss.backward()
     return loss.item()
 

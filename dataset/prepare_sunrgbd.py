@@ -283,20 +283,32 @@ def check_blind(root: Path) -> None:
     """Fit models that see no image on the training questions and let them answer those of val and test.
 
     Raises:
-        UserError: they do better than the distribution of answers allows; names the types.
+        UserError: they do better than the distribution of answers allows, or no type has enough questions to judge.
     """
     train, *others = ([csv_cells(row) for row in read_questions(questions_file(root, name))] for name in SPLITS)
-    violations = []
+    violations, most = [], {}
     for name, rows in zip(SPLITS[1:], others, strict=True):
         counts = Counter(row["Question_Type"] for row in rows)
         enough = [row for row in rows if counts[row["Question_Type"]] >= BLIND_CHECK_LEAST]
         judged = sorted({row["Question_Type"] for row in enough})
+        few = [f"{kind} {n}" for kind, n in sorted(counts.items()) if kind not in judged]
+        most[name] = max(counts.values())
         print(f"{name}: {', '.join(judged) or 'no type'} has {BLIND_CHECK_LEAST} questions or more and is judged")
+        if few:
+            print(f"{name}: not judged, too few questions: {', '.join(few)}")
+        if not enough:
+            continue
         violations += [f"{name}: {found}" for found in blind_check(train, enough)]
     for violation in violations:
         print(violation)
     if violations:
         raise UserError(f"{root}: some questions can be answered without looking, see above")
+    if max(most.values()) < BLIND_CHECK_LEAST:
+        found = ", ".join(f"{n} in {name}" for name, n in most.items())
+        raise UserError(
+            f"{root}: too few questions to judge; the largest type has {found}, and {BLIND_CHECK_LEAST} are needed: "
+            "prepare more frames, or more questions of each with --eval_per_frame"
+        )
     print("none of them can be answered without looking, beyond its most common answer")
 
 

@@ -8,6 +8,7 @@ the questions of equal wording, of equal template and noun, or of equal type (se
 import csv
 import hashlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -42,10 +43,12 @@ MARGINS = {
     "max_count": MAX_COUNT,
 }  # fmt: skip
 
-# Balance: the largest share that one answer may have among questions that look alike.
+# Balance: the largest share that one answer may have among questions that look alike, in a world of few nouns.
 ANSWER_SHARE = {
     "Object Identification": 0.2, "Color Identification": 0.3, "Count": 0.35, "Direction": 0.26, "Proximity": 0.17, "Yes/No": 0.5,
 }  # fmt: skip
+ANSWER_EXCESS = 1.6  # how far an answer may exceed an equal share of its type's answers (see `_answer_share`)
+RARE_WORDING = 10  # candidates that a wording has on average; with fewer, its own cap holds little
 TYPE_EXCESS = 1.5  # how far a type may exceed an equal share of the questions
 TWINS_FROM = 4  # frames that keep so many questions keep "A relative to B" and "B relative to A" together
 MAX_CANDIDATES = 12  # per kind of question and frame: crowded frames would have hundreds
@@ -411,7 +414,7 @@ def select_questions(
     waiting = [[questions[i] for i in rng.permutation(len(questions))] for _, questions in candidates]
     _even_out_yes_no(waiting, rng)  # what has no counterpart anywhere would only be dropped in the end
     kept: list[list[Question]] = [[] for _ in candidates]
-    tally = _Tally(len({question.type for questions in waiting for question in questions}))
+    tally = _Tally(list(itertools.chain.from_iterable(waiting)))
     twins = per_frame is None or per_frame >= TWINS_FROM
     changed = True
     while changed:
@@ -474,11 +477,35 @@ def _keys(question: Question, sensor: str) -> Iterator[tuple]:
         yield (question.text,)
 
 
-class _Tally:
-    """How many questions and answers of each kind have been chosen."""
+def _answer_share(kind: str, answers: Counter) -> float:
+    """The largest share that one answer may have among questions that look alike: ANSWER_SHARE, or less where answers are many.
 
-    def __init__(self, n_types: int):
-        self.n_types = n_types
+    With fifty nouns the commonest answer of a type has a tenth of its questions. ANSWER_SHARE alone would then let a template
+    ("the farthest object": picture) or a noun ("closest to the sink": counter) tell twice as much as the type does. So an
+    answer is held to ANSWER_EXCESS times the equal share of as many answers as there effectively are. Colours are not.
+
+    Source: the effective number is the inverse Simpson index, Hill 1973, Ecology 54:427, order 2.
+    """
+    if kind == "Color Identification":
+        return ANSWER_SHARE[kind]
+    effective = answers.total() ** 2 / sum(count**2 for count in answers.values())
+    return min(ANSWER_SHARE[kind], ANSWER_EXCESS / effective)
+
+
+class _Tally:
+    """How many questions and answers of each kind have been chosen, and whether another one keeps the balance.
+
+    Args:
+        candidates: all questions to choose from.
+    """
+
+    def __init__(self, candidates: Sequence[Question]):
+        answers: dict[str, Counter] = {}
+        for question in candidates:
+            answers.setdefault(question.type, Counter())[question.answer] += 1
+        self.share = {kind: _answer_share(kind, counts) for kind, counts in answers.items()}
+        wordings = Counter(question.text for question in candidates if question.type == "Direction")
+        self.rare_wordings = wordings.total() < RARE_WORDING * len(wordings)
         self.count: Counter = Counter()  # of each set, of each (set, answer), and of each sensor
 
     def add(self, question: Question, sensor: str, step: int = 1) -> None:
@@ -489,10 +516,25 @@ class _Tally:
 
     def admits(self, question: Question, sensor: str) -> bool:
         """Whether every set stays balanced; one question more than the exact share gets a set started."""
-        if self.count[question.type, sensor] > TYPE_EXCESS / self.n_types * self.count[sensor]:
+        if self.count[question.type, sensor] > TYPE_EXCESS / len(self.share) * self.count[sensor]:
             return False
-        share = ANSWER_SHARE[question.type]
-        return all(self.count[key, question.answer] <= share * (self.count[key] + 1) for key in _keys(question, sensor))
+        return all(
+            self.count[key, question.answer] <= self._cap(question, key) * (self.count[key] + 1)
+            for key in _keys(question, sensor)
+        )
+
+    def _cap(self, question: Question, key: tuple) -> float:
+        """The largest share that the question's answer may have in one of its sets.
+
+        Two nouns tell more than one: "picture" and "above the bed" each raise the odds of "above". Wordings that come back
+        often are held by a set of their own. Where they do not, each noun's set is held to the geometric mean of the answer's
+        share in the type and of the cap, so that both nouns together raise the answer up to the cap and not beyond.
+        """
+        share, kind = self.share[question.type], (question.type,)
+        if not self.rare_wordings or question.type != "Direction" or key[0] != question.template:
+            return share
+        in_type = (self.count[kind, question.answer] + 1) / (self.count[kind] + 1)
+        return min(share, math.sqrt(share * in_type))
 
     def next_questions(self, waiting: list[Question], sensor: str, *, room: int, twins: bool) -> list[Question]:
         """The rarest question that is admitted, with its twin if wanted; empty when there is none or no room."""
@@ -509,7 +551,7 @@ class _Tally:
 
     def _rarity(self, question: Question, sensor: str) -> tuple[float, ...]:
         """Sorts first what is most wanted: by type, then by template, then an answer that its wording lacks."""
-        share, wording = ANSWER_SHARE[question.type], (question.text,)
+        share, wording = self.share[question.type], (question.text,)
         return (
             self.count[question.type, sensor],
             self.count[question.type, question.template],

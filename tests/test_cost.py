@@ -59,7 +59,7 @@ def test_the_original_pays_for_loca_on_wrong_rows():
     assert corrected.any()
     ce = torch.nn.functional.cross_entropy(student[0, rows], targets)
     outputs = SimpleNamespace(logits=student, loss=ce), SimpleNamespace(logits=teacher)
-    expected = 4 * (forward_kl(student_logits=student[0, rows], teacher_logits=ours) + ce)
+    expected = forward_kl(student_logits=student[0, rows], teacher_logits=ours) + 4 * ce
     torch.testing.assert_close(cost.original_loss(*outputs, labels), expected, atol=1e-4, rtol=1e-4)
 
 

@@ -223,3 +223,35 @@ def test_hf_token_reaches_no_output(places, tiny_folder, tmp_path, monkeypatch):
     evaluate(tmp_path / "out" / "results", "--kd_model_type", "baseline_rgb05b", "--load_checkpoint")
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(files) > 5 and not [path for path in files if b"CANARY" in path.read_bytes()]
+
+
+def test_answers_are_kept_when_scoring_fails(places, world, tmp_path, monkeypatch):
+    """A damaged train file, as a command: one message, every answer on disk, and no scores of an earlier evaluation."""
+    argv = ["--ckpt_path", str(best(places, "baseline_depth")), "--max_new_tokens", "6"]
+    rows, _ = evaluate(tmp_path / "a", *argv[:2])
+    shutil.copytree(world, tmp_path / "world")
+    (tmp_path / "world/SUNRGBD/csv_data/train_dataset.csv").write_text("Question_Id\n1\n")
+    monkeypatch.setenv("ROOT_DATA_DIR", str(tmp_path / "world"))
+    (tmp_path / "a" / "predictions.csv").write_text("older")
+    script = ROOT / "evaluation/onevisionv3/sunrgbd/evaluate_onevision.py"
+    command = [sys.executable, str(script), *argv, "--output", str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if "train_dataset.csv:1: required column" in line]
+    with open(tmp_path / "a" / "predictions.csv", encoding="utf-8", newline="") as handle:
+        assert list(csv.DictReader(handle)) == rows
+    assert not (tmp_path / "a" / "metrics.json").exists()
+
+
+def test_empty_answers_are_warned_about(places, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_onevision, "answer_questions", lambda m, p, r, rows, *_: {row.id: "" for row in rows})
+    evaluate(tmp_path / "a", "--ckpt_path", str(best(places, "baseline_depth")))
+    assert "answers of baseline_depth are empty; check" in capsys.readouterr().err
+
+
+def test_weights_that_are_nan_are_named(places, tmp_path):
+    checkpoint = read_checkpoint(best(places, "baseline_depth"))
+    checkpoint["state_dict"] = {name: torch.full_like(w, torch.nan) for name, w in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    with pytest.raises(UserError, match="nan.ckpt: .*weight tensors hold NaN or infinity"):
+        evaluate(tmp_path / "a", "--ckpt_path", str(tmp_path / "nan.ckpt"))

@@ -2,13 +2,10 @@
 
 import csv
 import json
-import math
 import random
 
 import numpy as np
 import pytest
-from scipy.optimize import approx_fprime
-from scipy.sparse import csr_matrix
 
 from evaluation import blind
 from evaluation.intervals import cluster_bootstrap_ci
@@ -253,19 +250,22 @@ def test_text_classifier_generalises_to_new_questions_by_their_words():
     assert len(set(blind.question_text(train, asked))) == 1
 
 
-def test_classifier_loss_is_a_naive_loop_and_its_gradient_the_slope():
-    rng = np.random.default_rng(0)
-    features = rng.integers(0, 2, (6, 4)).astype(float)
-    labels, weights = rng.integers(0, 3, 6), rng.normal(size=(4, 3))
-    naive = (weights[:-1] ** 2).sum() / 12
-    for x, label in zip(features, labels, strict=True):
-        odds = [math.exp(sum(x[i] * weights[i, k] for i in range(4))) for k in range(3)]
-        naive -= math.log(odds[label] / sum(odds)) / 6
-    args = (csr_matrix(features), labels, weights.shape)
-    loss, gradient = blind.penalised_loss(weights.ravel(), *args)
-    assert loss == pytest.approx(naive)
-    slope = approx_fprime(weights.ravel(), lambda flat: blind.penalised_loss(flat, *args)[0])
-    assert gradient == pytest.approx(slope, abs=1e-6)
+def test_text_classifier_of_a_single_answer_or_unrepeated_words():
+    train = [row(i, "Count", "", "one", i) | {"Questions": "How many beds?"} for i in range(3)]
+    asked = [row(9, "Count", "", "?", 9) | {"Questions": "How many desks?"}]
+    assert blind.text_classifier(train, asked) == ["one"]
+    odd = [row(i, "Count", "", a, i) | {"Questions": q} for i, (q, a) in enumerate([("How?", "two"), ("Why?", "one")])]
+    assert blind.text_classifier(odd, asked) == ["one"]
+
+
+@pytest.mark.parametrize("leak", [0.2, 0.6])
+def test_text_classifier_reaches_a_planted_leak_without_a_warning(leak, recwarn):
+    """The noun tells the answer with probability `leak`; the best guess then is right in (1 + leak) / 2 of the cases."""
+    train, asked = ([r for r in world(2000, seed=s, leak=leak) if r["Question_Type"] == "Yes/No"] for s in (0, 1))
+    answers = blind.text_classifier(train, asked)
+    accuracy = np.mean([a == r["Answers"] for a, r in zip(answers, asked, strict=True)])
+    assert accuracy == pytest.approx((1 + leak) / 2, abs=0.03)
+    assert answers == blind.text_classifier(train, asked) and not recwarn.list
 
 
 def test_answers_of_the_scored_rows_are_never_read():

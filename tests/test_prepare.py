@@ -353,8 +353,11 @@ def test_preview_and_blind_check_of_files_that_are_there(tree, capsys, monkeypat
     shown = {row.image_path for name in ("train", "test") for row in read_questions(questions_file(tree, name))}
     assert page.read_text(encoding="utf-8").count("<img") == len(shown)
     val.write_bytes(before[val])
-    main(parse_args(["--root", str(tree), "--blind_check"]))
-    assert "no type has 200 questions or more" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"too few questions to judge; the largest type has \d+ in val, .*200 are needed"
+    ):
+        main(parse_args(["--root", str(tree), "--blind_check"]))
+    assert "none of them" not in (printed := capsys.readouterr().out) and "not judged, too few questions: Co" in printed
     assert {path: path.read_bytes() for path in before} == before
     monkeypatch.setattr(prepare_sunrgbd, "BLIND_CHECK_LEAST", 1)
     for name in ("train", "val", "test"):  # the wording tells the answer
@@ -373,3 +376,26 @@ def leaky_rows(tree, name):
         replace(row, id=f"{row.id}{i}", question=f"Is there a {'shelf' if i % 2 else 'bed'}?")
         for i, row in enumerate(rows)
     ]
+
+
+@pytest.fixture(scope="module")
+def annotated(samples, tmp_path_factory):
+    """A data root around the NYUv2 frames, and what reading them gives: once for all settings."""
+    root = tmp_path_factory.mktemp("nyuv2")
+    (root / "SUNRGBD").mkdir()
+    (root / "SUNRGBD" / "kv1").symlink_to(samples / "nyuv2_half" / "SUNRGBD" / "kv1")
+    (root / "SUNRGBDtoolbox").symlink_to(samples / "SUNRGBDtoolbox")
+    frames, _ = find_frames(root)
+    split = official_split(root, frames)
+    return root, list(prepare_sunrgbd.read_frames([frame for frame in frames if frame.path in split], seed=0))
+
+
+@pytest.mark.parametrize("per_frame", [(), ("--train_per_frame", "10", "--eval_per_frame", "10")])
+def test_real_annotations_pass_the_blind_check(annotated, per_frame, capsys, monkeypatch):
+    root, reports = annotated
+    monkeypatch.setattr(prepare_sunrgbd, "read_frames", lambda frames, **_: iter(reports))
+    main(parse_args(["--root", str(root), *per_frame]))
+    main(parse_args(["--root", str(root), "--blind_check"]))
+    printed = capsys.readouterr().out
+    judged = "Count, Direction, Object Identification, Proximity, Yes/No"
+    assert all(f"{name}: {judged}" in printed.replace("Color Identification, ", "") for name in ("val", "test"))

@@ -17,6 +17,7 @@ from dataset.questions import (
     TYPE_EXCESS,
     Question,
     color_name,
+    csv_cells,
     direction,
     frame_candidates,
     read_questions,
@@ -24,6 +25,7 @@ from dataset.questions import (
     select_unanswered,
     write_questions,
 )
+from evaluation.blind import blind_check
 from utils import UserError
 
 NOUNS = ("bed", "sofa", "chair", "table", "cabinet", "lamp", "bin", "ball")
@@ -313,6 +315,36 @@ def test_balance_holds_for_nouns_in_their_place(leaky):
     assert len(by_noun) >= 6
     for counts in by_noun.values():
         assert max(counts.values()) <= ANSWER_SHARE["Direction"] * sum(counts.values()) + 1
+
+
+@pytest.fixture(scope="module")
+def furnished():
+    """Rooms of fifty nouns, some far more common than others, as in real annotations: each has its usual height and company."""
+    rng, frames = np.random.default_rng(4), []
+    names = [f"noun{i:02d}" for i in range(50)]
+    odds = 1 / np.arange(3, 53)
+    height, ground = np.linspace(-1.5, 1.5, 50)[rng.permutation(50)], rng.uniform((-3, 1), (3, 6), (50, 2))
+    for index in range(500):
+        room = []
+        for i in rng.choice(50, size=9, replace=False, p=odds / odds.sum()):
+            x, z = ground[i] + rng.normal(0, 2.5, 2)
+            left, top = rng.integers(0, 60, 2)
+            sides = rng.integers(12, 40, 2)
+            room.append(
+                thing(names[i], (x, height[i] + rng.normal(0, 1), z), (left, top, left + sides[0], top + sides[1]))
+            )
+        frames.append((frame(index), ask(room, seed=index, vocabulary=names)))
+    return frames
+
+
+@pytest.mark.parametrize(("train_per_frame", "eval_per_frame"), [(2, 8), (10, 10)])
+def test_many_nouns_tell_no_more_than_few(furnished, train_per_frame, eval_per_frame):
+    """Most wordings are rare here: what their nouns give away together has to be held by the sets of the nouns."""
+    train = select_questions(furnished[:250], seed=0, per_frame=train_per_frame)
+    test = select_questions(furnished[250:], seed=1, per_frame=eval_per_frame)
+    judged = ("Object Identification", "Direction", "Proximity")
+    assert min(Counter(row.type for row in test)[kind] for kind in judged) > 200
+    assert blind_check([csv_cells(r) for r in train], [csv_cells(r) for r in test if r.type in judged]) == []
 
 
 def test_types_do_not_depend_on_the_sensor(leaky):

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import utils
-from utils import ROOT, core_shares, locked, source_digest
+from utils import ROOT, announced, core_shares, locked, source_digest
 
 HOLD = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import utils\nwith utils.locked(pathlib.Path(sys.argv[2])): print('in')"
 
@@ -98,3 +99,12 @@ def test_what_a_key_leaves_out_is_there_and_not_imported(module, constant):
     own = {Path(name).name for name in loaded if Path(name).is_relative_to(ROOT / "dataset")}
     assert "depth.py" in own and "sunrgbd.py" in own and not own & set(left_out)
     assert set(left_out) <= {path.name for path in (ROOT / "dataset").rglob("*")}
+
+
+def test_only_a_long_job_is_announced(capsys):
+    with announced("fitting", after_s=30):
+        pass
+    assert capsys.readouterr().err == ""
+    with announced("fitting", after_s=0.01):
+        time.sleep(0.3)
+    assert capsys.readouterr().err == "fitting ...\n"

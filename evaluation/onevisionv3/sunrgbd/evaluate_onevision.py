@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from utils import (  # first: loads .env before transformers reads it
     UserError,
+    announced,
     atomic_path,
     data_root,
     duration,
@@ -146,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
     if args.miniature:
         ensure_world(root)
     notes: dict[str, str] = {}
-    rows, train_rows = load_questions(root, args, notes)
+    rows = load_questions(root, args, notes)
     similarity = wordnet_similarity(notes) if args.dataset == "daquar" else None
     for name, note in notes.items():
         print(f"{name}: {note}", file=sys.stderr)
@@ -164,8 +165,18 @@ def main(args: argparse.Namespace) -> None:
         | {"Recording": frame_path(row) if args.miniature else recording(row.image_path)}
         for row in rows
     ]
+    # Answering is what takes hours: it is on disk before anything else can fail, and no older scores stand beside it.
+    (output / "metrics.json").unlink(missing_ok=True)
+    _write_predictions(output / "predictions.csv", predictions)
+    if not any(answers.values()):
+        print(
+            f"warning: all {len(answers)} answers of {system['name']} are empty; check that the checkpoint learned to answer "
+            "(its val/exact_match) and that --max_new_tokens leaves room",
+            file=sys.stderr,
+        )
     scored = [cells for cells in predictions if cells["Question_Type"] != CAPTION_TYPE]
-    blind = blind_predictions(train_rows, predictions)
+    with announced("fitting the blind baselines"):
+        blind = blind_predictions(load_train_questions(root, args), predictions)
     wups = wups_scores(predictions, similarity, blind=blind) if similarity else None
     seconds = time.monotonic() - start
     metrics: dict[str, Any] = {
@@ -180,16 +191,13 @@ def main(args: argparse.Namespace) -> None:
     }
     if args.dataset == "daquar":
         metrics |= {"wups": wups, "notes": notes}
-    _write_predictions(output / "predictions.csv", predictions)
     write_json(output / "metrics.json", metrics)
     print(summary(metrics))
     print(f"{len(rows)} questions in {duration(seconds)}, peak memory {metrics['peak_memory_gib']} GiB; wrote {output}")
 
 
-def load_questions(
-    root: Path, args: argparse.Namespace, notes: dict[str, str]
-) -> tuple[list[QuestionRow], list[dict[str, str]]]:
-    """The questions to answer, and rows of the same data set's train split to fit the blind baselines on.
+def load_questions(root: Path, args: argparse.Namespace, notes: dict[str, str]) -> list[QuestionRow]:
+    """The questions to answer.
 
     Raises:
         UserError: a file is missing or malformed. Questions without a picture go into `notes`.
@@ -197,14 +205,28 @@ def load_questions(
     if args.dataset == "sunrgbd":
         rows = read_questions(questions_file(root, args.gts_type), root=root)
         rows += read_questions(captions_file(root, args.gts_type), root=root) if args.captions else []
-        return rows, [csv_cells(row) for row in read_questions(questions_file(root, "train"))]
-    asked, train = read_daquar(root, "test"), read_daquar(root, "train")
+        return rows
+    asked = read_daquar(root, "test")
     rows, n_missing = match_frames(root, asked)
     if n_missing:
         left_out = len(asked) - len(rows)
         notes["frames"] = f"{n_missing} are not in {root}; {left_out} of {len(asked)} questions are left out"
+    return rows
+
+
+def load_train_questions(root: Path, args: argparse.Namespace) -> list[dict[str, str]]:
+    """Rows of the same data set's train split, to fit the blind baselines on.
+
+    Raises:
+        UserError: the file is missing or malformed.
+    """
+    if args.dataset == "sunrgbd":
+        return [csv_cells(row) for row in read_questions(questions_file(root, "train"))]
     columns = {"Questions": "question", "Answers": "answer", "Question_Type": "type"}
-    return rows, [{column: getattr(question, field) for column, field in columns.items()} for question in train]
+    return [
+        {column: getattr(question, field) for column, field in columns.items()}
+        for question in read_daquar(root, "train")
+    ]
 
 
 def load_system(
@@ -213,7 +235,7 @@ def load_system(
     """What metrics.json says about the system, its image settings, the model and its processor.
 
     Raises:
-        UserError: nothing to load, or a flag contradicts the checkpoint.
+        UserError: nothing to load, a flag contradicts the checkpoint, or weights are not finite.
     """
     if path is None:
         model_id = args.model_id or (MINIATURE_STUDENT if args.miniature else STUDENT_NAME)
@@ -244,6 +266,12 @@ def load_system(
             "name": f"{experiment}{blinded}",
         }
         model = restore_student(checkpoint, origin=str(path), dtype=frozen_dtype(args.precision))
+    broken = [name for name, weights in model.named_parameters() if not torch.isfinite(weights).all()]
+    if broken:
+        raise UserError(
+            f"{path or model_id}: {len(broken)} of its {sum(1 for _ in model.parameters())} weight tensors hold NaN or infinity "
+            f"(first {broken[0]}), so it cannot answer anything; training diverged, evaluate an earlier checkpoint"
+        )
     system |= {"name": args.name or system["name"], **dataclasses.asdict(images)}
     return system, images, model, load_processor(model_id)
 
