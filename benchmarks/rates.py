@@ -6,9 +6,10 @@ stay; the best on val stays. Where that is at an end of the grid, the grid is ex
 in the study; every system in its fullest form, with questions to the teacher where it can ask. Phases 2 and 3 start from the best
 run of the phase before. A phase is judged by what chooses its checkpoint: phase 1 by the cosine of patches, all else by exact match.
 
-What is finished is kept: an interrupted call goes on where it was.
+What is finished is kept: an interrupted call goes on where it was, on another machine with the unfinished records alone.
 
 Writes  <output>/rates.json, every run with its flags and what was chosen, which reproduce.py reads; <output>/rates.md, the tables
+        <output>/rates_unfinished.json, the records so far while the search is not over
         <work>/rates/, a record per run; <work>/logs/, what each run printed
 
     python benchmarks/rates.py [--jobs N] [--work DIR] [--output benchmarks/reproduce]
@@ -41,6 +42,7 @@ SEED = 0
 FACTOR = 2.0
 STEPS = (-2, -1, 0, 1, 2)  # powers of FACTOR around the start
 MOST_EXTENSIONS = 4  # values beyond an end of the grid, per rate
+UNFINISHED = "rates_unfinished.json"
 DIVERGED = "gradient is not finite"  # in the message of a run whose rate is too high
 STAGES = {
     stage.system: stage
@@ -192,20 +194,20 @@ class Search:
             for rates in (self.progress()[0] if self.ready else [])
         ]
 
-    def run(self, rates: Rates) -> dict[str, Any]:
-        """Train with these rates: the record. A run that diverged has no score; it says why."""
-        started, name, source = time.monotonic(), self.run_name(rates), None
+    def train(self, rates: Rates) -> Path:
+        """The checkpoints folder of the run with these rates, trained unless it is there, after what it starts from."""
         argv = [*self.flags(rates), "--student_name", str(reproduce.student_start(self.work, SEED))]
         if self.earlier:
-            source = self.earlier.best_run()
-            argv += [
-                "--load_checkpoint",
-                str(self.work / self.earlier.stage.script / "checkpoints" / f"miniature_{source}"),
-            ]
+            argv += ["--load_checkpoint", str(self.earlier.train(self.earlier.chosen()))]
+        return reproduce.run_once(self.stage.script, argv, self.work, name=self.run_name(rates))
+
+    def run(self, rates: Rates) -> dict[str, Any]:
+        """Train with these rates: the record. A run that diverged has no score; it says why."""
+        started, source = time.monotonic(), self.earlier and self.earlier.best_run()
         record = {"system": self.stage.system, "rates": rates, "flags": self.flags(rates), "from": source}
         record |= {"metric": None, "val": None}
         try:
-            folder = reproduce.run_once(self.stage.script, argv, self.work, name=name)
+            folder = self.train(rates)
             ended = json.loads((reproduce.logs_of(folder) / "run.json").read_text(encoding="utf-8"))
             ((record["metric"], record["val"]),) = [item for item in ended.items() if item[0].startswith("val/")]
         except UserError as error:
@@ -298,6 +300,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def restore_records(records: Sequence[Mapping[str, Any]], searches: Mapping[str, Search]) -> None:
+    """Put the records of an unfinished search where a work folder has them, unless they are there."""
+    for record in records:
+        path = searches[record["system"]].record_path(record["rates"])
+        if not path.is_file():
+            write_json(path, record)
+
+
 def main(args: argparse.Namespace) -> None:
     """The teacher, then all runs that are not finished yet, round by round, then the tables."""
     os.environ["MAIN_ROOT_DATA_DIR"] = str(args.work)  # apart from the user's own runs
@@ -308,8 +318,14 @@ def main(args: argparse.Namespace) -> None:
             write_json(one.record_path(args.rates), one.run(args.rates))
         return
     searches = {name: Search(stage, args.work, args.subset_percentage) for name, stage in STAGES.items()}
-    while tasks := [task for one in searches.values() for task in one.tasks()]:
-        reproduce.run_side_by_side(tasks, args.jobs)
+    unfinished = args.output / UNFINISHED
+    if unfinished.is_file():
+        restore_records(json.loads(unfinished.read_text(encoding="utf-8")), searches)
+    try:
+        while tasks := [task for one in searches.values() for task in one.tasks()]:
+            reproduce.run_side_by_side(tasks, args.jobs)
+    finally:
+        write_json(unfinished, [record for one in searches.values() for record in one.records()])
     records = {
         "date": str(date.today()),
         "subset_percentage": args.subset_percentage,
@@ -318,6 +334,7 @@ def main(args: argparse.Namespace) -> None:
     }
     write_json(args.output / "rates.json", records)
     (args.output / "rates.md").write_text(report(records), encoding="utf-8")
+    unfinished.unlink(missing_ok=True)
     print(report(records))
 
 

@@ -1,6 +1,7 @@
 """The search for learning rates: where it ends, that every system has the same one, what it leaves behind."""
 
 import json
+import shutil
 import math
 from types import SimpleNamespace
 
@@ -92,6 +93,8 @@ def study(tmp_path, monkeypatch):
 
     def train(script, argv, work, *, name):
         folder = work / script / "checkpoints" / f"miniature_{name}"
+        if (reproduce.logs_of(folder) / "run.json").is_file():
+            return folder
         trained.append((script, name, argv))
         if name != "teacher":
             args = reproduce.training_script(script).parse_args(["--miniature", *argv])
@@ -149,6 +152,32 @@ def test_the_whole_search(study, monkeypatch):
     assert reproduce.stage_flags(reproduce.JOINT, reproduce.Job("CE + LoCa", 1.0, 0))[-4:] == reproduce.rate_flags(
         "joint"
     )
+
+
+def test_an_interrupted_search_goes_on_elsewhere(study, monkeypatch):
+    """From the unfinished records alone: what has a record is not trained again, but for what later phases start from."""
+    run_all, done = reproduce.run_side_by_side, []
+
+    def run_some(tasks, jobs):
+        for task in tasks:
+            if len(done) == 60:
+                raise KeyboardInterrupt
+            done.append(task.title)
+            run_all([task], jobs)
+
+    monkeypatch.setattr(reproduce, "run_side_by_side", run_some)
+    with pytest.raises(KeyboardInterrupt):
+        study.call()
+    assert len(json.loads((study.out / rates.UNFINISHED).read_text(encoding="utf-8"))) == 60
+    shutil.rmtree(study.work)
+    monkeypatch.setattr(reproduce, "run_side_by_side", run_all)
+    before = {name for _, name, _ in study.trained}
+    del study.trained[:]
+    systems = study.call()["systems"]
+    again = {name for _, name, _ in study.trained} & before - {"teacher"}
+    assert again == {"rates_phase_1_vision_lr=0.001", "rates_phase_2_lr=0.0005"}
+    assert systems["feature-based"]["chosen"] == {"lr": 5e-4, "vision_lr": 1e-3, "map_lr": 2.5e-4}
+    assert not (study.out / rates.UNFINISHED).exists()
 
 
 def test_records_of_another_search_are_refused(study):
