@@ -293,7 +293,7 @@ def check_blind(root: Path) -> None:
         judged = sorted({row["Question_Type"] for row in enough})
         few = [f"{kind} {n}" for kind, n in sorted(counts.items()) if kind not in judged]
         most[name] = max(counts.values())
-        print(f"{name}: {', '.join(judged) or 'no type'} has {BLIND_CHECK_LEAST} questions or more and is judged")
+        print(f"{name}: judged, {BLIND_CHECK_LEAST} questions or more: {', '.join(judged) or 'no type'}")
         if few:
             print(f"{name}: not judged, too few questions: {', '.join(few)}")
         if not enough:

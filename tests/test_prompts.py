@@ -47,9 +47,9 @@ def loss_and_gradients(model, processor, groups, **options):
     text, images = batch(processor, groups, **options)
     logits, targets = answer_logits(model, text, images, vocab_size=len(processor.tokenizer))
     model.zero_grad()
-    answer_cross_entropy(logits=logits, targets=targets).backward()
-    loss = answer_cross_entropy(logits=logits, targets=targets).item()
-    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, logits
+    loss = answer_cross_entropy(logits=logits, targets=targets) / len(targets)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, logits
 
 
 @pytest.mark.parametrize("image_tokens", ["one_tile", "two_tile", "anyres"])
