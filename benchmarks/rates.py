@@ -30,6 +30,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache
@@ -325,7 +326,8 @@ def main(args: argparse.Namespace) -> None:
         while tasks := [task for one in searches.values() for task in one.tasks()]:
             reproduce.run_side_by_side(tasks, args.jobs)
     finally:
-        write_json(unfinished, [record for one in searches.values() for record in one.records()])
+        with suppress(UserError):  # records of another search: that error is on its way already
+            write_json(unfinished, [record for one in searches.values() for record in one.records()])
     records = {
         "date": str(date.today()),
         "subset_percentage": args.subset_percentage,

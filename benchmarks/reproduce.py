@@ -584,11 +584,11 @@ def read_record(job: Job, work: Path) -> dict[str, Any] | None:
 def best_blind(metrics: Mapping[str, Any]) -> tuple[float, list[bool]]:
     """Of the blind baselines the best one's score by depth, and which test questions it gets right."""
     script = load_script(EVALUATION)
-    rows, train_rows = script.load_questions(data_root(True), script.parse_args(["--miniature"]), {})
-    cells = [csv_cells(row) for row in rows]
+    args, root = script.parse_args(["--miniature"]), data_root(True)
+    cells = [csv_cells(row) for row in script.load_questions(root, args, {})]
     by_name = {name: scores(found)["By depth"] for name, found in metrics["blind"].items()}
     name = max(by_name, key=by_name.get)
-    predicted = blind_predictions(train_rows, cells)[name]
+    predicted = blind_predictions(script.load_train_questions(root, args), cells)[name]
     return by_name[name], [exact_match(p, row["Answers"]) for p, row in zip(predicted, cells, strict=True)]
 
 

@@ -399,8 +399,8 @@ def select_questions(
     """Choose balanced questions of one split.
 
     Frames take turns, each adding the question that is wanted most: of the rarest type, then of the rarest
-    template, with an answer that the same wording lacks so far. A question whose answer is already too common among those that look like it (see `_keys`) waits until others made room for it, and
-    stays out if they never do. Yes/No questions end up with as many yes as no for every single wording.
+    template, with an answer that the same wording lacks so far. A question whose answer is already too common among those
+    that look like it (see `_keys`) waits until others made room for it, and stays out if they never do. Yes/No questions end up with as many yes as no for every single wording.
 
     Args:
         candidates: the split's frames and what `frame_candidates` found in them.

@@ -276,7 +276,7 @@ def missing_frames(root: Path, frames: list[Frame], listed: ListedSplit) -> list
 
 
 def validation_tenth(training: Collection[str]) -> set[str]:
-    """The frames to validate on: whole rooms (`frame_rooms`), about a tenth of every collection and of every sensor.
+    """The frames to validate on: whole rooms (`frame_rooms`), as near to a tenth of each sensor as its rooms allow.
 
     Rooms are taken in the order of a hash of their names: first, in every collection, each that still fits into its
     tenth; then the same for sensors, whose collections may have no room that is small enough, and one more room when

@@ -30,7 +30,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -267,11 +267,11 @@ class TeacherCache:
         """(V, H) the teacher's output layer, cropped to the tokenizer's length."""
         return self.source.head()
 
-    def accuracy(self, rows: Sequence[QuestionRow]) -> dict[str, float]:
-        """Share of questions that the teacher answers with the gold tokens, per type and as "all"."""
+    def accuracy(self, rows: Sequence[QuestionRow], decode: Callable[[list[int]], str]) -> dict[str, float]:
+        """Share of questions that the teacher answers right (`exact_match` of the decoded tokens), per type and as "all"."""
         hits: dict[str, list[bool]] = {"all": []}
         for row in rows:
-            right = self.answer(row, gold=False)[0] == self.answer(row, gold=True)[0]
+            right = exact_match(decode(self.answer(row, gold=False)[0]), row.answer)
             hits["all"].append(right)
             hits.setdefault(row.type, []).append(right)
         return {kind: sum(values) / len(values) for kind, values in hits.items()}
@@ -339,7 +339,8 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
         teacher_outputs=same, teacher_checkpoint=str(path) if path else None, teacher_weights=weights[:16]
     )
     if not args.dry_run:
-        scores = teacher.accuracy([row for rows in groups[n_bank:] for row in rows])
+        decode = partial(processor.tokenizer.decode, skip_special_tokens=True)
+        scores = teacher.accuracy([row for rows in groups[n_bank:] for row in rows], decode)
         run.record["teacher_val_exact_match"] = round(scores["all"], 4)
         whose = f"{path}, tuned on {100 * recorded['label_fraction']:g} % of the labels" if path else name
         print(f"teacher: {whose}; on val: " + ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items()))
@@ -348,7 +349,7 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
 
 
 def check_labels(args: argparse.Namespace, path: Path | None, recorded: Mapping[str, Any] | None) -> None:
-    """A tuned teacher hands on every label that it has read: it may not have read more than the student may see.
+    """A tuned teacher hands on every label that it has read: where --label_fraction withholds some, it may not have read those.
 
     Raises:
         UserError: it has, and --any_teacher does not say that it is meant.
@@ -357,7 +358,7 @@ def check_labels(args: argparse.Namespace, path: Path | None, recorded: Mapping[
         return
     theirs, ours = recorded["label_fraction"], getattr(args, "label_fraction", 1.0)  # phase 1 reads no labels
     same_draw = all(recorded[name] == getattr(args, name) for name in ("seed", "subset_percentage"))
-    if theirs > ours or (theirs == ours < 1 and not same_draw):
+    if theirs > ours or (ours < 1 and not same_draw):
         raise UserError(
             f"--teacher_checkpoint {path}: was tuned on {100 * theirs:g} % of the labels (seed {recorded['seed']}), this student may "
             f"see {100 * ours:g} % (seed {args.seed}), and a teacher hands on what it has read. Tune one with the same --label_fraction "
@@ -376,7 +377,7 @@ def warn_unless_above_blind(score: float, data: SUNRGBDDataModule) -> None:
     if score <= blind:
         print(
             f"warning: the teacher is right on {score:.3f} of the validation questions, who does not look on {blind:.3f}: there is "
-            "nothing to learn from it. Tune it first (distillation/baseline_rgb7b/train2.py), or choose another",
+            "nothing to learn from its answers. Tune it first (distillation/baseline_rgb7b/train2.py), or choose another",
             file=sys.stderr,
         )
 

@@ -62,6 +62,7 @@ from utils import (
 )
 
 RUN_NAME_VARIABLE = "RUN_NAME_OF_FIRST_PROCESS"
+OPEN_FILES = 2**16  # far more than an update of a thousand micro-batches needs
 NAMED_RUNS = 5  # in the message about one that is not there
 EXPERIMENTS = {  # --kd_model_type -> folder below distillation/
     "baseline_depth": "baseline_depth",
@@ -422,7 +423,7 @@ def find_checkpoint(name: str, folder: Path) -> Path:
     best = sorted(path.glob("best-*.ckpt"))
     if not best:
         raise UserError(f"{path}: no best-*.ckpt in this folder; give a checkpoint or the folder of a run")
-    return max(best, key=_score)
+    return max(best, key=lambda checkpoint: (_score(checkpoint), checkpoint.stat().st_mtime))
 
 
 def _score(checkpoint: Path) -> float:
@@ -503,7 +504,15 @@ class CheckpointContents(Callback):
         others = {k for k in checkpoint["state_dict"] if not k.startswith(("student.", "teacher."))}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept | others}
         checkpoint["hyper_parameters"] = dict(checkpoint.get("hyper_parameters", {})) | self.record
-        checkpoint["position"] = {"batch": trainer.fit_loop.epoch_loop.batch_progress.current.ready}
+        ready, steps = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.num_training_batches
+        checkpoint["position"] = {"batch": ready, "steps": steps, "world_size": trainer.world_size}
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        if 0 < ready < steps and epochs["current"]["processed"] == epochs["current"]["started"]:
+            # --max_steps has ended the run inside this epoch, and Lightning counts it as done: the rest would never be read.
+            for counts in (epochs["current"], epochs["total"]):
+                counts["processed"] -= 1
+                counts["completed"] = min(counts["completed"], counts["processed"])
+            checkpoint["epoch"] -= 1
 
 
 class KeyedRandomness(Callback):
@@ -624,6 +633,16 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_ce = float(trainer.callback_metrics[self.TIE_BREAKER])
         return True
 
+    def keep(self, trainer: pl.Trainer, metrics: Mapping[str, Any], path: Path) -> None:
+        """Save what the trainer holds as the best, in place of the one before."""
+        before, score = self.best_model_path, torch.tensor(float(metrics[self.monitor]))
+        self.best_model_path = self.kth_best_model_path = str(path)
+        self.best_model_score = self.kth_value = self.current_score = score
+        self.best_k_models, self.best_ce = {str(path): score}, float(metrics[self.TIE_BREAKER])
+        trainer.save_checkpoint(path)
+        if before and before != str(path):
+            trainer.strategy.remove_checkpoint(before)
+
     def state_dict(self) -> dict[str, Any]:
         """Lightning's, and the cross-entropy."""
         return super().state_dict() | {"best_ce": self.best_ce}
@@ -631,7 +650,7 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Counterpart of `state_dict`."""
         super().load_state_dict(state)
-        self.best_ce = state.get("best_ce", math.inf)  # runs of earlier versions have none
+        self.best_ce = state["best_ce"]
 
 
 class Progress(Callback):
@@ -791,10 +810,9 @@ def train(
     )
     put_starting_weights(module.student, run, args, builds_on=builds_on)
     if (finished := finished_run(run, args)) is not None:
-        print(
-            f"{run.name} is finished ({finished['optimizer_steps']} updates), nothing to do; best: {finished['best']}"
-        )
-        write_outputs(module, data.processor, Path(finished["best"]), args)
+        if int(os.environ.get("RANK", "0")) == 0:  # behind torchrun all ranks come here
+            print(f"{run.name} is finished ({finished['optimizer_steps']} updates); best: {finished['best']}")
+            write_outputs(module, data.processor, Path(finished["best"]), args)
         return
     if args.gradient_checkpointing:
         # Reentrant checkpointing would need an input with a gradient, which a frozen tower's does not have.
@@ -804,9 +822,10 @@ def train(
         return
     if getattr(args, "vision_cache", False):
         use_vision_cache(module.student, data, args)
+    allow_open_files()
     start = time.monotonic()
     if run.resume_from:
-        data.resume_batch = read_checkpoint(run.resume_from)["position"]["batch"]
+        data.resume_batch = resume_batch(run.resume_from, args)
     try:
         trainer = build_trainer(args, run, monitor)
         if trainer.is_global_zero:
@@ -836,15 +855,35 @@ def train(
         write_outputs(module, data.processor, best, args)
 
 
+def resume_batch(path: Path, args: argparse.Namespace) -> int:
+    """The micro-batch of its epoch with which an interrupted run goes on.
+
+    Raises:
+        UserError: it was interrupted inside an epoch on another number of devices, whose micro-batches are others.
+    """
+    position = read_checkpoint(path)["position"]
+    if position["batch"] >= position["steps"]:  # at the end of an epoch
+        return 0
+    if position["world_size"] != (now := probe(args).world_size):
+        raise UserError(
+            f"--resume {path}: was interrupted inside an epoch on {position['world_size']} device(s), now there are {now}; go on with as "
+            "many until the epoch is done"
+        )
+    return position["batch"]
+
+
 def finished_run(run: Run, args: argparse.Namespace) -> dict[str, Any] | None:
     """What run.json says of a resumed run that is finished already; None where there is something left to do."""
     path = run.logs / "run.json"
     if not run.resume_from or not path.is_file():
         return None
     recorded = json.loads(path.read_text(encoding="utf-8"))
-    more_epochs = args.max_epochs > recorded["max_epochs"]
-    more_steps = recorded["max_steps"] > 0 and not 0 < args.max_steps <= recorded["max_steps"]
-    return None if "best" not in recorded or more_epochs or more_steps else recorded
+    if "best" not in recorded:
+        return None
+    updates = recorded["optimizer_steps"]
+    ended_by_steps = 0 < recorded["max_steps"] <= updates
+    enough_epochs = args.max_epochs <= recorded["max_epochs"] and not ended_by_steps
+    return recorded if enough_epochs or 0 < args.max_steps <= updates else None
 
 
 def put_starting_weights(
@@ -899,19 +938,16 @@ def best_of_run(
     --max_steps may end a run inside an epoch, after the last validation; then what it ended with is validated now.
     """
     kept = trainer.checkpoint_callback
-    none = kept.best_model_score is None
-    best, score = Path(kept.best_model_path), -math.inf if none else float(kept.best_model_score)
     validated = [callback.validated_step for callback in trainer.callbacks if isinstance(callback, Progress)]
-    if validated == [trainer.global_step]:
-        return best, score
-    epoch = trainer.current_epoch
-    (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
-    trainer.save_checkpoint(run.checkpoints / "last.ckpt")
-    if kept.improves(metrics):
-        score = metrics[monitor]
-        best = run.checkpoints / f"best-epoch{epoch:02d}-score{score:.4f}.ckpt"
-        trainer.save_checkpoint(best)
-    return best, score
+    if validated != [trainer.global_step]:
+        ended_inside = 0 < trainer.fit_loop.epoch_loop.batch_progress.current.ready < trainer.num_training_batches
+        epoch = trainer.current_epoch - ended_inside  # which Lightning counts as done
+        (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+        if kept.improves(metrics):
+            name = f"best-epoch{epoch:02d}-score{metrics[monitor]:.4f}.ckpt"
+            kept.keep(trainer, metrics, run.checkpoints / name)
+        trainer.save_checkpoint(run.checkpoints / "last.ckpt")
+    return Path(kept.best_model_path), float(kept.best_model_score)
 
 
 def load_student(
@@ -943,7 +979,7 @@ def load_student(
                     f"--load_checkpoint {path}: trained with {name} {theirs[name]}, this run has {record[name]}; give the path of "
                     "one that was trained on the same labels"
                 )
-    if builds_on and theirs["teacher_weights"] != record["teacher_weights"] and not record["any_teacher"]:
+    if builds_on and theirs.get("teacher_weights") != record["teacher_weights"] and not record["any_teacher"]:
         raise UserError(
             f"--load_checkpoint {path}: was trained with another teacher ({theirs['teacher_checkpoint'] or theirs['teacher_name']}); "
             "give the same one, or add --any_teacher if it is meant"
@@ -1042,6 +1078,7 @@ def write_outputs(
 
 def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.Namespace) -> None:
     """Two real steps on the real device without writing anything; prints sizes, memory, times and disk needs."""
+    data.accumulate_grad_batches = 1  # a step is a micro-batch here
     trainer = pl.Trainer(
         max_steps=2,
         precision=resolve_precision(args.precision, args.accelerator),
@@ -1083,6 +1120,13 @@ class _StepTimer(Callback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the GPU computes on while Python is done
         self.seconds = time.monotonic() - self.start  # the second step's: the first one warms up
+
+
+def allow_open_files() -> None:
+    """As many as this process may have: batches of a whole update wait in shared memory, a file for every tensor of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, OPEN_FILES) if hard != resource.RLIM_INFINITY else OPEN_FILES
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def peak_memory_gib() -> float:

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -468,7 +469,8 @@ def test_a_fine_tuned_teacher_is_taken(places, world, tiny_folder, tiny_teacher,
     row = data.train.images[0][0]
     assert stock.source.store.folder != tuned.source.store.folder
     assert not torch.equal(stock.answer(row, gold=True)[1], tuned.answer(row, gold=True)[1])
-    scores = tuned.accuracy([row for rows in data.val.images for row in rows])
+    decode = partial(data.processor.tokenizer.decode, skip_special_tokens=True)
+    scores = tuned.accuracy([row for rows in data.val.images for row in rows], decode)
     assert 0 <= scores["all"] <= 1 and set(scores) > {"all"}
 
 
@@ -649,6 +651,8 @@ def test_a_teacher_may_not_have_read_more_labels_than_its_student(places, tiny_f
         student("a", "--teacher_checkpoint", "all", *half)
     with pytest.raises(UserError, match=r"tuned on 50 % of the labels \(seed 0\).* \(seed 1\)"):
         student("a", "--teacher_checkpoint", "half", *half, "--seed", "1")
+    with pytest.raises(UserError, match=r"tuned on 50 % of the labels"):
+        student("a", "--teacher_checkpoint", "half", "--label_fraction", "0.6", "--seed", "1")
     student("a", "--teacher_checkpoint", "half", *half)
     student("b", "--teacher_checkpoint", "half")
     student("c", "--teacher_checkpoint", "all", *half, "--any_teacher")

@@ -226,21 +226,33 @@ def test_hf_token_reaches_no_output(places, tiny_folder, tmp_path, monkeypatch):
 
 
 def test_answers_are_kept_when_scoring_fails(places, world, tmp_path, monkeypatch):
-    """A damaged train file, as a command: one message, every answer on disk, and no scores of an earlier evaluation."""
+    """Every answer is on disk then, and no scores of an earlier evaluation stand beside them."""
     argv = ["--ckpt_path", str(best(places, "baseline_depth")), "--max_new_tokens", "6"]
     rows, _ = evaluate(tmp_path / "a", *argv[:2])
+    (tmp_path / "a" / "predictions.csv").write_text("older")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_onevision, "evaluate_rows", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(tmp_path / "a", *argv)
+    with open(tmp_path / "a" / "predictions.csv", encoding="utf-8", newline="") as handle:
+        assert list(csv.DictReader(handle)) == rows
+    assert not (tmp_path / "a" / "metrics.json").exists()
+
+
+def test_a_damaged_train_file_is_said_before_anything_is_answered(places, world, tmp_path, monkeypatch):
+    """As a command: one message that names file and line, and what an earlier evaluation wrote stays."""
+    argv = ["--ckpt_path", str(best(places, "baseline_depth")), "--max_new_tokens", "6"]
+    evaluate(tmp_path / "a", *argv[:2])
+    before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     shutil.copytree(world, tmp_path / "world")
     (tmp_path / "world/SUNRGBD/csv_data/train_dataset.csv").write_text("Question_Id\n1\n")
     monkeypatch.setenv("ROOT_DATA_DIR", str(tmp_path / "world"))
-    (tmp_path / "a" / "predictions.csv").write_text("older")
     script = ROOT / "evaluation/onevisionv3/sunrgbd/evaluate_onevision.py"
     command = [sys.executable, str(script), *argv, "--output", str(tmp_path / "a")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert [line for line in done.stderr.splitlines() if "train_dataset.csv:1: required column" in line]
-    with open(tmp_path / "a" / "predictions.csv", encoding="utf-8", newline="") as handle:
-        assert list(csv.DictReader(handle)) == rows
-    assert not (tmp_path / "a" / "metrics.json").exists()
+    assert before == {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
 
 
 def test_empty_answers_are_warned_about(places, tmp_path, monkeypatch, capsys):

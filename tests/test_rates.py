@@ -1,8 +1,8 @@
 """The search for learning rates: where it ends, that every system has the same one, what it leaves behind."""
 
 import json
-import shutil
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest

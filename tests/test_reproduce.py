@@ -14,7 +14,9 @@ import torch
 from benchmarks import reproduce
 from benchmarks.answers import Answers
 from benchmarks.reproduce import CONTROL, Job, Study
+from dataset.questions import csv_cells, questions_file, read_questions
 from distillation.models import MINIATURE_STUDENT, load_model
+from evaluation.blind import blind_predictions
 from evaluation.metrics import QUESTION_TYPES, evaluate_rows
 from utils import UserError, write_json
 
@@ -305,3 +307,16 @@ def test_finished_arms_are_kept_and_other_flags_are_refused(tmp_path, monkeypatc
     monkeypatch.setattr(reproduce, "rate_flags", lambda system: ["--lr", "1e-3"])
     with pytest.raises(UserError, match="made with other flags"):
         reproduce.main(args)
+
+
+def test_the_best_blind_baseline_is_read_from_the_questions(world, monkeypatch):
+    """Its right answers, question by question, make up the score that its metrics have."""
+    train, asked = (
+        [csv_cells(row) for row in read_questions(questions_file(world, name))] for name in ("train", "test")
+    )
+    silent = [row | {"Model_Answer": ""} for row in asked]
+    metrics = evaluate_rows(silent, blind=blind_predictions(train, asked))
+    monkeypatch.setattr(reproduce, "data_root", lambda miniature: world)
+    score, right = reproduce.best_blind(metrics)
+    by_depth = [hit for hit, row in zip(right, asked, strict=True) if row["depth_answerable"] == "1"]
+    assert score == pytest.approx(sum(by_depth) / len(by_depth)) and 0 < score < 1

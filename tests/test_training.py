@@ -124,7 +124,12 @@ def test_resuming_a_finished_run_changes_nothing(places, tiny_folder, capsys):
     """Not a byte of its checkpoints, records and logs; what is asked for besides is still written."""
     train("baseline_depth", tiny_folder)
     before = {path: path.read_bytes() for path in places.rglob("*") if path.is_file()}
-    for more in ((), ("--export", str(places / "export")), ("--max_epochs", "1")):
+    for more in (
+        (),
+        ("--export", str(places / "export")),
+        ("--max_epochs", "1"),
+        ("--max_epochs", "9", "--max_steps", "12"),
+    ):
         train("baseline_depth", tiny_folder, *more, "--resume", "auto")
     assert "is finished (12 updates)" in capsys.readouterr().out and (places / "export/config.json").is_file()
     shutil.rmtree(places / "export")

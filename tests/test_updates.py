@@ -2,19 +2,21 @@
 
 import csv
 import hashlib
+import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.reproduce import load_script
 from dataset.questions import read_questions, unanswered_file
-from distillation.training import read_checkpoint
-from utils import ROOT
+from distillation.training import find_checkpoint, read_checkpoint
+from utils import ROOT, UserError
 
 TROUBLE = "knowledge_distillation7b_double_trouble"
 FROM_STOCK, QUESTIONS = ("--from_stock",), ("--teacher_questions", "2")
@@ -197,3 +199,37 @@ def test_teacher_questions_take_turns(places, forty_rooms, tiny_folder, tiny_tea
             asked.setdefault(path, []).extend(id for id in ids if id in further)
     there = Counter(further.values())
     assert all(len(set(ids)) == min(6, there[path]) for path, ids in asked.items()) and len(asked) > 35
+
+
+def images_of(epochs):
+    return [path for epoch in epochs.values() for path, _, _ in epoch]
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_run_that_max_steps_ended_goes_on_where_it_was(accumulate, places, tiny_folder, tiny_teacher):
+    """Inside an epoch: every image is read as often as in a run that went through, none twice, in the same order."""
+    argv = drop(argv_of("baseline_depth", tiny_folder, tiny_teacher), "--max_epochs") + ["--max_epochs", "2"]
+    whole = images_of(seen_by("baseline_depth", [*argv, *cut(4, accumulate, "whole")]))
+    parts = []
+    for more in (("--max_steps", "1"), ()):
+        parts += images_of(seen_by("baseline_depth", [*argv, *cut(4, accumulate, "cut"), "--resume", "auto", *more]))
+    assert parts == whole and len(whole) == 2 * 39
+    states = [read_checkpoint(places / "baseline_depth/checkpoints" / name / "last.ckpt") for name in ("whole", "cut")]
+    assert states[0]["global_step"] == states[1]["global_step"] and states[0]["epoch"] == states[1]["epoch"]
+
+
+def test_other_devices_inside_an_epoch_are_refused(places, tiny_folder, tiny_teacher):
+    argv = [*argv_of("baseline_depth", tiny_folder, tiny_teacher), *cut(4, 1, "t")]
+    run("baseline_depth", [*argv, "--max_steps", "2"])
+    with pytest.raises(UserError, match="interrupted inside an epoch on 1 device.*now there are 2"):
+        run("baseline_depth", [*argv, "--resume", "auto", "--strategy", "ddp", "--devices", "2"])
+
+
+def test_a_better_end_takes_the_place_of_the_best(places, tiny_folder, tiny_teacher):
+    """--max_steps ends inside the third epoch: one best checkpoint is left, which its name and the record agree on."""
+    argv = drop(drop(argv_of("baseline_depth", tiny_folder, tiny_teacher), "--max_epochs"), "--lr")
+    run("baseline_depth", [*argv, "--lr", "1e-3", "--max_epochs", "3", "--max_steps", "25", *cut(4, 1, "t")])
+    (best,) = (places / "baseline_depth/checkpoints/t").glob("best-*.ckpt")
+    record = json.loads((places / "baseline_depth/tensorboard_logs/t/run.json").read_text(encoding="utf-8"))
+    assert Path(record["best"]) == best == find_checkpoint("t", places) and best.name.startswith("best-epoch02")
+    assert read_checkpoint(best)["global_step"] == 25

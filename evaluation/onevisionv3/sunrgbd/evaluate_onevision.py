@@ -147,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
     if args.miniature:
         ensure_world(root)
     notes: dict[str, str] = {}
-    rows = load_questions(root, args, notes)
+    rows, train_rows = load_questions(root, args, notes), load_train_questions(root, args)
     similarity = wordnet_similarity(notes) if args.dataset == "daquar" else None
     for name, note in notes.items():
         print(f"{name}: {note}", file=sys.stderr)
@@ -176,7 +176,7 @@ def main(args: argparse.Namespace) -> None:
         )
     scored = [cells for cells in predictions if cells["Question_Type"] != CAPTION_TYPE]
     with announced("fitting the blind baselines"):
-        blind = blind_predictions(load_train_questions(root, args), predictions)
+        blind = blind_predictions(train_rows, predictions)
     wups = wups_scores(predictions, similarity, blind=blind) if similarity else None
     seconds = time.monotonic() - start
     metrics: dict[str, Any] = {
