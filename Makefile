@@ -7,7 +7,7 @@ READY := $(VENV)/.installed-$(shell cksum requirements.txt | cut -d ' ' -f 1)
 .PHONY: demo reproduce bench test lint clean
 
 demo: $(READY)
-	$(PY) dataset/miniature/demo.py
+	$(PY) benchmarks/demo.py
 
 reproduce: $(READY)
 	$(PY) benchmarks/reproduce.py

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.compare import Results
+from evaluation.comparison import Results
 from evaluation.intervals import crossed_bootstrap, percentile_interval
 from evaluation.metrics import recordings
 

@@ -27,9 +27,9 @@ import time
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dataset.annotations import asked_nouns, nouns
-from dataset.depth import encode_sunrgbd
-from dataset.sunrgbd import read_official_list
+from dataset.sunrgbd.depth import encode_sunrgbd
+from dataset.sunrgbd.frames import read_official_list
+from dataset.sunrgbd.nouns import asked_nouns, nouns
 
 LIMIT_S, LIMIT_BYTES = 600, 2**30
 # 146,617 outlines and 58,657 3D boxes on 10,335 frames: Song et al., CVPR 2015, abstract.

@@ -302,10 +302,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def restore_records(records: Sequence[Mapping[str, Any]], searches: Mapping[str, Search]) -> None:
-    """Put the records of an unfinished search where a work folder has them, unless they are there."""
+    """Put the records of an unfinished search where a work folder has them, but for those there and those of other flags."""
     for record in records:
-        path = searches[record["system"]].record_path(record["rates"])
-        if not path.is_file():
+        search = searches[record["system"]]
+        path = search.record_path(record["rates"])
+        if record["flags"] == search.flags(record["rates"]) and not path.is_file():
             write_json(path, record)
 
 

@@ -58,12 +58,12 @@ import numpy as np
 import torch
 
 from benchmarks.answers import Answers, digest, pack, unpack
-from dataset.processor import load_processor, save_processor
-from dataset.questions import csv_cells
+from dataset.inputs.processor import load_processor, save_processor
+from dataset.questions.answers import exact_match
+from dataset.questions.blind import blind_predictions
+from dataset.questions.rows import QUESTION_TYPES, csv_cells
 from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, load_model
-from evaluation.blind import blind_predictions
-from evaluation.compare import load_results
-from evaluation.metrics import QUESTION_TYPES, exact_match
+from evaluation.comparison import load_results
 
 EPOCHS = 5  # of 5,000 images in batches of 8: 3,125 optimizer steps, whatever the arm
 FRACTIONS = (1.0, 0.1, 0.05)

@@ -29,7 +29,7 @@ from statistics import mean
 
 from dataset.miniature.world import ensure_world
 from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER
-from distillation.training import MINIATURE_DEFAULTS
+from distillation.run.flags import MINIATURE_DEFAULTS
 
 EXPERIMENT = "knowledge_distillation7b_double_trouble/phase3"
 HELD_OUT = 8  # images of val and of test: all time goes into training images

@@ -2,7 +2,7 @@
 
 A batch (tensors; B images, T tokens, S the vision tower's image size):
 
-    text            input_ids, position_ids, labels (B, T) int64, attention_mask (B, 1, Q, T) bool: see dataset.prompts
+    text            input_ids, position_ids, labels (B, T) int64, attention_mask (B, 1, Q, T) bool: see dataset.inputs.prompts
     student_images  pixel_values (B, tiles, 3, S, S) float32, image_sizes (B, 2), batch_num_images; {} for a blind student;
                     features (B, tiles, P, D) instead of pixel_values where a frozen tower has seen them (`use_features`)
     teacher         with a teacher, what it said about these images (`TeacherOutputs`):
@@ -17,7 +17,7 @@ A batch (tensors; B images, T tokens, S the vision tower's image size):
         answer_tokens   tokens of all answers, the teacher's own included
         images          B
         patches         with a teacher, the sum of `measured`
-    update, spare   in training instead of counts: those of the whole optimizer update, see `dataset.sampler.UpdateLoader`
+    update, spare   in training instead of counts: those of the whole optimizer update, see `dataset.inputs.sampler.UpdateLoader`
 
 `--batch_size` counts images; an image brings up to `questions_per_image` questions of the training file, those with a gold
 answer first, and, with a teacher, up to `teacher_questions` further ones without a gold answer. Where there are more than that,
@@ -25,7 +25,6 @@ they take turns from epoch to epoch.
 """
 
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,17 +34,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.pictures import ImageSettings, Picture, PictureCache, load_images, make_picture
-from dataset.processor import ImageTextProcessor
-from dataset.prompts import IGNORE, collate_prompts, pack_questions
-from dataset.questions import QuestionRow, questions_file, read_questions, unanswered_file
-from dataset.sampler import ImageOrder, MicroBatchSampler, UpdateLoader
-from dataset.sunrgbd import Frame, read_frame
+from dataset.inputs.pictures import ImageSettings, Picture, PictureCache, load_images, make_picture
+from dataset.inputs.processor import ImageTextProcessor
+from dataset.inputs.prompts import IGNORE, collate_prompts, pack_questions
+from dataset.inputs.sampler import ImageOrder, MicroBatchSampler, UpdateLoader
+from dataset.questions.rows import (
+    QuestionRow,
+    frame_path,
+    group_by_image,
+    questions_file,
+    read_questions,
+    subset_of_images,
+    unanswered_file,
+    withhold_labels,
+)
+from dataset.sunrgbd.frames import Frame, read_frame
 from utils import UserError
 
 
 class TeacherOutputs(Protocol):
-    """What the data module needs of a teacher; `distillation.teacher_cache.TeacherCache` is one."""
+    """What the data module needs of a teacher; `distillation.teacher.TeacherCache` is one."""
 
     rows: dict[str, int]  # image path -> row in the bank
 
@@ -137,50 +145,6 @@ def _turn(rows: list[QuestionRow], most: int | None, epoch: int, order: np.rando
         return rows
     turns = order.permutation(len(rows))
     return [rows[i] for i in sorted(turns[(epoch * most + k) % len(rows)] for k in range(most))]
-
-
-def frame_path(row: QuestionRow) -> str:
-    """The frame's folder: two levels above its picture."""
-    return row.image_path.rsplit("/", 2)[0]
-
-
-def group_by_image(rows: list[QuestionRow]) -> list[list[QuestionRow]]:
-    """Rows of the same image together, images in order of first appearance."""
-    groups: dict[str, list[QuestionRow]] = {}
-    for row in rows:
-        groups.setdefault(row.image_path, []).append(row)
-    return list(groups.values())
-
-
-def subset_of_images(rows: list[QuestionRow], share: float, *, seed: int) -> list[QuestionRow]:
-    """The rows of a random `share` of the images; a smaller share of the same seed is contained in a larger one.
-
-    Raises:
-        UserError: the share is not in (0, 1].
-    """
-    if not 0 < share <= 1:
-        raise UserError(
-            f"--subset_percentage {share}: give a share above 0 and at most 1 (0.1 = a tenth of the images)"
-        )
-    images = group_by_image(rows)
-    order = np.random.default_rng((seed, 1)).permutation(len(images))
-    kept = sorted(order[: max(1, round(share * len(images)))])
-    return [row for i in kept for row in images[i]]
-
-
-def withhold_labels(rows: list[QuestionRow], share: float, *, seed: int) -> list[QuestionRow]:
-    """The rows with gold answers for a random `share` of them only; what a smaller share keeps, a larger one keeps too.
-
-    Raises:
-        UserError: the share is not in (0, 1].
-    """
-    if not 0 < share <= 1:
-        raise UserError(
-            f"--label_fraction {share}: give a share above 0 and at most 1 (0.1 = a tenth of the questions)"
-        )
-    order = np.random.default_rng((seed, 2)).permutation(len(rows))
-    kept = set(order[: max(1, round(share * len(rows)))].tolist())
-    return [row if i in kept else replace(row, answer="") for i, row in enumerate(rows)]
 
 
 class SUNRGBDDataModule(pl.LightningDataModule):

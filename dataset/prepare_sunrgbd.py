@@ -7,7 +7,7 @@ Writes  ROOT_DATA_DIR/SUNRGBD/csv_data/{train,val,test}_dataset.csv; train_unans
         questions.json, which says how they were made
 
 The test split is the official one. A tenth of the official training half is for validation, whole rooms of it, see
-`dataset.sunrgbd.validation_tenth`; with --official_val train and val are the toolbox's, half of it each.
+`dataset.sunrgbd.frames.validation_tenth`; with --official_val train and val are the toolbox's, half of it each.
 
     python dataset/prepare_sunrgbd.py            # build
     python dataset/prepare_sunrgbd.py --sunrgbd_zip SUNRGBD.zip --toolbox_zip SUNRGBDtoolbox.zip    # unpack there, then build
@@ -22,211 +22,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, data_root, progress, run_script, write_json
+from utils import UserError, data_root, run_script
 
 # isort: split
 import argparse
-import hashlib
-import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from dataset.annotations import Coverage, frame_nouns, frame_objects
-from dataset.captions import frame_caption
-from dataset.extract import extract_archives
 from dataset.miniature.world import ensure_world
-from dataset.preview import write_preview
-from dataset.questions import (
-    ANSWER_SHARE,
-    GENERATOR_VERSION,
-    MARGINS,
-    Question,
+from dataset.questions.blind import blind_check
+from dataset.questions.csv_data import SPLITS, UNKNOWN_PRINTED, build_csv_data, by_collection, read_frames
+from dataset.questions.preview import write_preview
+from dataset.questions.rows import (
     QuestionRow,
-    captions_file,
     csv_cells,
-    frame_candidates,
-    question_rows,
     questions_file,
     read_questions,
-    select_questions,
-    select_unanswered,
-    unanswered_file,
-    write_questions,
 )
-from dataset.sunrgbd import Frame, find_frames, listed_split, missing_frames, read_rgb
-from evaluation.blind import blind_check
+from dataset.sunrgbd.extract import extract_archives
+from dataset.sunrgbd.frames import find_frames, listed_split, missing_frames
 
-SPLITS = ("train", "val", "test")
 BLIND_CHECK_LEAST = 200  # questions of a type: with fewer, chance alone exceeds the limits
-UNKNOWN_LISTED, UNKNOWN_PRINTED = 100, 10  # of the most frequent names that are not in the noun table
-VOCABULARY_FRAMES = 1000  # frames whose nouns may be asked about when they are absent
-
-
-class FrameReport(NamedTuple):
-    """What one frame gave: its candidate questions, or why it cannot be used."""
-
-    questions: list[Question]
-    drops: Counter  # annotations that were left out, by reason
-    coverage: Coverage  # what the noun table knows of the outlines
-    failure: str  # empty when the frame can be used
-    caption: Question | None = None  # None where nothing is shown
-
-
-def build_csv_data(
-    root: Path,
-    *,
-    seed: int = 0,
-    workers: int | None = None,
-    train_per_frame: int = 2,
-    eval_per_frame: int = 8,
-    unanswered_per_frame: int = 8,
-    official_val: bool = False,
-) -> dict[str, Any]:
-    """Write the question files of all splits, and `questions.json` beside them.
-
-    Args:
-        root: ROOT_DATA_DIR.
-        seed: decides which questions are kept; the number of workers does not.
-        workers: processes; default: one per core.
-        train_per_frame: questions per training frame at most; the published data set has one to two.
-        eval_per_frame: the same for val and test.
-        unanswered_per_frame: further questions per training frame at most, without answers.
-        official_val: see `listed_split`.
-
-    Returns:
-        What `questions.json` holds: version, seed, margins, the split's rule; questions per split, type and sensor;
-        what was left out and why.
-
-    Raises:
-        UserError: no frame, no official split, or not a single question.
-    """
-    frames, unusable = find_frames(root)
-    whole = listed_split(root, frames, official_val=official_val)
-    split = whole.names
-    listed = [frame for frame in frames if frame.path in split]
-    reports = list(read_frames(listed, seed=seed, workers=workers))
-    usable = [(frame, report.questions) for frame, report in zip(listed, reports, strict=True) if not report.failure]
-    unusable += [(frame.path, report.failure) for frame, report in zip(listed, reports, strict=True) if report.failure]
-    captions = {name: [] for name in SPLITS}
-    for frame, report in zip(listed, reports, strict=True):
-        if report.caption:
-            captions[split[frame.path]] += question_rows(frame, [report.caption])
-    rows = {}
-    for number, name in enumerate(SPLITS):
-        candidates = [(frame, questions) for frame, questions in usable if split[frame.path] == name]
-        per_frame = train_per_frame if name == "train" else eval_per_frame
-        rows[name] = select_questions(candidates, seed=seed + number, per_frame=per_frame)
-        if name == "train":
-            gold = {row.id for row in rows[name]}
-            unanswered = select_unanswered(candidates, gold=gold, seed=seed, per_frame=unanswered_per_frame)
-    if not any(rows.values()):
-        raise UserError(f"{root / 'SUNRGBD'}: no question can be asked about its {len(usable)} usable frames")
-    summary = {
-        "generator_version": GENERATOR_VERSION,
-        "seed": seed,
-        "per_frame": {
-            "train": train_per_frame,
-            "val": eval_per_frame,
-            "test": eval_per_frame,
-            "train_unanswered": unanswered_per_frame,
-        },
-        "margins": MARGINS,
-        "largest_answer_share": ANSWER_SHARE,
-        "split": {"rule": whole.rule, "listed_frames": dict(sorted(Counter(split.values()).items()))},
-        "frames": dict(Counter(split[frame.path] for frame, _ in usable)),
-        "frames_outside_the_official_split": len(frames) - len(listed),
-        "missing_frames": _collections(missing_frames(root, frames, whole)),
-        "recordings_in_two_splits": _shared_recordings(listed, split),
-        "questions": {name: _counts(rows[name]) for name in SPLITS} | {"train_unanswered": _counts(unanswered)},
-        "captions": {name: len(captions[name]) for name in SPLITS},
-        "dropped_annotations": dict(sum((report.drops for report in reports), Counter()).most_common()),
-        "noun_table": _coverage(sum((report.coverage for report in reports), Coverage())),
-        "unusable_frames": dict(sorted(unusable)),
-    }
-    for name in SPLITS:
-        write_questions(questions_file(root, name), rows[name])
-        write_questions(captions_file(root, name), captions[name])
-    write_questions(unanswered_file(root), unanswered)
-    write_json(questions_file(root, "train").with_name("questions.json"), summary)
-    return summary
-
-
-def _collections(paths: Sequence[str]) -> dict[str, int]:
-    """How many frame paths there are of each collection, such as `kv1/NYUdata`."""
-    return dict(sorted(Counter("/".join(path.split("/")[1:3]) for path in paths).items()))
-
-
-def _shared_recordings(frames: Sequence[Frame], split: dict[str, str]) -> dict[str, int]:
-    """How many recordings (`Frame.group`) have frames in two splits: the official one separates frames, not always rooms."""
-    groups = {name: {frame.group for frame in frames if split[frame.path] == name} for name in SPLITS}
-    return {f"{one} {other}": len(groups[one] & groups[other]) for one, other in combinations(SPLITS, 2)}
-
-
-def read_frames(frames: Sequence[Frame], *, seed: int, workers: int | None = None) -> Iterator[FrameReport]:
-    """One report per frame, in their order; pictures are read in `workers` processes and dropped there."""
-    read = partial(read_frame_questions, seed=seed, vocabulary=_vocabulary(frames))
-    label = "reading annotations"
-    workers = workers or os.cpu_count() or 1
-    if workers == 1:
-        yield from progress(map(read, frames), total=len(frames), label=label)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from progress(pool.map(read, frames, chunksize=16), total=len(frames), label=label)
-
-
-def _vocabulary(frames: Sequence[Frame]) -> list[str]:
-    """The nouns of evenly spaced frames: to ask for what no room of the data set has would give the answer away."""
-    sample = frames[:: max(1, len(frames) // VOCABULARY_FRAMES)]
-    return sorted(set().union(*map(frame_nouns, sample)))
-
-
-def read_frame_questions(frame: Frame, *, seed: int, vocabulary: Collection[str]) -> FrameReport:
-    """Read a frame's annotations and pictures and ask what can be asked."""
-    drops, coverage = Counter(), Coverage()
-    digest = hashlib.sha256(frame.path.encode()).digest()
-    rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])  # independent of the other frames
-    try:
-        instances, unsure = frame_objects(frame, drops, coverage)
-        rgb = read_rgb(frame.root / frame.image_path)
-    except UserError as error:
-        return FrameReport([], drops, coverage, str(error))
-    questions = frame_candidates(instances, rgb=rgb, rng=rng, unsure=unsure, vocabulary=vocabulary)
-    return FrameReport(questions, drops, coverage, "", frame_caption(instances, scene=frame.scene, unsure=unsure))
-
-
-def _coverage(coverage: Coverage) -> dict[str, Any]:
-    """What share of the outlined objects and of their area has a noun; walls, floors and ceilings are counted apart."""
-    objects = {key: count for key, count in coverage.outlines.items() if key != "structure"}
-    area = {key: share for key, share in coverage.area.items() if key != "structure"}
-    return {
-        "known_share_of_outlines": _share(objects),
-        "known_share_of_area": _share(area),
-        "outlines": dict(sorted(coverage.outlines.items())),
-        "area_in_pictures": {kind: round(share, 3) for kind, share in sorted(coverage.area.items())},
-        "most_frequent_unknown_names": dict(coverage.unknown_names.most_common(UNKNOWN_LISTED)),
-    }
-
-
-def _share(parts: dict[str, float]) -> float | None:
-    total = sum(parts.values())
-    return round(parts.get("known", 0) / total, 4) if total else None
-
-
-def _counts(rows: Sequence[QuestionRow]) -> dict[str, Any]:
-    """Number of questions, and how they spread over types, sensors and both."""
-    return {
-        "all": len(rows),
-        "images": len({row.image_path for row in rows}),
-        "types": dict(Counter(row.type for row in rows).most_common()),
-        "sensors": dict(Counter(row.sensor for row in rows).most_common()),
-        "types_by_sensor": dict(sorted(Counter(f"{row.sensor} {row.type}" for row in rows).items())),
-    }
 
 
 def print_missing(collections: dict[str, int]) -> None:
@@ -267,7 +83,7 @@ def check_tree(root: Path, *, workers: int | None = None, official_val: bool = F
     split = Counter(whole.names[frame.path] for frame in frames if frame.path in whole.names)
     print(", ".join(f"{name} {n}" for name, n in sorted(split.items())) or "none listed")
     print(whole.rule)
-    print_missing(_collections(missing_frames(root, frames, whole)))
+    print_missing(by_collection(missing_frames(root, frames, whole)))
     if unusable:
         raise UserError(f"{root / 'SUNRGBD'}: {len(unusable)} frames cannot be used, listed above with the reason")
 

@@ -1,8 +1,8 @@
 """Loss primitives: pure, keyword-only functions of student and teacher tensors. The weighted sum stays in each script.
 
 Axes
-    n  answer tokens of a batch, the rows that `dataset.prompts.answer_targets` keeps (the causal shift happens there)
-    V  vocabulary, cropped to the tokenizer's length by `distillation.models.answer_logits`
+    n  answer tokens of a batch, the rows that `dataset.inputs.prompts.answer_targets` keeps (the causal shift happens there)
+    V  vocabulary, cropped to the tokenizer's length by `distillation.forward.answer_logits`
     K  kept classes of a teacher's distribution
     B  images of a batch
     P  patches (image tokens) of an image
@@ -14,7 +14,7 @@ patches that a mask or a weight of 0 leaves out: those may hold anything. The te
 into it. A sum over nothing is 0, with a gradient path, so that a batch without answers or valid depth can be stepped.
 
 Every loss is a sum over items. A script divides it by the number of these items in the whole optimizer update (the `update` of a
-batch, see `dataset.sampler`): means over micro-batches would depend on how the update is cut, since an item in a small one would
+batch, see `dataset.inputs.sampler`): means over micro-batches would depend on how the update is cut, since an item in a small one would
 weigh more.
 
 A loss softened by a temperature T is multiplied by T**2, which keeps the size of its gradient about constant in T
@@ -491,7 +491,7 @@ def answer_diagnostics(
         teacher_logits: (n, V).
         targets: (n,) int64.
         gold: (n,) bool, tokens of gold answers.
-        update: the numbers of items of the whole optimizer update, see `dataset.sampler`.
+        update: the numbers of items of the whole optimizer update, see `dataset.inputs.sampler`.
 
     Returns:
         Scalars to log, nats: sums over the batch by the update's number of tokens. The teacher's cross-entropy only where the

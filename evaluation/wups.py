@@ -20,7 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from evaluation.metrics import accuracy, answer_items, group_by, order_types, recordings
+from dataset.questions.answers import answer_items, group_by, order_types
+from evaluation.metrics import accuracy, recordings
 from utils import ProgressLine
 
 Row = Mapping[str, Any]

@@ -25,7 +25,7 @@ def samples() -> Path:
 @pytest.fixture(scope="session")
 def processor():
     """Processor of the miniature kind: byte-level tokenizer, real special tokens and chat template, 128 px."""
-    from dataset.miniature.pretrain import build_processor
+    from distillation.miniature.pretrain import build_processor
 
     return build_processor(["What color is the chair?", "red", "Where is the bed?", "in front", "one", "two"] * 3)
 
@@ -33,7 +33,7 @@ def processor():
 @pytest.fixture(scope="session")
 def real_size(processor):
     """The true image settings (384 px, 36 grids, 729 tokens) around the small tokenizer."""
-    from dataset.processor import FloatImageProcessor, ImageTextProcessor
+    from dataset.inputs.processor import FloatImageProcessor, ImageTextProcessor
 
     return ImageTextProcessor(
         image_processor=FloatImageProcessor(
@@ -51,8 +51,8 @@ def tiny_folder(processor, tmp_path_factory) -> Path:
     """A random tiny LLaVA-OneVision, saved as a Hugging Face folder."""
     import torch
 
-    from dataset.miniature.pretrain import Size, build_model
-    from dataset.processor import save_processor
+    from dataset.inputs.processor import save_processor
+    from distillation.miniature.pretrain import Size, build_model
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -79,8 +79,8 @@ def tiny_teacher(processor, tmp_path_factory):
     """A random teacher: the student's tower and tokenizer, a wider language model."""
     import torch
 
-    from dataset.miniature.pretrain import Size, build_model
-    from dataset.processor import save_processor
+    from dataset.inputs.processor import save_processor
+    from distillation.miniature.pretrain import Size, build_model
 
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("models") / "teacher"

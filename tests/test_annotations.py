@@ -8,21 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.annotations import (
-    Coverage,
-    canonical_noun,
-    frame_instances,
-    frame_nouns,
-    frame_objects,
-    hinted_nouns,
-    mask_box,
-    names_group,
-    read_annotation,
-)
-from dataset.captions import frame_caption
-from dataset.depth import encode_sunrgbd
-from dataset.questions import frame_candidates
-from dataset.sunrgbd import Frame, read_frame
+from dataset.questions.captions import frame_caption
+from dataset.questions.generate import frame_candidates
+from dataset.sunrgbd.annotations import Coverage, frame_instances, frame_nouns, frame_objects, mask_box, read_annotation
+from dataset.sunrgbd.depth import encode_sunrgbd
+from dataset.sunrgbd.frames import Frame, read_frame
+from dataset.sunrgbd.nouns import canonical_noun, hinted_nouns, names_group
 from utils import UserError
 
 WIDTH, HEIGHT = 160, 120

@@ -4,8 +4,8 @@ import csv
 
 import pytest
 
-from evaluation import captions
-from evaluation.captions import caption_scores, tokenize
+from evaluation import caption_scores as captions
+from evaluation.caption_scores import caption_scores, tokenize
 
 
 @pytest.mark.parametrize(

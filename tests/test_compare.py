@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.depth import encode_sunrgbd
-from evaluation import compare
+from dataset.questions.rows import QUESTION_TYPES
+from dataset.sunrgbd.depth import encode_sunrgbd
+from evaluation import compare, comparison, figures
 from evaluation.intervals import paired_difference, permutation_test
-from evaluation.metrics import QUESTION_TYPES, evaluate_rows
+from evaluation.metrics import evaluate_rows
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,8 +92,8 @@ def folders(tmp_path: Path) -> list[Path]:
     ]
 
 
-def load(folders: list[Path]) -> list[compare.Results]:
-    return [compare.load_results(folder) for folder in folders]
+def load(folders: list[Path]) -> list[comparison.Results]:
+    return [comparison.load_results(folder) for folder in folders]
 
 
 def rewrite(folder: Path, change) -> None:
@@ -111,7 +112,7 @@ def test_names_come_from_the_metrics_and_else_from_the_folder(folders):
 
 def test_table_agrees_with_metrics_and_statistics(folders):
     results = load(folders)
-    table = compare.comparison_table(results, "distilled student")
+    table = comparison.comparison_table(results, "distilled student")
     assert [row.name for row in table] == [result.name for result in results] + ["blind: majority_per_type"]
     assert list(table[0].accuracies) == ["Overall", *QUESTION_TYPES]
     for row, folder in zip(table, folders, strict=False):
@@ -135,11 +136,11 @@ def test_pictures_of_one_recording_are_one_cluster(tmp_path):
     results = load(
         [write_results(tmp_path / str(share), answered(rows, share, 1), name=str(share)) for share in (0.3, 1)]
     )
-    _, better = compare.comparison_table(results)
+    _, better = comparison.comparison_table(results)
     assert better.p_value == 0.5 and better.difference[0] > 0.5
     cell = evaluate_rows(results[0].rows)["overall"]
     assert (cell["n_images"], cell["n_recordings"]) == (10, 2)
-    text = compare.explanation(results)
+    text = comparison.explanation(results)
     assert "10 images of 2 recordings" in text.replace("\n", " ") and "resample recordings" in text.replace("\n", " ")
 
 
@@ -148,15 +149,15 @@ def test_what_depth_can_answer_has_a_column_of_its_own(tmp_path):
         row | {"depth_answerable": str(int(not row["Question_Type"].startswith("Color")))} for row in question_rows()
     ]
     wrong = [row | {"Model_Answer": row["Answers"] if row["depth_answerable"] == "1" else "?"} for row in rows]
-    (row,) = compare.comparison_table(load([write_results(tmp_path / "a", wrong, name="a")]))
+    (row,) = comparison.comparison_table(load([write_results(tmp_path / "a", wrong, name="a")]))
     assert list(row.accuracies)[:2] == ["Overall", "By depth"]
     assert row.accuracies["By depth"]["value"] == 1 > row.accuracies["Overall"]["value"]
 
 
 def test_row_order_does_not_matter(folders):
-    before = compare.comparison_table(load(folders))
+    before = comparison.comparison_table(load(folders))
     rewrite(folders[1], lambda rows: rows[::-1])
-    assert compare.comparison_table(load(folders)) == before
+    assert comparison.comparison_table(load(folders)) == before
 
 
 def drop_last(rows):
@@ -175,25 +176,25 @@ def rename_id(rows):
 def test_different_questions_are_an_error_that_names_the_system(folders, change):
     rewrite(folders[1], change)
     with pytest.raises(UserError, match="distilled student"):
-        compare.comparison_table(load(folders))
+        comparison.comparison_table(load(folders))
 
 
 def test_repeated_ids_and_missing_columns_name_the_file(folders):
     rewrite(folders[0], lambda rows: [*rows, rows[0]])
     with pytest.raises(UserError, match=r"results_a.*Question_Id 1 occurs 2 times"):
-        compare.load_results(folders[0])
+        comparison.load_results(folders[0])
     rewrite(folders[1], lambda rows: [{k: v for k, v in row.items() if k != "Model_Answer"} for row in rows])
     with pytest.raises(UserError, match=r"results_b.*Model_Answer"):
-        compare.load_results(folders[1])
+        comparison.load_results(folders[1])
 
 
 def test_missing_and_damaged_files_are_user_errors(folders):
     (folders[0] / "metrics.json").write_text("{")
     with pytest.raises(UserError, match=r"metrics\.json"):
-        compare.load_results(folders[0])
+        comparison.load_results(folders[0])
     (folders[1] / "predictions.csv").unlink()
     with pytest.raises(UserError, match=r"predictions\.csv: missing"):
-        compare.load_results(folders[1])
+        comparison.load_results(folders[1])
 
 
 def test_cut_and_undecodable_predictions_are_user_errors(folders):
@@ -201,18 +202,18 @@ def test_cut_and_undecodable_predictions_are_user_errors(folders):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2].rsplit(b",", 2)[0])
     with pytest.raises(UserError, match=r"predictions\.csv: row \d+ has more or fewer cells"):
-        compare.load_results(folders[0])
+        comparison.load_results(folders[0])
     path.write_bytes(content + b"\xff\xfe,\n")
     with pytest.raises(UserError, match="not a UTF-8 CSV"):
-        compare.load_results(folders[0])
+        comparison.load_results(folders[0])
 
 
 def test_unknown_baseline_and_equal_names_are_user_errors(folders):
     results = load(folders)
     with pytest.raises(UserError, match="no such system"):
-        compare.comparison_table(results, "nobody")
+        comparison.comparison_table(results, "nobody")
     with pytest.raises(UserError, match="2 results are named"):
-        compare.comparison_table([results[0], results[0]])
+        comparison.comparison_table([results[0], results[0]])
 
 
 def test_blind_baselines_of_other_training_data_are_refused(tmp_path, folders):
@@ -220,18 +221,18 @@ def test_blind_baselines_of_other_training_data_are_refused(tmp_path, folders):
     other = {"majority_per_type": ["nothing"] * len(rows)}
     odd = write_results(tmp_path / "results_odd", answered(rows, 0.7, 5), name="odd", blind=other)
     with pytest.raises(UserError, match="odd: its blind baselines differ"):
-        compare.comparison_table(load([*folders, odd]))
+        comparison.comparison_table(load([*folders, odd]))
 
 
 def test_text_columns_are_aligned_and_markdown_has_equal_cells(folders):
-    table = compare.comparison_table(load(folders))
-    header, rule, *lines = compare.text_table(table).splitlines()
+    table = comparison.comparison_table(load(folders))
+    header, rule, *lines = comparison.text_table(table).splitlines()
     assert len(lines) == 2 * len(table) and set(rule) == {"-"}
     ends = {header.index(word) + len(word) for word in ("Overall", "Object", "Yes/No")}
     for value_line in lines[::2]:
         for end in ends:
             assert value_line[end - 1].isdigit() and (len(value_line) == end or value_line[end] == " ")
-    assert len({line.count("|") for line in compare.markdown_table(table).splitlines()}) == 1
+    assert len({line.count("|") for line in comparison.markdown_table(table).splitlines()}) == 1
 
 
 def test_a_constant_answer_is_pointed_out(folders):
@@ -239,18 +240,18 @@ def test_a_constant_answer_is_pointed_out(folders):
         folders[1],
         lambda rows: [r | {"Model_Answer": "1" if r["Question_Type"] == "Count" else r["Answers"]} for r in rows],
     )
-    assert compare.collapses(load(folders[1:2])) == ["distilled student answers '1' to 100 % of Count."]
+    assert comparison.collapses(load(folders[1:2])) == ["distilled student answers '1' to 100 % of Count."]
 
 
 def test_sampled_questions_show_right_and_wrong_of_different_images(folders):
     results = load(folders)
-    chosen = compare.sample_questions(results, 8)
-    assert chosen == compare.sample_questions(results, 8) and len(chosen) == 8
+    chosen = figures.sample_questions(results, 8)
+    assert chosen == figures.sample_questions(results, 8) and len(chosen) == 8
     assert len({results[0].rows[place]["Image_Path"] for place in chosen}) == 8
     right = np.mean([result.correct() for result in results], axis=0)[chosen] >= 0.5
     assert 0 < right.sum() < 8
     assert len({results[0].rows[place]["Question_Type"] for place in chosen}) == 6
-    assert len(compare.sample_questions(results, 99)) == N_IMAGES
+    assert len(figures.sample_questions(results, 99)) == N_IMAGES
 
 
 def test_report_writes_readable_files(folders, world, tmp_path):
@@ -273,7 +274,7 @@ def test_contact_sheet_shows_the_images(folders, world, tmp_path):
     marker = (255, 0, 255)
     for path in world.rglob("rgb.png"):
         Image.new("RGB", (64, 48), marker).save(path)
-    compare.draw_contact_sheet(load(folders)[:1], tmp_path / "sheet.png", world, n_frames=2)
+    figures.draw_contact_sheet(load(folders)[:1], tmp_path / "sheet.png", world, n_frames=2)
     with Image.open(tmp_path / "sheet.png") as image:
         pixels = np.asarray(image.convert("RGB"))
     assert (pixels == marker).all(axis=-1).mean() > 0.05
@@ -285,7 +286,7 @@ def test_image_paths_may_not_leave_the_data_folder(folders, world, tmp_path):
     (tmp_path / "secret.png").write_bytes((world / "SUNRGBD/frame0/image/rgb.png").read_bytes())
     rewrite(folders[0], lambda rows: [row | {"Image_Path": "../secret.png"} for row in rows])
     with pytest.raises(UserError, match="leaves the data folder"):
-        compare.draw_contact_sheet(load(folders[:1]), tmp_path / "sheet.png", world)
+        figures.draw_contact_sheet(load(folders[:1]), tmp_path / "sheet.png", world)
     assert not (tmp_path / "sheet.png").exists()
 
 
@@ -293,7 +294,7 @@ def test_unreadable_image_names_the_file(folders, world, tmp_path):
     for path in world.rglob("rgb.png"):
         path.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"rgb\.png: image cannot be read"):
-        compare.draw_contact_sheet(load(folders), tmp_path / "sheet.png", world)
+        figures.draw_contact_sheet(load(folders), tmp_path / "sheet.png", world)
 
 
 def test_command_runs_from_another_folder(folders, world, tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dataset import corruptions as c
+from dataset.sunrgbd import sensor_noise as c
 
 
 def rng(seed: int = 0) -> np.random.Generator:

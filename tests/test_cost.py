@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cost
+from benchmarks import cost, flops
 from benchmarks.cost import Arm, Example, Width
 from distillation.losses import forward_kl, loca_logits
 from utils import UserError
@@ -68,7 +68,7 @@ def test_both_ways_of_scoring_give_the_same_answers():
     examples = [cost.random_example(seed, PAIR.vocabulary) for seed in (3, 4)]
     answers = [score(model, examples) for score in cost.SCORING.values()]
     assert answers[0] == answers[1]
-    assert len(answers[0]) == 2 * cost.QUESTIONS and len({tuple(a) for a in answers[0]}) > 2
+    assert len(answers[0]) == 2 * flops.QUESTIONS and len({tuple(a) for a in answers[0]}) > 2
 
 
 def test_unequal_losses_stop_the_run():
@@ -89,7 +89,7 @@ def test_examples_are_as_long_as_their_picture_says(examples):
 
 def test_operations_at_true_size():
     """5 tiles through 26 layers and the 7B over 2,956 tokens, both by hand; every lever only takes away."""
-    teacher = cost._Counted(cost.meta_model("7b"))
+    teacher = flops._Counted(flops.meta_model("7b"))
     n, d, f, k, layers = 2956, 3584, 18944, 512, 28
     assert teacher.text(n) == pytest.approx(
         layers * (2 * n * (2 * d * d + 2 * d * k + 3 * d * f) + 4 * n * n * d) / 1e12
@@ -101,7 +101,7 @@ def test_operations_at_true_size():
     counted = teacher.answers(n_prefix=prefix, n_blocks=blocks, n_answers=answers)
     assert counted == pytest.approx((whole + last) / 1e12)
     assert teacher.tower(5) == pytest.approx(5 * 0.6418, rel=1e-3)
-    counted = cost.true_flops()
+    counted = flops.true_flops()
     assert counted["original"] > counted["online"] > counted["online packed"] > counted["packed"]
     assert counted["online"] > counted["cached"] > counted["packed"] > counted["cached vision"]
     assert counted["original"] / counted["cached vision"] > 20

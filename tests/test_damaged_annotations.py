@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dataset.annotations import frame_nouns, frame_objects, read_annotation
-from dataset.prepare_sunrgbd import read_frame_questions
-from dataset.sunrgbd import Frame, read_frame
+from dataset.questions.csv_data import read_frame_questions
+from dataset.sunrgbd.annotations import frame_nouns, frame_objects, read_annotation
+from dataset.sunrgbd.frames import Frame, read_frame
 from tests.test_annotations import box3d, boxes, make_frame, polygons, rectangle  # noqa: F401  make_frame is a fixture
 from utils import UserError
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from dataset.daquar import match_frames, read_daquar
-from dataset.sunrgbd import official_split
-from evaluation.compare import comparison_table, load_results
-from evaluation.metrics import exact_match, normalise_answer
+from dataset.questions.answers import exact_match, normalise_answer
+from dataset.questions.daquar import match_frames, read_daquar
+from dataset.sunrgbd.frames import official_split
+from evaluation.comparison import comparison_table, load_results
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
 from utils import ROOT, UserError
 

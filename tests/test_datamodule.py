@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import pictures
-from dataset.augmentation import augment
-from dataset.datamodule import SUNRGBDDataModule, frame_path, group_by_image, subset_of_images
-from dataset.depth import unproject
-from dataset.pictures import ImageSettings, PictureCache, load_images, picture_key
-from dataset.questions import questions_file, read_questions
-from dataset.sampler import ImageOrder, MicroBatchSampler
-from dataset.sunrgbd import read_frame
+from dataset.datamodule import SUNRGBDDataModule
+from dataset.inputs import pictures
+from dataset.inputs.augmentation import augment
+from dataset.inputs.pictures import ImageSettings, PictureCache, load_images, picture_key
+from dataset.inputs.sampler import ImageOrder, MicroBatchSampler
+from dataset.questions.rows import frame_path, group_by_image, questions_file, read_questions, subset_of_images
+from dataset.sunrgbd.depth import unproject
+from dataset.sunrgbd.frames import read_frame
 from utils import UserError
 
 RGB, DEPTH, BLIND = (ImageSettings(m, image_tokens="one_tile") for m in ("rgb", "depth", "blind"))
@@ -218,8 +218,7 @@ def test_other_code_or_libraries_make_other_pictures(processor, tmp_path, monkey
         return PictureCache(tmp_path, picture_key(processor, DEPTH), DEPTH).store.folder
 
     seen = [folder()]
-    for name in ("questions.py", "sunrgbd.py", "inputs/encodings.py"):
-        (tmp_path / "dataset" / name).parent.mkdir(exist_ok=True)
+    for name in ("questions/generate.py", "sunrgbd/frames.py", "inputs/split_off.py"):
         with open(tmp_path / "dataset" / name, "a") as source:
             source.write("\n")
         seen.append(folder())

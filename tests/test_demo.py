@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from benchmarks.demo import CONTROL, SYSTEMS, Runner, Step, chains
 from benchmarks.reproduce import load_script
-from dataset.miniature.demo import CONTROL, SYSTEMS, Runner, Step, chains
 from utils import ROOT, UserError
 
 
@@ -60,4 +60,4 @@ def test_a_failing_step_is_named_and_stops_the_others(tmp_path):
 
 def test_the_command_takes_no_unknown_flag():
     with pytest.raises(SystemExit):
-        load_script((ROOT / "dataset/miniature/demo.py").relative_to(ROOT).as_posix()).parse_args(["--epochs", "3"])
+        load_script((ROOT / "benchmarks/demo.py").relative_to(ROOT).as_posix()).parse_args(["--epochs", "3"])

@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.depth import (
-    ENCODINGS,
-    MAX_DEPTH_M,
-    decode_depth,
-    encode_depth,
-    encode_sunrgbd,
-    read_depth,
-    surface_normals,
-    unproject,
-)
+from dataset.inputs.depth_encodings import ENCODINGS, encode_depth, surface_normals
+from dataset.sunrgbd.depth import MAX_DEPTH_M, decode_depth, encode_sunrgbd, read_depth, unproject
 from utils import UserError
 
 INTRINSICS = np.array([[100.0, 0, 31.5], [0, 100.0, 23.5], [0, 0, 1]])

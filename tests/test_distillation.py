@@ -11,24 +11,22 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import pictures
-from dataset.datamodule import SUNRGBDDataModule, withhold_labels
-from dataset.pictures import ImageSettings, measured_share
-from dataset.processor import load_processor
-from dataset.prompts import collate_prompts, pack_questions
-from dataset.sampler import ImageOrder
-from distillation import teacher_cache, training
-from distillation.models import (
-    answer_logits,
-    greedy_answers,
-    image_features,
-    load_model,
-    overview_patches,
-    set_trainable,
-    tower_features,
-)
-from distillation.teacher_cache import same_recording
-from distillation.training import read_checkpoint, start_run
+from dataset.datamodule import SUNRGBDDataModule
+from dataset.inputs import pictures
+from dataset.inputs.pictures import ImageSettings, measured_share
+from dataset.inputs.processor import load_processor
+from dataset.inputs.prompts import collate_prompts, pack_questions
+from dataset.inputs.sampler import ImageOrder
+from dataset.questions.rows import withhold_labels
+from distillation import teacher as teacher_module
+from distillation import teacher_cache
+from distillation.decoding import greedy_answers
+from distillation.forward import answer_logits, image_features, overview_patches, tower_features
+from distillation.models import load_model, set_trainable
+from distillation.run import data as run_data
+from distillation.run.checkpoints import read_checkpoint
+from distillation.run.folders import start_run
+from distillation.teacher import same_recording
 from tests.test_training import flags, interrupted, load_script
 from tests.test_training import train as train_baseline
 from utils import UserError
@@ -66,7 +64,7 @@ def data_module(world, tiny_folder, **options):
 def teacher_of(data, tiny_folder, tiny_teacher, *more):
     script = load_script(f"distillation/{SCRIPTS['logit']}/train_online_kd.py")
     args = script.parse_args(flags(tiny_folder, *(more or ("--teacher_name", str(tiny_teacher)))))
-    return teacher_cache.open_teacher(args, data, start_run(args, script.__file__, data.student))
+    return teacher_module.open_teacher(args, data, start_run(args, script.__file__, data.student))
 
 
 def live_teacher(data, tiny_teacher, groups):
@@ -172,7 +170,7 @@ def test_a_requeued_phase_starts_from_the_phase_before(places, tiny_folder, tiny
     assert "starting a new run" in said and "starting from" in said
     # Newer code is no reason to start over, but one to ask the teacher again.
     outputs = list((places / "teacher_outputs").iterdir())
-    monkeypatch.setattr(teacher_cache, "source_digest", lambda *args, **options: "newer")
+    monkeypatch.setattr(teacher_module, "source_digest", lambda *args, **options: "newer")
     train("phase3", tiny_folder, tiny_teacher, *again)
     assert len(list((places / "teacher_outputs").iterdir())) == len(outputs) + 1
     said = capsys.readouterr().out
@@ -360,7 +358,7 @@ def test_the_teacher_looks_once(places, world, tiny_folder, tiny_teacher, monkey
     looked.clear()
     teacher_of(data_module(world, tiny_folder, subset_percentage=0.5), tiny_folder, tiny_teacher)
     assert not looked  # all of them are known
-    monkeypatch.setattr(teacher_cache, "load_model", None)
+    monkeypatch.setattr(teacher_module, "load_model", None)
     again = teacher_of(data, tiny_folder, tiny_teacher)
     assert again.source.names == teacher.source.names
     path = folder / again.source.names[0][:2] / f"{again.source.names[0]}.tensors"
@@ -392,9 +390,9 @@ def test_two_files_may_number_their_questions_alike(world, tiny_folder, tiny_tea
     first = data.train.images[0]
     rows = [replace(row, id="1") for row in first] + [replace(first[0], id="1", question="What is this?", answer="")]
     live = live_teacher(data, tiny_teacher, [rows])
-    together = teacher_cache.TeacherCache(live, [rows], 1)
+    together = teacher_module.TeacherCache(live, [rows], 1)
     for row in rows:
-        alone = teacher_cache.TeacherCache(replace(live, groups=[[row]]), [[row]], 1)
+        alone = teacher_module.TeacherCache(replace(live, groups=[[row]]), [[row]], 1)
         for gold in {False, bool(row.answer)}:
             (tokens, hidden), (expected, states) = together.answer(row, gold=gold), alone.answer(row, gold=gold)
             assert tokens == expected
@@ -418,20 +416,25 @@ def test_other_code_or_libraries_ask_the_teacher_again(tiny_teacher, tmp_path, m
     """A folder of outputs for each; a loss or a script is no reason to ask again."""
     for name in ("dataset", "distillation"):
         shutil.copytree(
-            teacher_cache.ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("miniature", "__pycache__")
+            teacher_module.ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("miniature", "__pycache__")
         )
     processor, images = load_processor(str(tiny_teacher)), ImageSettings("rgb")
-    for module in (teacher_cache, pictures):
+    for module in (teacher_module, pictures):
         monkeypatch.setattr(module, "ROOT", tmp_path)
 
     def key() -> str:
-        return json.dumps(teacher_cache.teacher_key("digest", processor, images, torch.float32), sort_keys=True)
+        return json.dumps(teacher_module.teacher_key("digest", processor, images, torch.float32), sort_keys=True)
 
     seen = [key()]
     for name in ("distillation/losses.py", "distillation/baseline_depth/train.py"):
         (tmp_path / name).write_text("")
         assert key() == seen[0]
-    for name in ("distillation/models.py", "distillation/decoding.py", "dataset/prompts.py", "dataset/processor.py"):
+    for name in (
+        "distillation/forward.py",
+        "distillation/decoding.py",
+        "dataset/inputs/prompts.py",
+        "dataset/inputs/processor.py",
+    ):
         (tmp_path / name).write_text("")
         seen.append(key())
     for module in (torch, pictures.transformers, pictures.np):
@@ -659,6 +662,6 @@ def test_a_teacher_may_not_have_read_more_labels_than_its_student(places, tiny_f
 
 
 def test_no_room_for_what_the_teacher_says(places, tiny_folder, tiny_teacher, monkeypatch):
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(run_data.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="the teacher's outputs: no room in"):
         train("logit", tiny_folder, tiny_teacher)

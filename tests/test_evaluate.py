@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from dataset.pictures import ImageSettings, load_images
-from dataset.processor import load_processor
-from dataset.prompts import pack_questions
-from dataset.questions import read_questions
-from dataset.sunrgbd import read_frame
+from dataset.inputs.pictures import ImageSettings, load_images
+from dataset.inputs.processor import load_processor
+from dataset.inputs.prompts import pack_questions
+from dataset.questions.rows import read_questions
+from dataset.sunrgbd.frames import read_frame
 from distillation.models import load_model
-from distillation.training import read_checkpoint
+from distillation.run.checkpoints import read_checkpoint
 from evaluation.metrics import recording
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
 from tests.test_training import train

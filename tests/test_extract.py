@@ -14,8 +14,8 @@ from collections import namedtuple
 
 import pytest
 
-from dataset import extract
-from dataset.extract import extract_archives
+from dataset.sunrgbd import extract
+from dataset.sunrgbd.extract import extract_archives
 from utils import ROOT, UserError
 
 FRAME = "SUNRGBD/kv1/b3dodata/img_0001"
@@ -270,7 +270,7 @@ def test_a_killed_process(root, tmp_path):
 import os, shutil, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from dataset.extract import extract_archives
+from dataset.sunrgbd.extract import extract_archives
 files, copy = [], shutil.copyfileobj
 def kill(packed, target, length):
     files.append(target)

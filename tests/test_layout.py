@@ -64,12 +64,14 @@ def test_readme_names_existing_files_and_scripts():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for script in re.findall(r"^python (\S+\.py)", text, re.M):
         assert (ROOT / script).is_file(), script
-    folder, listed = "", []
+    folders, listed = {}, []  # indentation -> the folder that lines below it are in
     block = re.search(r"## Files\n\n```\n(.*?)```", text, re.S).group(1)
     for line in block.splitlines():
-        for name in re.findall(r"[\w./]+(?:\.\w+|/)", line.split("   ")[0]):
-            if not line.startswith(" ") and name.endswith("/"):
-                folder = name
-            listed.append(name if not line.startswith(" ") else folder + name)
+        depth = len(line) - len(line.lstrip())
+        above = folders.get(depth - 2, "") if depth else ""
+        for name in re.findall(r"[\w./]+(?:\.\w+|/)", line.strip().split("   ")[0]):
+            listed.append(above + name)
+            if name.endswith("/"):
+                folders[depth] = above + name
     assert len(listed) > 20
     assert not [name for name in listed if not (ROOT / name).exists()]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dataset.prompts import answer_targets
+from dataset.inputs.prompts import answer_targets
 from distillation.losses import (
     answer_cross_entropy,
     entropy,

@@ -7,17 +7,11 @@ import random
 import numpy as np
 import pytest
 
-from evaluation import blind
+from dataset.questions import blind
+from dataset.questions.answers import exact_match, normalise_answer
+from dataset.questions.rows import QUESTION_TYPES
 from evaluation.intervals import cluster_bootstrap_ci
-from evaluation.metrics import (
-    QUESTION_TYPES,
-    evaluate_rows,
-    exact_match,
-    lemma_set_match,
-    normalise_answer,
-    recording,
-    recordings,
-)
+from evaluation.metrics import evaluate_rows, lemma_set_match, recording, recordings
 from utils import UserError
 
 

@@ -4,15 +4,14 @@ import pytest
 import torch
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from benchmarks.cost import meta_model
+from benchmarks.flops import meta_model
+from distillation.forward import input_embeddings, output_logits
 from distillation.models import (
     add_lora,
     count_parameters,
     export_model,
-    input_embeddings,
     load_model,
     load_trained_state,
-    output_logits,
     split_parameters,
     trained_state,
 )

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from dataset import build_nouns
-from dataset.annotations import asked_nouns, canonical_noun, letters, names_group, nouns, spellings
-from dataset.build_nouns import (
+from dataset.questions.generate import countable, plural, with_article
+from dataset.sunrgbd import build_nouns
+from dataset.sunrgbd.build_nouns import (
     FIELDS,
     NOUN_TABLE,
     main,
@@ -18,7 +18,7 @@ from dataset.build_nouns import (
     weighed_coverage,
     with_found,
 )
-from dataset.questions import countable, plural, with_article
+from dataset.sunrgbd.nouns import asked_nouns, canonical_noun, letters, names_group, nouns, spellings
 from utils import UserError
 
 IRREGULAR = {

@@ -16,9 +16,11 @@ from PIL import Image
 from benchmarks.prepare import write_tree
 from dataset import prepare_sunrgbd
 from dataset.miniature.world import write_world
-from dataset.prepare_sunrgbd import SPLITS, build_csv_data, check_tree, main, parse_args, read_frame_questions
-from dataset.questions import CAPTION_TYPE, captions_file, questions_file, read_questions, write_questions
-from dataset.sunrgbd import find_frames, frame_group, official_split, read_frame, read_official_list
+from dataset.prepare_sunrgbd import check_tree, main, parse_args
+from dataset.questions import csv_data
+from dataset.questions.csv_data import SPLITS, build_csv_data, read_frame_questions
+from dataset.questions.rows import CAPTION_TYPE, captions_file, questions_file, read_questions, write_questions
+from dataset.sunrgbd.frames import find_frames, frame_group, official_split, read_frame, read_official_list
 from utils import UserError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "dataset" / "prepare_sunrgbd.py"
@@ -87,7 +89,7 @@ def test_recordings_in_two_splits_are_counted():
     paths = ["xtion/sun3ddata/home/a/1", "xtion/sun3ddata/home/a/2", "xtion/sun3ddata/home/b/3", "kv1/NYUdata/NYU0001"]
     frames = [SimpleNamespace(path=path, group=frame_group(f"SUNRGBD/{path}")) for path in paths]
     split = dict(zip(paths, ("train", "test", "val", "test"), strict=True))
-    assert prepare_sunrgbd._shared_recordings(frames, split) == {"train val": 0, "train test": 1, "val test": 0}
+    assert csv_data._shared_recordings(frames, split) == {"train val": 0, "train test": 1, "val test": 0}
 
 
 def test_the_seed_decides_and_the_number_of_workers_does_not(tree):
@@ -387,7 +389,7 @@ def annotated(samples, tmp_path_factory):
     (root / "SUNRGBDtoolbox").symlink_to(samples / "SUNRGBDtoolbox")
     frames, _ = find_frames(root)
     split = official_split(root, frames)
-    return root, list(prepare_sunrgbd.read_frames([frame for frame in frames if frame.path in split], seed=0))
+    return root, list(csv_data.read_frames([frame for frame in frames if frame.path in split], seed=0))
 
 
 @pytest.mark.parametrize("per_frame", [(), ("--train_per_frame", "10", "--eval_per_frame", "10")])

@@ -6,11 +6,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from dataset.annotations import Instance, frame_objects
-from dataset.captions import CAPTION_QUESTION, MAX_NOUNS, frame_caption
-from dataset.preview import write_preview
-from dataset.questions import CAPTION_TYPE, MIN_AREA_SHARE, plural, questions_file, read_questions, with_article
-from dataset.sunrgbd import find_frames
+from dataset.questions.captions import CAPTION_QUESTION, MAX_NOUNS, frame_caption
+from dataset.questions.generate import MIN_AREA_SHARE, plural, with_article
+from dataset.questions.preview import write_preview
+from dataset.questions.rows import CAPTION_TYPE, questions_file, read_questions
+from dataset.sunrgbd.annotations import Instance, frame_objects
+from dataset.sunrgbd.frames import find_frames
 
 SIZE = 50
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from dataset.processor import IMAGE_TOKENS, FloatImageProcessor, load_processor
+from dataset.inputs.processor import IMAGE_TOKENS, FloatImageProcessor, load_processor
 from utils import UserError
 
 

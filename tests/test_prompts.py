@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from dataset.prompts import (
+from dataset.inputs.prompts import (
     IGNORE,
     PADDING_SEGMENT,
     PackedPrompt,
@@ -16,15 +16,10 @@ from dataset.prompts import (
     packed_attention_mask,
     render_question,
 )
+from distillation.decoding import greedy_answers
+from distillation.forward import answer_logits, answers_right, packed_attention, use_packed_attention
 from distillation.losses import answer_cross_entropy
-from distillation.models import (
-    answer_logits,
-    answers_right,
-    greedy_answers,
-    load_model,
-    packed_attention,
-    use_packed_attention,
-)
+from distillation.models import load_model
 from utils import UserError
 
 QUESTIONS = ["What color is the chair?", "Where is the bed relative to the table?", "How many beds are there?"]

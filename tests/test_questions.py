@@ -7,25 +7,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dataset.annotations import Instance
-from dataset.questions import (
-    ANSWER_SHARE,
+from dataset.questions.balance import ANSWER_SHARE, TYPE_EXCESS, select_questions, select_unanswered
+from dataset.questions.blind import blind_check
+from dataset.questions.generate import color_name, direction, frame_candidates
+from dataset.questions.rows import (
     COLUMNS,
     CONTROL_TOKENS,
     QUESTION_TYPES,
     REQUIRED_COLUMNS,
-    TYPE_EXCESS,
     Question,
-    color_name,
     csv_cells,
-    direction,
-    frame_candidates,
     read_questions,
-    select_questions,
-    select_unanswered,
     write_questions,
 )
-from evaluation.blind import blind_check
+from dataset.sunrgbd.annotations import Instance
 from utils import UserError
 
 NOUNS = ("bed", "sofa", "chair", "table", "cabinet", "lamp", "bin", "ball")

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import rates, reproduce
 from benchmarks.rates import STAGES, Search, search, start_of
-from distillation.training import FiniteGuard
+from distillation.run.callbacks import FiniteGuard
 from utils import UserError, write_json
 
 

@@ -5,14 +5,14 @@ import shutil
 import pytest
 import torch
 
-from benchmarks.cost import true_config
+from benchmarks.flops import true_config
 from dataset.datamodule import SUNRGBDDataModule
-from dataset.pictures import ImageSettings, load_images
-from dataset.prepare_sunrgbd import build_csv_data
-from dataset.questions import read_questions
-from dataset.sunrgbd import read_frame
+from dataset.inputs.pictures import ImageSettings, load_images
+from dataset.questions.csv_data import build_csv_data
+from dataset.questions.rows import read_questions
+from dataset.sunrgbd.frames import read_frame
+from distillation.forward import answer_logits, image_features, use_packed_attention
 from distillation.losses import answer_cross_entropy
-from distillation.models import answer_logits, image_features, use_packed_attention
 
 KV1 = "SUNRGBD/kv1/b3dodata/img_0063"
 KV2 = "SUNRGBD/kv2/align_kv2/2014-12-18_11-31-54_260595134347"

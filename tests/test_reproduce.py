@@ -14,10 +14,10 @@ import torch
 from benchmarks import reproduce
 from benchmarks.answers import Answers
 from benchmarks.reproduce import CONTROL, Job, Study
-from dataset.questions import csv_cells, questions_file, read_questions
+from dataset.questions.blind import blind_predictions
+from dataset.questions.rows import QUESTION_TYPES, csv_cells, questions_file, read_questions
 from distillation.models import MINIATURE_STUDENT, load_model
-from evaluation.blind import blind_predictions
-from evaluation.metrics import QUESTION_TYPES, evaluate_rows
+from evaluation.metrics import evaluate_rows
 from utils import UserError, write_json
 
 N_ROOMS = 200

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-from dataset.sunrgbd import (
+from dataset.sunrgbd.frames import (
     OFFICIAL_LIST,
     find_frames,
     frame_group,

@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 
 from benchmarks.reproduce import load_script
-from dataset.pictures import ImageSettings
-from dataset.questions import questions_file, read_questions
-from distillation import training
+from dataset.inputs.pictures import ImageSettings
+from dataset.questions.rows import questions_file, read_questions
 from distillation.models import add_lora, load_model
-from distillation.training import SafeCheckpointIO, plain, read_checkpoint
+from distillation.run import callbacks, folders
+from distillation.run import data as run_data
+from distillation.run.checkpoints import SafeCheckpointIO, read_checkpoint
+from distillation.run.folders import plain
 from utils import ROOT, UserError
 
 SCRIPTS = {
@@ -69,7 +71,7 @@ def test_a_run_leaves_what_it_promises(name, places, tiny_folder):
 @contextmanager
 def interrupted(stop_at: int):
     """SIGTERM arrives in the `stop_at`-th batch; the run has to leave with the exit code of a signal."""
-    batches, start = 0, training.KeyedRandomness.on_train_batch_start
+    batches, start = 0, callbacks.KeyedRandomness.on_train_batch_start
 
     def interrupt(self, *args):
         nonlocal batches
@@ -79,7 +81,7 @@ def interrupted(stop_at: int):
         start(self, *args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(training.KeyedRandomness, "on_train_batch_start", interrupt)
+        patch.setattr(callbacks.KeyedRandomness, "on_train_batch_start", interrupt)
         yield
     assert stopped.value.code == 143
 
@@ -172,7 +174,7 @@ def test_weights_that_are_not_finite_are_never_saved(places, tiny_folder, monkey
     """The gradient was finite and the update was not: the checkpoint before it stays, no other is written."""
     train("baseline_depth", tiny_folder)
     before = {path: path.read_bytes() for path in places.rglob("*.ckpt")}
-    monkeypatch.setattr(training.FiniteGuard, "on_before_optimizer_step", lambda *args: None)
+    monkeypatch.setattr(callbacks.FiniteGuard, "on_before_optimizer_step", lambda *args: None)
     with pytest.raises(UserError, match="not written, .* is not finite"):
         more = ("--run_name", "more", "--lr", "1e36", "--warmup_share", "0", "--gradient_clip", "0")
         train("baseline_depth", tiny_folder, "--load_checkpoint", "t", *more)
@@ -279,7 +281,7 @@ def test_processes_of_a_launcher_need_a_run_name(places, tiny_folder, monkeypatc
     args = script.parse_args(flags(tiny_folder))
     args.run_name = None
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv(training.RUN_NAME_VARIABLE, raising=False)
+    monkeypatch.delenv(folders.RUN_NAME_VARIABLE, raising=False)
     with pytest.raises(UserError, match="--run_name"):
         script.main(args)
 
@@ -291,12 +293,12 @@ def test_the_first_process_of_a_second_machine_joins_the_run(places, tiny_folder
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("RANK", "0")
-    run = training.start_run(args, script, ImageSettings("depth"))
+    run = folders.start_run(args, script, ImageSettings("depth"))
     run.checkpoints.mkdir(parents=True)
     with pytest.raises(UserError, match="is there already"):
-        training.start_run(args, script, ImageSettings("depth"))
+        folders.start_run(args, script, ImageSettings("depth"))
     monkeypatch.setenv("RANK", "1")
-    assert training.start_run(args, script, ImageSettings("depth")).checkpoints == run.checkpoints
+    assert folders.start_run(args, script, ImageSettings("depth")).checkpoints == run.checkpoints
 
 
 def test_checkpoints_are_found_by_run_name_and_path(tmp_path):
@@ -306,14 +308,14 @@ def test_checkpoints_are_found_by_run_name_and_path(tmp_path):
         (run / name).touch()
     best = run / "best-epoch02-score0.7000.ckpt"
     for name in ("demo", str(run), best.name, str(best)):
-        assert training.find_checkpoint(name, tmp_path) == best
-    assert training.find_checkpoint("last.ckpt", tmp_path) == run / "last.ckpt"
+        assert folders.find_checkpoint(name, tmp_path) == best
+    assert folders.find_checkpoint("last.ckpt", tmp_path) == run / "last.ckpt"
     shutil.copytree(run, tmp_path / "baseline_rgb05b/checkpoints/demo")
-    assert training.find_checkpoint("demo", tmp_path / "baseline_depth") == best
+    assert folders.find_checkpoint("demo", tmp_path / "baseline_depth") == best
     with pytest.raises(UserError, match="several have this name"):
-        training.find_checkpoint("demo", tmp_path)
+        folders.find_checkpoint("demo", tmp_path)
     with pytest.raises(UserError, match="no such run or checkpoint below .*; newest runs there: demo"):
-        training.find_checkpoint("absent", tmp_path)
+        folders.find_checkpoint("absent", tmp_path)
 
 
 def test_lora_trains_float32_on_a_bfloat16_model(tiny_folder):
@@ -343,7 +345,7 @@ def test_a_picture_cache_changes_no_weight_and_needs_room(places, tiny_folder, m
         for run in ("t", "first", "again")
     )
     assert all(torch.equal(state[key], value) for state in cached for key, value in plain_run.items())
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(run_data.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="no room"):
         train("baseline_depth", tiny_folder, "--picture_cache", "--depth_encoding", "grey", "--run_name", "full")
 

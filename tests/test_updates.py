@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from benchmarks.reproduce import load_script
-from dataset.questions import read_questions, unanswered_file
-from distillation.training import find_checkpoint, read_checkpoint
+from dataset.questions.rows import read_questions, unanswered_file
+from distillation.run.checkpoints import read_checkpoint
+from distillation.run.folders import find_checkpoint
 from utils import ROOT, UserError
 
 TROUBLE = "knowledge_distillation7b_double_trouble"

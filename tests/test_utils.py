@@ -6,8 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 import utils
 from utils import ROOT, announced, core_shares, locked, source_digest
 
@@ -84,21 +82,22 @@ def test_the_digest_of_this_repository_reads_no_model_and_no_world(monkeypatch):
     assert set(code) <= set(read) and not [name for name in read if "/student/" in name or "/world/" in name]
 
 
-@pytest.mark.parametrize(
-    ("module", "constant"), [("dataset.pictures", "OTHER_CODE"), ("dataset.miniature.world", "QUESTION_CODE")]
-)
-def test_what_a_key_leaves_out_is_there_and_not_imported(module, constant):
-    """Whatever the module uses, directly or by way of others, is in its key."""
-    code = (
-        f"import sys, {module} as module\n"
-        "print(*(loaded.__file__ for loaded in list(sys.modules.values()) if getattr(loaded, '__file__', None)))\n"
-        f"print(*module.{constant})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded, left_out = (line.split() for line in done.stdout.splitlines())
-    own = {Path(name).name for name in loaded if Path(name).is_relative_to(ROOT / "dataset")}
-    assert "depth.py" in own and "sunrgbd.py" in own and not own & set(left_out)
-    assert set(left_out) <= {path.name for path in (ROOT / "dataset").rglob("*")}
+def test_the_keys_cover_what_pictures_and_rooms_are_made_by():
+    """Whatever these modules use, directly or by way of others, is in one of the digests of their keys."""
+    for module, folders in (("inputs.pictures", ("inputs", "sunrgbd")), ("miniature.world", ("miniature", "sunrgbd"))):
+        code = (
+            f"import sys, dataset.{module}, dataset.inputs.pictures as pictures\n"
+            "print(*pictures.OTHER_CODE)\n"
+            f"print(*(m.__file__ for name, m in sys.modules.items() if name.startswith('dataset.') and m.__file__))"
+        )
+        if module == "miniature.world":
+            code = code.replace(", dataset.inputs.pictures as pictures", "").replace("*pictures.OTHER_CODE", "")
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        left_out, loaded = (line.split() for line in done.stdout.splitlines())
+        own = {Path(name).relative_to(ROOT / "dataset") for name in loaded}
+        assert Path("sunrgbd/depth.py") in own and {path.parts[0] for path in own} <= set(folders)
+        assert not {path.name for path in own} & set(left_out)
+        assert set(left_out) <= {path.name for path in (ROOT / "dataset" / "sunrgbd").iterdir()}
 
 
 def test_only_a_long_job_is_announced(capsys):

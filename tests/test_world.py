@@ -14,13 +14,16 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat
 
-from dataset.annotations import canonical_noun, frame_instances
-from dataset.depth import read_depth
 from dataset.miniature import world
 from dataset.miniature.renderer import NOUNS, render_room
-from dataset.questions import QUESTION_TYPES, Question, csv_cells, frame_candidates, select_questions
-from dataset.sunrgbd import SENSORS, Frame, find_frames, official_split
-from evaluation.blind import blind_predictions
+from dataset.questions.balance import select_questions
+from dataset.questions.blind import blind_predictions
+from dataset.questions.generate import frame_candidates
+from dataset.questions.rows import QUESTION_TYPES, Question, csv_cells
+from dataset.sunrgbd.annotations import frame_instances
+from dataset.sunrgbd.depth import read_depth
+from dataset.sunrgbd.frames import SENSORS, Frame, find_frames, official_split
+from dataset.sunrgbd.nouns import canonical_noun
 from utils import UserError
 
 SIZES = {"train": 40, "val": 12, "test": 16}
@@ -276,10 +279,11 @@ def test_other_code_makes_another_world(tmp_path, monkeypatch):
     asked = root / "SUNRGBD" / "csv_data" / "questions.json"
     for name, rendered, asked_again in (
         ("README.md", False, False),
-        ("questions.py", False, True),
-        ("depth.py", True, True),
-        ("sunrgbd.py", True, True),
-        ("split_off_from_the_renderer.py", True, True),
+        ("datamodule.py", False, False),
+        ("questions/generate.py", False, True),
+        ("sunrgbd/depth.py", True, True),
+        ("sunrgbd/frames.py", True, True),
+        ("miniature/split_off_from_the_renderer.py", True, True),
     ):
         before = [os.stat(path).st_mtime_ns for path in (image, asked)]
         with open(tmp_path / "dataset" / name, "a") as source:

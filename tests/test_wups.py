@@ -7,7 +7,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from evaluation.metrics import accuracy, exact_match
+from dataset.questions.answers import exact_match
+from evaluation.metrics import accuracy
 from evaluation.wups import THRESHOLDS, wordnet_similarity, wups, wups_scores
 
 PARENT = {

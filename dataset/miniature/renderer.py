@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.ndimage import binary_erosion
 
-from dataset.annotations import Instance
+from dataset.sunrgbd.annotations import Instance
 
 NOUNS = ("bed", "sofa", "chair", "table", "cabinet", "lamp", "bin", "ball")
 COLORS = {

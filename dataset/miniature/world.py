@@ -35,15 +35,15 @@ from PIL import Image
 from scipy import ndimage
 from scipy.io import savemat
 
-from dataset.corruptions import hole_filled, sensor_noise
-from dataset.depth import encode_sunrgbd, unproject
 from dataset.miniature.renderer import RoomObject, View, render_room
+from dataset.sunrgbd.depth import encode_sunrgbd, unproject
+from dataset.sunrgbd.sensor_noise import hole_filled, sensor_noise
 
 TRAIN, VAL, TEST = 5000, 400, 600
 MARKER, UNFINISHED = "world.json", "unfinished.json"
-# Other code makes other rooms or other questions, so the digest of dataset/ is part of a world's settings. A change in
-# these files leaves the rooms as they are; after any other they are rendered again: two minutes of processor time.
-QUESTION_CODE = ("captions.py", "prepare_sunrgbd.py", "questions.py")
+# Other code makes other rooms or other questions, so digests of these folders of dataset/ are part of a world's settings. A change
+# in the question code leaves the rooms as they are; after any other they are rendered again: two minutes of processor time.
+ROOM_CODE, QUESTION_CODE = ("miniature", "sunrgbd"), ("questions",)
 # Shares as in the real data set, where every collection but realsense/lg and realsense/sa occurs in every split.
 COLLECTIONS = {
     "kv1/NYUdata": 0.14,
@@ -92,12 +92,12 @@ def ensure_world(
     Raises:
         UserError: `root` holds something that is not a miniature world, or a size is not positive.
     """
-    from dataset.prepare_sunrgbd import build_csv_data  # here: that script imports this one for its --miniature flag
+    from dataset.questions.csv_data import build_csv_data  # here: that script imports this one for its --miniature flag
 
     root = root.resolve()
-    code = source_digest(ROOT / "dataset", without=QUESTION_CODE)
-    rooms = {"train": train, "val": val, "test": test, "seed": seed, "code": code}
-    settings = {"rooms": rooms, "questions": source_digest(ROOT / "dataset")}
+    codes = {name: source_digest(ROOT / "dataset" / name) for name in (*ROOM_CODE, *QUESTION_CODE)}
+    rooms = {"train": train, "val": val, "test": test, "seed": seed, "code": [codes[name] for name in ROOM_CODE]}
+    settings = {"rooms": rooms, "questions": [codes[name] for name in QUESTION_CODE]}
     with locked(root.parent):
         found = _settings(root / MARKER)
         if found != settings and found.get("rooms") == rooms:

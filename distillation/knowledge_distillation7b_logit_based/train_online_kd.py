@@ -25,29 +25,17 @@ import pytorch_lightning as pl
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from dataset.pictures import ImageSettings
-from dataset.processor import load_processor
+from dataset.inputs.pictures import ImageSettings
+from dataset.inputs.processor import load_processor
+from distillation.forward import answer_logits, answers_right
 from distillation.losses import answer_cross_entropy, answer_diagnostics, forward_kl
-from distillation.models import (
-    MINIATURE_STUDENT,
-    MINIATURE_TEACHER,
-    STUDENT_NAME,
-    answer_logits,
-    answers_right,
-    load_model,
-    split_parameters,
-)
-from distillation.teacher_cache import open_teacher
-from distillation.training import (
-    add_common_args,
-    add_depth_args,
-    add_teacher_args,
-    build_data,
-    parse,
-    start_run,
-    train,
-    undo_averaging,
-)
+from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, STUDENT_NAME, load_model, split_parameters
+from distillation.run.callbacks import undo_averaging
+from distillation.run.data import build_data
+from distillation.run.flags import add_common_args, add_depth_args, add_teacher_args, parse
+from distillation.run.folders import start_run
+from distillation.run.training import train
+from distillation.teacher import open_teacher
 
 
 class LogitDistillation(pl.LightningModule):

@@ -26,31 +26,24 @@ import pytorch_lightning as pl
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from dataset.pictures import ImageSettings
-from dataset.processor import load_processor
+from dataset.inputs.pictures import ImageSettings
+from dataset.inputs.processor import load_processor
+from distillation.forward import answer_logits, answers_right
 from distillation.losses import answer_cross_entropy, answer_diagnostics, forward_kl, loca_logits
-from distillation.models import (
-    MINIATURE_STUDENT,
-    MINIATURE_TEACHER,
-    STUDENT_NAME,
-    answer_logits,
-    answers_right,
-    load_model,
-    set_trainable,
-)
-from distillation.teacher_cache import open_teacher
-from distillation.training import (
+from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, STUDENT_NAME, load_model, set_trainable
+from distillation.run.callbacks import undo_averaging
+from distillation.run.data import build_data
+from distillation.run.flags import (
     add_common_args,
     add_depth_args,
     add_teacher_args,
     add_vision_cache_arg,
-    build_data,
     need_checkpoint,
     parse,
-    start_run,
-    train,
-    undo_averaging,
 )
+from distillation.run.folders import start_run
+from distillation.run.training import train
+from distillation.teacher import open_teacher
 
 PHASE_1 = "knowledge_distillation7b_double_trouble/phase1"
 

@@ -26,8 +26,9 @@ import pytorch_lightning as pl
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from dataset.pictures import ImageSettings
-from dataset.processor import load_processor
+from dataset.inputs.pictures import ImageSettings
+from dataset.inputs.processor import load_processor
+from distillation.forward import answer_logits, answers_right, image_features, overview_patches
 from distillation.losses import (
     answer_cross_entropy,
     answer_diagnostics,
@@ -36,29 +37,13 @@ from distillation.losses import (
     loca_logits,
     patch_smooth_l1,
 )
-from distillation.models import (
-    MINIATURE_STUDENT,
-    MINIATURE_TEACHER,
-    STUDENT_NAME,
-    answer_logits,
-    answers_right,
-    image_features,
-    load_model,
-    overview_patches,
-    split_parameters,
-)
-from distillation.teacher_cache import check_bank, open_teacher, same_recording
-from distillation.training import (
-    add_common_args,
-    add_depth_args,
-    add_teacher_args,
-    build_data,
-    need_checkpoint,
-    parse,
-    start_run,
-    train,
-    undo_averaging,
-)
+from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, STUDENT_NAME, load_model, split_parameters
+from distillation.run.callbacks import undo_averaging
+from distillation.run.data import build_data
+from distillation.run.flags import add_common_args, add_depth_args, add_teacher_args, need_checkpoint, parse
+from distillation.run.folders import start_run
+from distillation.run.training import train
+from distillation.teacher import check_bank, open_teacher, same_recording
 
 PHASE_2 = "knowledge_distillation7b_double_trouble/phase2"
 

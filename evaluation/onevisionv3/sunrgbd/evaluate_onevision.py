@@ -28,47 +28,41 @@ from utils import (  # first: loads .env before transformers reads it
     duration,
     git_commit,
     outputs_root,
-    progress,
     run_script,
-    sha256,
     write_json,
 )
 
 # isort: split
 import argparse
 import csv
-import dataclasses
 import re
 import time
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from dataset.daquar import match_frames, read_daquar
-from dataset.datamodule import frame_path, group_by_image, image_placeholders
-from dataset.depth import ENCODINGS
+from dataset.inputs.depth_encodings import ENCODINGS
+from dataset.inputs.pictures import DEPTH_SOURCES, MODALITIES
+from dataset.inputs.processor import IMAGE_TOKENS
 from dataset.miniature.world import ensure_world
-from dataset.pictures import DEPTH_SOURCES, MODALITIES, ImageSettings, load_images
-from dataset.processor import IMAGE_TOKENS, ImageTextProcessor, load_processor
-from dataset.prompts import collate_prompts, pack_questions
-from dataset.questions import CAPTION_TYPE, QuestionRow, captions_file, csv_cells, questions_file, read_questions
-from dataset.sunrgbd import read_frame
-from distillation.models import MINIATURE_STUDENT, STUDENT_NAME, greedy_answers, load_model, restore_student
-from distillation.training import (
-    EXPERIMENTS,
-    best_checkpoint,
-    experiment_folder,
-    find_checkpoint,
-    frozen_dtype,
-    peak_memory_gib,
-    quieten,
-    read_checkpoint,
-    resolve_precision,
+from dataset.questions.answers import exact_match
+from dataset.questions.blind import blind_predictions
+from dataset.questions.daquar import match_frames, read_daquar
+from dataset.questions.rows import (
+    CAPTION_TYPE,
+    QuestionRow,
+    captions_file,
+    csv_cells,
+    frame_path,
+    questions_file,
+    read_questions,
 )
-from evaluation.blind import blind_predictions
-from evaluation.captions import caption_scores
-from evaluation.metrics import evaluate_rows, exact_match, recording
+from distillation.run.checkpoints import read_checkpoint
+from distillation.run.folders import EXPERIMENTS
+from distillation.run.machine import peak_memory_gib, quieten
+from evaluation.caption_scores import caption_scores
+from evaluation.metrics import evaluate_rows, recording
+from evaluation.system import answer_questions, chosen_checkpoint, load_system
 from evaluation.wups import wordnet_similarity, wups_scores
 
 
@@ -227,150 +221,6 @@ def load_train_questions(root: Path, args: argparse.Namespace) -> list[dict[str,
         {column: getattr(question, field) for column, field in columns.items()}
         for question in read_daquar(root, "train")
     ]
-
-
-def load_system(
-    args: argparse.Namespace, path: Path | None, checkpoint: dict[str, Any] | None
-) -> tuple[dict[str, Any], ImageSettings, torch.nn.Module, ImageTextProcessor]:
-    """What metrics.json says about the system, its image settings, the model and its processor.
-
-    Raises:
-        UserError: nothing to load, a flag contradicts the checkpoint, or weights are not finite.
-    """
-    if path is None:
-        model_id = args.model_id or (MINIATURE_STUDENT if args.miniature else STUDENT_NAME)
-        for flag in ("depth_encoding", "depth_source"):
-            if getattr(args, flag) and args.pixel_data_type != "depth":
-                raise UserError(f"--{flag} {getattr(args, flag)}: goes with --pixel_data_type depth")
-        images = ImageSettings(
-            modality=args.pixel_data_type or "rgb",
-            depth_encoding=args.depth_encoding or "metric_log3",
-            depth_source=args.depth_source or "raw",
-            image_tokens=args.image_tokens or ("one_tile" if args.miniature else "anyres"),
-        )
-        system = {"model_id": model_id, "checkpoint": None, "name": f"{Path(model_id).name} {images.modality}"}
-        model = load_model(model_id, dtype=frozen_dtype(args.precision))
-    else:
-        recorded = checkpoint["hyper_parameters"]
-        model_id = recorded["student_name"]
-        images = recorded_images(args, recorded, path)
-        experiment = Path(recorded["script"]).parent.relative_to("distillation").as_posix()
-        meant = EXPERIMENTS[args.kd_model_type].format(phase=args.phase_no or 3) if args.kd_model_type else experiment
-        if meant != experiment:
-            raise UserError(f"--kd_model_type {args.kd_model_type} contradicts {path}, which is of {experiment}")
-        blinded = " blind" if images.modality != recorded["modality"] else ""
-        system = {
-            "model_id": model_id,
-            "checkpoint": str(path),
-            "sha256": sha256(path),
-            "name": f"{experiment}{blinded}",
-        }
-        model = restore_student(checkpoint, origin=str(path), dtype=frozen_dtype(args.precision))
-    broken = [name for name, weights in model.named_parameters() if not torch.isfinite(weights).all()]
-    if broken:
-        raise UserError(
-            f"{path or model_id}: {len(broken)} of its {sum(1 for _ in model.parameters())} weight tensors hold NaN or infinity "
-            f"(first {broken[0]}), so it cannot answer anything; training diverged, evaluate an earlier checkpoint"
-        )
-    system |= {"name": args.name or system["name"], **dataclasses.asdict(images)}
-    return system, images, model, load_processor(model_id)
-
-
-def chosen_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that the flags mean; None = the stock model.
-
-    Raises:
-        UserError: there is none, or a bare name fits several.
-    """
-    folder = experiment_folder(args.kd_model_type, args.phase_no) if args.kd_model_type else None
-    if args.ckpt_path is None:
-        return best_checkpoint(folder, miniature=args.miniature) if args.load_checkpoint else None
-    return find_checkpoint(args.ckpt_path, folder or outputs_root(ROOT / "distillation"))
-
-
-def recorded_images(args: argparse.Namespace, recorded: dict[str, Any], path: Path) -> ImageSettings:
-    """The image settings of a checkpoint. Raises UserError when a flag contradicts them (blind never does)."""
-    flags = {
-        "pixel_data_type": "modality",
-        "depth_encoding": "depth_encoding",
-        "depth_source": "depth_source",
-        "image_tokens": "image_tokens",
-        "model_id": "student_name",
-        "miniature": "miniature",
-    }
-    for flag, name in flags.items():
-        given, known = getattr(args, flag), recorded[name]
-        if given is not None and given != known and given != "blind":
-            raise UserError(f"--{flag} {given} contradicts {path}, which was trained with {name} {known}; leave it out")
-    images = ImageSettings(**{field.name: recorded[field.name] for field in dataclasses.fields(ImageSettings)})
-    return dataclasses.replace(images, modality="blind") if args.pixel_data_type == "blind" else images
-
-
-class ImageBatches(Dataset):
-    """Batches of images, each with all of its questions behind one image prefix (see dataset.prompts)."""
-
-    def __init__(
-        self, root: Path, rows: list[QuestionRow], images: ImageSettings, processor: ImageTextProcessor, batch_size: int
-    ) -> None:
-        self.root, self.images, self.processor = root, images, processor
-        groups = group_by_image(rows)
-        self.batches = [groups[i : i + batch_size] for i in range(0, len(groups), batch_size)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        groups = self.batches[index]
-        pictures = [load_images(read_frame(self.root, frame_path(g[0])), [self.images])[0] for g in groups]
-        blind = self.images.modality == "blind"
-        prompts = [
-            pack_questions(
-                self.processor,
-                [row.question for row in group],
-                None,
-                n_image_tokens=image_placeholders(
-                    self.processor, None if picture is None else picture.shape[:2], self.images
-                ),
-            )
-            for group, picture in zip(groups, pictures, strict=True)
-        ]
-        return {
-            "rows": groups,
-            "text": collate_prompts(prompts, pad_token_id=self.processor.tokenizer.pad_token_id),
-            "images": {} if blind else self.processor.pixels(pictures, image_tokens=self.images.image_tokens),
-        }
-
-
-def answer_questions(
-    model: torch.nn.Module,
-    processor: ImageTextProcessor,
-    root: Path,
-    rows: list[QuestionRow],
-    images: ImageSettings,
-    args: argparse.Namespace,
-) -> dict[str, str]:
-    """Greedy answers by question id. Tower and language model see an image once, however many questions it has."""
-    tokenizer = processor.tokenizer
-    batches = ImageBatches(root, rows, images, processor, args.batch_size)
-    loader = DataLoader(batches, batch_size=None, num_workers=args.num_workers)
-    mixed = resolve_precision(args.precision) == "bf16-mixed"
-    answers = {}
-    for batch in progress(loader, total=len(batches), label="answering, batch"):
-        text, pictures = ({k: v.to(model.device) for k, v in batch[part].items()} for part in ("text", "images"))
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
-            found = greedy_answers(
-                model,
-                text,
-                pictures,
-                vocab_size=len(tokenizer),
-                end_of_turn=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-                max_new_tokens=args.max_new_tokens,
-                forbidden=(processor.image_token_id, processor.video_token_id),
-            )
-        for group, tokens in zip(batch["rows"], found.tokens, strict=True):
-            words = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            answers |= {row.id: " ".join(word.split()) for row, word in zip(group, words, strict=True)}
-    return answers
 
 
 def summary(metrics: dict[str, Any]) -> str:

@@ -125,7 +125,7 @@ class UpdateLoader(DataLoader):
         return {name: value or 1.0 for name, value in sums.items()} | {"has_gold": sums["gold_tokens"] > 0}
 
     def state_dict(self) -> dict:
-        """Nothing to keep: the position is in the checkpoint (see distillation.training)."""
+        """Nothing to keep: the position is in the checkpoint (see distillation.run.training)."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:

@@ -8,7 +8,7 @@ a wrong answer. The crop is small, since a stronger one cuts off counted objects
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from dataset.corruptions import augment_depth
+from dataset.sunrgbd.sensor_noise import augment_depth
 
 MIN_CROP_SHARE = 0.94  # of each side
 MAX_ROLL_DEGREES = 3.0

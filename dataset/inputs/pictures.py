@@ -14,21 +14,18 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from dataset.augmentation import augment
-from dataset.depth import encode_depth, read_depth
-from dataset.processor import ImageTextProcessor
-from dataset.store import TensorStore
-from dataset.sunrgbd import Frame, read_rgb
+from dataset.inputs.augmentation import augment
+from dataset.inputs.depth_encodings import encode_depth
+from dataset.inputs.processor import ImageTextProcessor
+from dataset.inputs.store import TensorStore
+from dataset.sunrgbd.depth import read_depth
+from dataset.sunrgbd.frames import Frame, read_rgb
 from utils import ROOT, UserError, source_digest
 
 MODALITIES = ("rgb", "depth", "blind")
 DEPTH_SOURCES = ("raw", "bfx")
 # What no picture depends on: a change in it leaves stored pictures, and with them the teacher's outputs, in use.
-OTHER_CODE = (
-    *("annotations.py", "build_nouns.py", "captions.py", "daquar.py", "extract.py", "prepare_sunrgbd.py", "preview.py"),
-    *("questions.py", "nouns.json", "official_split.txt.xz"),
-    *("demo.py", "pretrain.py", "renderer.py", "world.py"),  # of the miniature world
-)
+OTHER_CODE = ("annotations.py", "build_nouns.py", "extract.py", "nouns.py", "nouns.json", "official_split.txt.xz")
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,10 @@ def picture_key(processor: ImageTextProcessor, settings: ImageSettings) -> dict[
         "processor": processor.image_processor.to_dict(),
         "image_tokens": processor.num_image_tokens,
         "libraries": [transformers.__version__, Image.__version__, np.__version__],
-        "sources": source_digest(ROOT / "dataset", without=OTHER_CODE),
+        "sources": [
+            source_digest(ROOT / "dataset" / "inputs"),
+            source_digest(ROOT / "dataset" / "sunrgbd", without=OTHER_CODE),
+        ],
     }
 
 

@@ -11,9 +11,9 @@ Reads   dataset/nouns.json and lists of raw names: .json (an array, or an object
         with --frequencies a .csv of names (class) and the number of frames that have them (scene_frequency)
 Writes  dataset/nouns.json
 
-    python dataset/build_nouns.py names.json names.csv
-    python dataset/build_nouns.py --check names.json names.csv    # write nothing, fail when the table would change
-    python dataset/build_nouns.py --frequencies frames.csv    # only print which share of the used names has a noun
+    python dataset/sunrgbd/build_nouns.py names.json names.csv
+    python dataset/sunrgbd/build_nouns.py --check names.json names.csv    # write nothing, fail when the table would change
+    python dataset/sunrgbd/build_nouns.py --frequencies frames.csv    # only print which share of the used names has a noun
 
 The table that comes with this repository was made from the 14,424 names of Yannick947/data_generator_sunrgbd
 (raw_to_cleaned_names.json) and the 6,113 names of the toolbox's segmentation labels, in this order.
@@ -22,7 +22,7 @@ The table that comes with this repository was made from the 14,424 names of Yann
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from utils import UserError, atomic_path, run_script
@@ -36,10 +36,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from dataset.annotations import NOUN_TABLE, Coverage, letters, nouns, spellings
+from dataset.sunrgbd.annotations import Coverage
+from dataset.sunrgbd.nouns import NOUN_TABLE, letters, nouns, spellings
 
 Table = dict[str, dict[str, Any]]
-
 FIELDS = ("plural", "aliases", "found", "not", "unclear", "similar", "asked")
 QUALIFIERS = tuple(
     "black white blue red green yellow brown grey gray orange pink purple dark silver gold wood wooden metal plastic glass "

@@ -9,17 +9,9 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from dataset.annotations import Instance
-from dataset.questions import (
-    CAPTION_TYPE,
-    MIN_AREA_SHARE,
-    NUMBERS,
-    Question,
-    clearly_closest,
-    countable,
-    plural,
-    with_article,
-)
+from dataset.questions.generate import MIN_AREA_SHARE, NUMBERS, clearly_closest, countable, plural, with_article
+from dataset.questions.rows import CAPTION_TYPE, Question
+from dataset.sunrgbd.annotations import Instance
 
 CAPTION_QUESTION = "Describe the room."
 MAX_NOUNS = 6  # of the largest objects; a longer list is read by nobody

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.questions import CONTROL_TOKENS, QuestionRow
-from dataset.sunrgbd import Frame, official_split, read_frame
+from dataset.questions.rows import CONTROL_TOKENS, QuestionRow
+from dataset.sunrgbd.frames import Frame, official_split, read_frame
 from utils import UserError
 
 SPLITS = ("train", "test")
@@ -25,7 +25,6 @@ PAGE = (
     "https://www.mpi-inf.mpg.de/departments/computer-vision-and-machine-learning/research/vision-and-language/"
     "visual-turing-challenge/"
 )
-
 _QUESTION = re.compile(r"(?P<text>.*\S)\s*image\s?(?P<number>\d+)\s*\?")
 # What cannot end a question: without "in the image", "what object is in the image" would lose its sense.
 _TAIL = re.compile(r"(?<!\bis)(?<!\bare)(?<!\bthe)(?<!\bin)\s+in( the| this)?$")

@@ -10,12 +10,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from dataset.questions import CAPTION_TYPE
-from evaluation.metrics import exact_match, group_by, normalise_answer, order_types
+from dataset.questions.answers import exact_match, group_by, normalise_answer, order_types
+from dataset.questions.rows import CAPTION_TYPE
 from utils import UserError
 
 Row = Mapping[str, Any]
-
 MAX_ITERATIONS = 20  # of L-BFGS; on DAQUAR 60 take twice as long and more, and answer half a point better
 
 

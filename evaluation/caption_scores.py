@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 METEOR_TIMEOUT_S = 600
-
 # Applied in order to lower-cased text whose white space is collapsed: what the Penn Treebank tokenizer of the COCO
 # evaluation does to English, without its Java.
 _RULES = [

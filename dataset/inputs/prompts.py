@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dataset.processor import ImageTextProcessor
+from dataset.inputs.processor import ImageTextProcessor
 
 IGNORE = -100  # label of a position that is no training target
 PADDING_SEGMENT, PREFIX_SEGMENT = -1, 0
@@ -132,7 +132,7 @@ def collate_prompts(prompts: Sequence[PackedPrompt], *, pad_token_id: int) -> di
 def packed_attention_mask(segments: Tensor, *, n_prefix: int) -> Tensor:
     """Causal within each block; a block sees the prefix; padding sees padding only.
 
-    The rows of the prefix are left out: they are causal, see `distillation.models.packed_attention`. Its padding comes after
+    The rows of the prefix are left out: they are causal, see `distillation.forward.packed_attention`. Its padding comes after
     it, so that causality hides it from the prefix and this mask from the blocks. Padding behind the blocks sees itself: a row
     without any visible column makes softmax return nan in some kernels.
 
@@ -141,7 +141,7 @@ def packed_attention_mask(segments: Tensor, *, n_prefix: int) -> Tensor:
         n_prefix: columns of the prefix and its padding.
 
     Returns:
-        (B, 1, T - n_prefix, T) bool, True = may attend. For models after `distillation.models.use_packed_attention`.
+        (B, 1, T - n_prefix, T) bool, True = may attend. For models after `distillation.forward.use_packed_attention`.
     """
     T = segments.shape[1]
     causal = torch.ones(T - n_prefix, T, dtype=torch.bool, device=segments.device).tril(n_prefix)

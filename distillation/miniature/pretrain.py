@@ -1,6 +1,6 @@
 """Make the tiny LLaVA-OneVision pair from nothing: tokenizer, processor, teacher and student, pretrained on RGB rooms.
 
-    python dataset/miniature/pretrain.py                 writes dataset/miniature/{teacher,student}/ and pretrain.log
+    python distillation/miniature/pretrain.py                 writes dataset/miniature/{teacher,student}/ and pretrain.log
 
 The pair stands for the real LLaVA-OneVision 7B and 0.5B: both have seen many labelled RGB rooms, of other statistics
 (`PRETRAIN_STYLE`: other sizes, furniture, colours, cameras, other seeds) than the miniature data set's, and no depth image.
@@ -46,13 +46,14 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from dataset.captions import CAPTION_QUESTION
+from dataset.inputs.processor import FloatImageProcessor, ImageTextProcessor, save_processor
+from dataset.inputs.prompts import collate_prompts, pack_questions
 from dataset.miniature.renderer import COLORS, NOUNS, PRETRAIN_STYLE, View, render_room
-from dataset.processor import FloatImageProcessor, ImageTextProcessor, save_processor
-from dataset.prompts import collate_prompts, pack_questions
-from dataset.questions import CAPTION_TYPE, frame_candidates
+from dataset.questions.captions import CAPTION_QUESTION
+from dataset.questions.generate import frame_candidates
+from dataset.questions.rows import CAPTION_TYPE
+from distillation.forward import answer_logits, answers_right, use_packed_attention
 from distillation.losses import answer_cross_entropy
-from distillation.models import answer_logits, answers_right, use_packed_attention
 
 IMAGE_SIZE, PATCH = 128, 16
 GRID = IMAGE_SIZE // PATCH
@@ -387,7 +388,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output", type=Path, default=Path(__file__).resolve().parent, help="folder of teacher/ and student/"
+        "--output", type=Path, default=ROOT / "dataset" / "miniature", help="folder of teacher/ and student/"
     )
     parser.add_argument("--rooms", type=int, default=16000, help="rooms to train on")
     parser.add_argument("--steps_share", type=float, default=1.0, help="shorten every stage to this share (for tests)")

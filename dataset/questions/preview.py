@@ -11,11 +11,11 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dataset.annotations import Instance, frame_objects
-from dataset.captions import frame_caption
-from dataset.depth import read_depth
-from dataset.questions import QuestionRow
-from dataset.sunrgbd import Frame, read_frame, read_rgb
+from dataset.questions.captions import frame_caption
+from dataset.questions.rows import QuestionRow
+from dataset.sunrgbd.annotations import Instance, frame_objects
+from dataset.sunrgbd.depth import read_depth
+from dataset.sunrgbd.frames import Frame, read_frame, read_rgb
 from utils import atomic_path, progress
 
 STYLE = """

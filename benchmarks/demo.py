@@ -7,13 +7,13 @@ of them can be given by hand.
 Writes  <output>/ with the table, pictures and a folder per system; the runs below distillation/ as always
 
     make demo
-    python dataset/miniature/demo.py [--output demo]
+    python benchmarks/demo.py [--output demo]
 """
 
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils import UserError, core_shares, duration, run_script  # first: loads .env

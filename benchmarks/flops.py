@@ -1,0 +1,126 @@
+"""Operations at true size: the real configurations on the meta device, counted per answered question."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+from distillation.forward import states_at, use_packed_attention
+
+QUESTIONS = 4  # per image
+
+
+# --- floating point operations at true size ----------------------------------------------------------------------------------
+
+
+def true_config(size: str) -> LlavaOnevisionConfig:
+    """The published configurations of the 0.5B and the 7B (llava-hf/llava-onevision-qwen2-*-ov-hf)."""
+    vision = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=26,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    small = size == "0.5b"
+    text = Qwen2Config(
+        vocab_size=152000 if small else 152128,
+        hidden_size=896 if small else 3584,
+        intermediate_size=4864 if small else 18944,
+        num_hidden_layers=24 if small else 28,
+        num_attention_heads=14 if small else 28,
+        num_key_value_heads=2 if small else 4,
+        tie_word_embeddings=small,
+    )
+    return LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=151646,
+        video_token_index=151647,
+        tie_word_embeddings=small,
+    )
+
+
+def meta_model(size: str) -> LlavaOnevisionForConditionalGeneration:
+    """A model of true size without memory for its weights."""
+    with torch.device("meta"):
+        model = LlavaOnevisionForConditionalGeneration(true_config(size))
+    model.tie_weights()
+    return use_packed_attention(model)
+
+
+def true_flops() -> dict[str, float]:
+    """TFLOP per question of a training step (tower frozen) at true size: 5 tiles, 2,929 image tokens, 4 questions per image.
+
+    Counted on meta tensors, forward and backward, no credit for what causality spares attention.
+    """
+    image, block, answer, tiles = 2929, 24, 3, 5
+    alone = image + block + answer
+    teacher, student = (_Counted(meta_model(size)) for size in ("7b", "0.5b"))
+    see, look = student.tower(tiles), teacher.tower(tiles) + teacher.projector(tiles)
+    connect = student.projector(tiles, backward=True)
+    everywhere = look + teacher.text(alone) + see + student.text(alone, backward=True) + connect
+    everywhere += teacher.head(alone) + student.head(alone, backward=True)
+
+    def at_answers(questions: int) -> tuple[float, float]:
+        """Of teacher and student, of an image with so many questions."""
+        size = dict(n_prefix=image, n_blocks=questions * (block + answer), n_answers=questions * answer)
+        return look + teacher.answers(**size), student.answers(**size, backward=True) + connect
+
+    (teach, learn), packed = at_answers(1), at_answers(QUESTIONS)
+    teach_packed, learn_packed = (part / QUESTIONS for part in packed)
+    heads = teacher.head(answer) + student.head(answer, backward=True)
+    return {
+        "original": everywhere,
+        "TRL": everywhere,
+        "online": teach + see + learn + heads,
+        "online packed": teach_packed + see / QUESTIONS + learn_packed + heads,
+        "cached": see + learn + heads,
+        "packed": see / QUESTIONS + learn_packed + heads,
+        "cached vision": learn_packed + heads,
+    }
+
+
+class _Counted:
+    """TFLOP of the parts of a model on meta tensors."""
+
+    def __init__(self, model: LlavaOnevisionForConditionalGeneration) -> None:
+        self.model, self.width = model, model.config.text_config.hidden_size
+
+    def tower(self, tiles: int) -> float:
+        pixels = torch.empty(tiles, 3, 384, 384, device="meta")
+        return self._count(lambda: self.model.model.vision_tower(pixels), backward=False)
+
+    def projector(self, tiles: int, *, backward: bool = False) -> float:
+        features = torch.empty(tiles, 729, 1152, device="meta")
+        return self._count(lambda: self.model.model.multi_modal_projector(features), backward=backward)
+
+    def text(self, n_tokens: int, *, backward: bool = False) -> float:
+        # The tokens need a gradient: it goes on into the projector.
+        states = torch.empty(1, n_tokens, self.width, device="meta", requires_grad=backward)
+        return self._count(lambda: self.model.model.language_model(inputs_embeds=states)[0], backward=backward)
+
+    def answers(self, *, n_prefix: int, n_blocks: int, n_answers: int, backward: bool = False) -> float:
+        with torch.device("meta"):
+            states = torch.empty(1, n_prefix + n_blocks, self.width, requires_grad=backward)
+            places = torch.empty(1, n_answers, dtype=torch.long)
+            text = {
+                "position_ids": torch.empty(1, n_prefix + n_blocks, dtype=torch.long),
+                "attention_mask": torch.empty(1, 1, n_blocks, n_prefix + n_blocks, dtype=torch.bool),
+            }
+        return self._count(lambda: states_at(self.model, states, text, places), backward=backward)
+
+    def head(self, n_tokens: int, *, backward: bool = False) -> float:
+        states = torch.empty(1, n_tokens, self.width, device="meta", requires_grad=backward)
+        return self._count(lambda: self.model.lm_head(states), backward=backward)
+
+    def _count(self, forward: Callable[[], Any], *, backward: bool) -> float:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            out = forward()
+            if backward:
+                out.sum().backward()
+        return counter.get_total_flops() / 1e12

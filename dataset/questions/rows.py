@@ -1,0 +1,250 @@
+"""Questions and the files that hold them: one row per question, checked on reading; rows by image, subsets, withheld labels."""
+
+import csv
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from dataset.sunrgbd.frames import Frame
+from utils import UserError, atomic_path
+
+GENERATOR_VERSION = 1
+QUESTION_TYPES = (
+    "Object Identification", "Color Identification", "Count", "Direction", "Proximity", "Yes/No",
+)  # fmt: skip
+CAPTION_TYPE = "Caption"  # of descriptions, which have files of their own and are not counted as right or wrong
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about one frame with its answer: one or two words, lower case, no article."""
+
+    text: str
+    answer: str
+    type: str  # one of QUESTION_TYPES
+    template: str  # the text before its nouns were filled in
+    nouns: tuple[str, ...] = ()  # in the order of the text
+    depth_answerable: bool = True  # False when only the colour image shows it
+    pair: str = ""  # equal for a question and its twin with the roles swapped
+    target_box: tuple[int, int, int, int] | None = (
+        None  # x0, y0, x1, y1 in pixels of the object in question, x1, y1 exclusive
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionRow:
+    """One line of a question file."""
+
+    id: str
+    question: str
+    answer: str
+    image_path: str  # relative to the data root, as depth_path
+    depth_path: str
+    type: str
+    depth_answerable: bool = True
+    sensor: str = ""
+    scene: str = ""
+    pair_id: str = ""  # empty unless the twin is in the file too
+    target_box: tuple[int, int, int, int] | None = None
+
+
+# Question file column -> field of QuestionRow; the first six are required and come in this order.
+COLUMNS = {
+    "Question_Id": "id", "Questions": "question", "Answers": "answer", "Image_Path": "image_path", "Depth_Path": "depth_path",
+    "Question_Type": "type", "depth_answerable": "depth_answerable", "sensor": "sensor", "scene": "scene",
+    "pair_id": "pair_id", "target_box": "target_box",
+}  # fmt: skip
+REQUIRED_COLUMNS = tuple(COLUMNS)[:6]
+# The control tokens of LLaVA-OneVision's tokenizer. As part of a question they would be read as such: another image, another turn.
+CONTROL_TOKENS = ("<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+
+
+def question_rows(frame: Frame, questions: Sequence[Question]) -> Iterator[QuestionRow]:
+    """Questions about a frame as lines of a question file."""
+    pairs = Counter(question.pair for question in questions)
+    for question in questions:
+        yield QuestionRow(
+            id=_hash(frame.path, question.text),
+            question=question.text,
+            answer=question.answer,
+            image_path=frame.image_path,
+            depth_path=frame.depth_path,
+            type=question.type,
+            depth_answerable=question.depth_answerable,
+            sensor=frame.sensor,
+            scene=frame.scene,
+            pair_id=_hash(frame.path, question.pair) if question.pair and pairs[question.pair] > 1 else "",
+            target_box=question.target_box,
+        )
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join((str(GENERATOR_VERSION), *parts)).encode()).hexdigest()[:16]
+
+
+def questions_file(root: Path, split: str) -> Path:
+    """`csv_data/{train,val,test}_dataset.csv` below the data root."""
+    return root / "SUNRGBD" / "csv_data" / f"{split}_dataset.csv"
+
+
+def captions_file(root: Path, split: str) -> Path:
+    """`csv_data/{train,val,test}_captions.csv`: a description of each frame, apart from what is trained on and counted."""
+    return root / "SUNRGBD" / "csv_data" / f"{split}_captions.csv"
+
+
+def unanswered_file(root: Path) -> Path:
+    """`csv_data/train_unanswered.csv`: questions about training images whose Answers are left empty, for the teacher."""
+    return root / "SUNRGBD" / "csv_data" / "train_unanswered.csv"
+
+
+def write_questions(path: Path, rows: Sequence[QuestionRow]) -> None:
+    """Write a question file, atomically."""
+    with atomic_path(path) as part, open(part, "w", encoding="utf-8", newline="") as handle:
+        writer = csv.writer(handle, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in rows:
+            writer.writerow(csv_cells(row).values())
+
+
+def csv_cells(row: QuestionRow) -> dict[str, str]:
+    """A row as the cells of a question file, by column name."""
+    return {column: _cell(getattr(row, field)) for column, field in COLUMNS.items()}
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    return "" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def read_questions(path: Path, *, root: Path | None = None, answered: bool = True) -> list[QuestionRow]:
+    """Read a question file; columns after the required six may be missing.
+
+    Args:
+        path: a CSV file as `write_questions` makes it; a byte order mark and CRLF line ends do no harm.
+        answered: every row must have an answer; False: none may, as `select_unanswered` makes them.
+        root: the data root; given, every picture that the file names must exist below it, where its frame has it.
+
+    Raises:
+        UserError: a required column or value is missing, an id occurs twice, a question or an answer contains a control
+            token, a picture is missing, belongs to another frame, or its path leaves the data root; names file and line.
+    """
+    rows, lines = [], {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as handle:
+            reader = csv.DictReader(handle)
+            missing = [column for column in REQUIRED_COLUMNS if column not in (reader.fieldnames or ())]
+            if missing:
+                raise UserError(f"{path}:1: required column {', '.join(missing)} is missing")
+            for cells in reader:
+                row = _parse(cells, where=f"{path}:{reader.line_num}", answered=answered)
+                if row.id in lines:
+                    raise UserError(
+                        f"{path}:{reader.line_num}: Question_Id {row.id} is already in line {lines[row.id]}"
+                    )
+                lines[row.id] = reader.line_num
+                rows.append(row)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such question file; run python dataset/prepare_sunrgbd.py first") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: question file cannot be read ({error})") from error
+    if not rows:
+        raise UserError(f"{path}: the question file has no rows")
+    if root is not None:
+        _check_pictures(path, rows, lines, root)
+    return rows
+
+
+def _parse(cells: dict[str, str | None], *, where: str, answered: bool) -> QuestionRow:
+    values = {field: (cells.get(column) or "").strip() for column, field in COLUMNS.items()}
+    for column in REQUIRED_COLUMNS:
+        if not values[COLUMNS[column]] and (answered or column != "Answers"):
+            raise UserError(f"{where}: {column} is empty")
+    if values["answer"] and not answered:
+        raise UserError(f"{where}: Answers must be empty in a file of unanswered questions, got {values['answer']!r}")
+    for column in ("Questions", "Answers"):
+        found = [token for token in CONTROL_TOKENS if token in values[COLUMNS[column]]]
+        if found:
+            raise UserError(f"{where}: {column} contains {found[0]}, a control token of the model; take it out")
+    for column in ("Image_Path", "Depth_Path"):
+        if not _stays_inside(values[COLUMNS[column]]):
+            raise UserError(
+                f"{where}: {column} must be relative to ROOT_DATA_DIR and stay inside, got {cells[column]!r}"
+            )
+    answerable = values.pop("depth_answerable") or str(int(values["type"] != "Color Identification"))
+    box = values.pop("target_box").split()
+    if answerable not in ("0", "1"):
+        raise UserError(f"{where}: depth_answerable must be 0 or 1, got {answerable!r}")
+    if len(box) not in (0, 4) or not all(number.isdecimal() for number in box):
+        raise UserError(f"{where}: target_box must be four whole numbers, got {' '.join(box)!r}")
+    return QuestionRow(**values, depth_answerable=answerable == "1", target_box=tuple(map(int, box)) or None)
+
+
+def _stays_inside(path: str) -> bool:
+    return not path.startswith("/") and ".." not in path.split("/") and not set(path) & set("\\:")
+
+
+def _check_pictures(path: Path, rows: Sequence[QuestionRow], lines: dict[str, int], root: Path) -> None:
+    seen = set()
+    for row in rows:
+        if (row.image_path, row.depth_path) in seen:
+            continue
+        image, depth = PurePosixPath(row.image_path), PurePosixPath(row.depth_path)
+        # Pictures are read from these two folders, which hold one file each: a row must not promise another one.
+        if image.parent.name != "image" or depth.parent != image.parent.with_name("depth"):
+            raise UserError(
+                f"{path}:{lines[row.id]}: Image_Path and Depth_Path must lie in image/ and depth/ of one frame, got {image} and "
+                f"{depth}; hole-filled depth is chosen with --depth_source bfx"
+            )
+        seen.add((row.image_path, row.depth_path))
+        for picture in (row.image_path, row.depth_path):
+            if not (root / picture).is_file():
+                raise UserError(f"{path}:{lines[row.id]}: {picture} does not exist below {root}")
+
+
+def frame_path(row: QuestionRow) -> str:
+    """The frame's folder: two levels above its picture."""
+    return row.image_path.rsplit("/", 2)[0]
+
+
+def group_by_image(rows: list[QuestionRow]) -> list[list[QuestionRow]]:
+    """Rows of the same image together, images in order of first appearance."""
+    groups: dict[str, list[QuestionRow]] = {}
+    for row in rows:
+        groups.setdefault(row.image_path, []).append(row)
+    return list(groups.values())
+
+
+def subset_of_images(rows: list[QuestionRow], share: float, *, seed: int) -> list[QuestionRow]:
+    """The rows of a random `share` of the images; a smaller share of the same seed is contained in a larger one.
+
+    Raises:
+        UserError: the share is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise UserError(
+            f"--subset_percentage {share}: give a share above 0 and at most 1 (0.1 = a tenth of the images)"
+        )
+    images = group_by_image(rows)
+    order = np.random.default_rng((seed, 1)).permutation(len(images))
+    kept = sorted(order[: max(1, round(share * len(images)))])
+    return [row for i in kept for row in images[i]]
+
+
+def withhold_labels(rows: list[QuestionRow], share: float, *, seed: int) -> list[QuestionRow]:
+    """The rows with gold answers for a random `share` of them only; what a smaller share keeps, a larger one keeps too.
+
+    Raises:
+        UserError: the share is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise UserError(
+            f"--label_fraction {share}: give a share above 0 and at most 1 (0.1 = a tenth of the questions)"
+        )
+    order = np.random.default_rng((seed, 2)).permutation(len(rows))
+    kept = set(order[: max(1, round(share * len(rows)))].tolist())
+    return [row if i in kept else replace(row, answer="") for i, row in enumerate(rows)]

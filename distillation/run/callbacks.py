@@ -1,0 +1,161 @@
+"""What happens around training steps: randomness, guards, signals, logging, progress."""
+
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from utils import ProgressLine, UserError
+
+
+class KeyedRandomness(Callback):
+    """Seeds every step by (seed, epoch, batch), so that a resumed run draws the same dropout masks without stored state."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seed the global generators of all devices."""
+        key = np.random.SeedSequence((self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+
+
+class FiniteGuard(Callback):
+    """Stops before an update with a gradient that is not finite; what was saved before stays good."""
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+        """Raises UserError that names the step and the flags to change."""
+        if trainer.precision == "16-mixed":
+            return  # the gradient scaler skips such steps on purpose
+        norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        if not bool(torch.isfinite(norm)):
+            raise UserError(
+                f"the gradient is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}); nothing was "
+                "updated. Start again with a lower --lr or another --precision, from --load_checkpoint if one was saved."
+            )
+
+
+class StopOnSignal(Callback):
+    """On SIGTERM or Ctrl-C: finish the step, save last.ckpt, exit with 128 + signal, so that a scheduler requeues."""
+
+    def __init__(self, last: Path) -> None:
+        self.last, self.received = last, 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Only a flag is set in the handler: saving inside it could interrupt a save."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, stack: Any) -> None:
+        self.received = number
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Leave after an update (gradients that were only gathered are not stored), but not before a validation."""
+        done = batch_idx + 1
+        if done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches:
+            self._leave_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Leave with the epoch validated and its best checkpoint written."""
+        self._leave_if_asked(trainer)
+
+    def _leave_if_asked(self, trainer: pl.Trainer) -> None:
+        # All ranks leave together: one that went on alone would wait for the others for ever.
+        if trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
+            trainer.save_checkpoint(self.last)
+            print(f"stopped by a signal; saved {self.last}; continue with --resume auto", file=sys.stderr)
+            raise SystemExit(128 + (self.received or signal.SIGTERM))
+
+
+def undo_averaging(trainer: pl.Trainer, batch: Mapping[str, Any]) -> float:
+    """What a micro-batch's part of an update's loss is multiplied by before Lightning gets it.
+
+    Lightning divides every loss by accumulate_grad_batches, also where an epoch's last update has fewer micro-batches, and DDP and
+    FSDP average gradients over ranks. Our parts are sums over the number of items in the whole update: they are to be added up, and
+    nothing else. A spare micro-batch (see `dataset.inputs.sampler`) counts nothing.
+    """
+    return 0.0 if batch["spare"] else float(trainer.accumulate_grad_batches * trainer.world_size)
+
+
+class UpdateLog(Callback):
+    """Logs the terms of each optimizer update, added up over its micro-batches and ranks.
+
+    `training_step` returns every micro-batch's part of them as `terms`.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add up, and log when the update is complete."""
+        for name, part in outputs["terms"].items():
+            part = part.detach() * (0.0 if batch["spare"] else 1.0)
+            self.sums[name] = self.sums[name] + part if name in self.sums else part
+        done = batch_idx + 1
+        if done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches:
+            totals = trainer.strategy.reduce(torch.stack(list(self.sums.values())), reduce_op="sum")
+            module.log_dict({f"train/{name}": total for name, total in zip(self.sums, totals, strict=True)})
+            self.sums = {}
+
+
+class Progress(Callback):
+    """One line with step, loss, images per second and time left; plain lines when the output is not a terminal."""
+
+    def __init__(self) -> None:
+        self.validated_step = -1
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start counting; a resumed run starts where it is."""
+        per_epoch = trainer.num_training_batches
+        total = per_epoch * trainer.max_epochs if trainer.max_epochs > 0 else 10**9
+        if trainer.max_steps > 0:
+            total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)
+        self.done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        self.line = ProgressLine("training step", total=total, done=self.done)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        """Report."""
+        self.done += 1
+        loss = trainer.callback_metrics.get("train/loss")  # None before the first update
+
+        def said() -> str:
+            return f", epoch {trainer.current_epoch + 1}" + ("" if loss is None else f", loss {float(loss):.3f}")
+
+        if trainer.is_global_zero:
+            self.line.update(self.done, said)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """One line per validation."""
+        self.validated_step = trainer.global_step
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
+        if trainer.is_global_zero:
+            print(f"epoch {trainer.current_epoch + 1}: {values}", flush=True)
+
+
+class StepTimer(Callback):
+    """Length of a row and seconds of the last step, for --dry_run."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        ids = batch["text"]["input_ids"]
+        self.tokens = ids.shape[1]
+        self.image_tokens = int((ids[0] == module.student.config.image_token_id).sum())
+        self.start = time.monotonic()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Stop it when the device is done."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the GPU computes on while Python is done
+        self.seconds = time.monotonic() - self.start  # the second step's: the first one warms up

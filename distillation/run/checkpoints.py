@@ -1,0 +1,258 @@
+"""Checkpoints: read, written, handed over, turned into what --export and --save_final_pt ask for."""
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.plugins.io import CheckpointIO
+
+from dataset.inputs.processor import ImageTextProcessor
+from distillation.models import (
+    export_model,
+    load_trained_state,
+    student_state,
+    trained_state,
+)
+from distillation.run.folders import Run, best_checkpoint, find_checkpoint
+from distillation.run.machine import probe
+from utils import (
+    ROOT,
+    UserError,
+    atomic_path,
+    checksum_path,
+    checksummed_path,
+    matches_checksum,
+    outputs_root,
+)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, verified against its checksum, without running any code that it might contain.
+
+    Raises:
+        UserError: missing, damaged, or not a checkpoint that our scripts wrote.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    if matches_checksum(path) is False:
+        raise UserError(f"{path}: damaged, its contents do not match its checksum; use another checkpoint")
+    try:
+        # Memory-mapped: an evaluation reads the weights and leaves the optimizer's moments on disk.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises a dozen types for damaged and foreign files
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(checkpoint, dict) or "script" not in checkpoint.get("hyper_parameters", {}):
+        raise UserError(
+            f"{path}: not a checkpoint of this project's training scripts (no hyper_parameters.script in it)"
+        )
+    return checkpoint
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Writes beside the target and renames, with a checksum; a full disk or a kill never costs the previous file."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Raises UserError when weights are not finite, OSError when the disk is full or not writable."""
+        path = Path(path)
+        for name, value in checkpoint["state_dict"].items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise UserError(f"{path}: not written, {name} is not finite; lower --lr or use another --precision")
+        with checksummed_path(path) as part:
+            torch.save(checkpoint, part)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See `read_checkpoint`."""
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove the checkpoint and its checksum."""
+        Path(path).unlink(missing_ok=True)
+        checksum_path(Path(path)).unlink(missing_ok=True)
+
+
+class CheckpointContents(Callback):
+    """Student only, the run's record as hyper-parameters, and the position for an exact resume."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.record = record
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Replace what Lightning would store."""
+        kept = {f"student.{name}" for name in trained_state(module.student)}
+        others = {k for k in checkpoint["state_dict"] if not k.startswith(("student.", "teacher."))}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept | others}
+        checkpoint["hyper_parameters"] = dict(checkpoint.get("hyper_parameters", {})) | self.record
+        ready, steps = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.num_training_batches
+        checkpoint["position"] = {"batch": ready, "steps": steps, "world_size": trainer.world_size}
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        if 0 < ready < steps and epochs["current"]["processed"] == epochs["current"]["started"]:
+            # --max_steps has ended the run inside this epoch, and Lightning counts it as done: the rest would never be read.
+            for counts in (epochs["current"], epochs["total"]):
+                counts["processed"] -= 1
+                counts["completed"] = min(counts["completed"], counts["processed"])
+            checkpoint["epoch"] -= 1
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint with the highest score, of equal scores the one with the lowest val/ce."""
+
+    TIE_BREAKER = "val/ce"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(mode="max", **options)
+        self.best_ce = math.inf
+
+    def improves(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether these metrics of a validation are better than those of the best checkpoint so far."""
+        if self.best_model_score is None:
+            return True
+        score, best = float(metrics[self.monitor]), float(self.best_model_score)
+        return score > best or (score == best and float(metrics[self.TIE_BREAKER]) < self.best_ce)
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: torch.Tensor | None = None) -> bool:
+        """Lightning asks here whether to save."""
+        better = current is not None and self.improves(trainer.callback_metrics)
+        if not trainer.strategy.reduce_boolean_decision(better):  # the same on all ranks
+            return False
+        self.best_ce = float(trainer.callback_metrics[self.TIE_BREAKER])
+        return True
+
+    def keep(self, trainer: pl.Trainer, metrics: Mapping[str, Any], path: Path) -> None:
+        """Save what the trainer holds as the best, in place of the one before."""
+        before, score = self.best_model_path, torch.tensor(float(metrics[self.monitor]))
+        self.best_model_path = self.kth_best_model_path = str(path)
+        self.best_model_score = self.kth_value = self.current_score = score
+        self.best_k_models, self.best_ce = {str(path): score}, float(metrics[self.TIE_BREAKER])
+        trainer.save_checkpoint(path)
+        if before and before != str(path):
+            trainer.strategy.remove_checkpoint(before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, and the cross-entropy."""
+        return super().state_dict() | {"best_ce": self.best_ce}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Counterpart of `state_dict`."""
+        super().load_state_dict(state)
+        self.best_ce = state["best_ce"]
+
+
+def resume_batch(path: Path, args: argparse.Namespace) -> int:
+    """The micro-batch of its epoch with which an interrupted run goes on.
+
+    Raises:
+        UserError: it was interrupted inside an epoch on another number of devices, whose micro-batches are others.
+    """
+    position = read_checkpoint(path)["position"]
+    if position["batch"] >= position["steps"]:  # at the end of an epoch
+        return 0
+    if position["world_size"] != (now := probe(args).world_size):
+        raise UserError(
+            f"--resume {path}: was interrupted inside an epoch on {position['world_size']} device(s), now there are {now}; go on with as "
+            "many until the epoch is done"
+        )
+    return position["batch"]
+
+
+def put_starting_weights(
+    student: torch.nn.Module, run: Run, args: argparse.Namespace, *, builds_on: str | None = None
+) -> None:
+    """Give the student the weights that the run starts from: the resumed run's, a checkpoint's, or the stock ones that it has.
+
+    The one place that decides it, before anything looks at the weights. Lightning restores a resumed run's once more, with the
+    optimizer.
+
+    Raises:
+        UserError: the checkpoint does not fit, or the resumed run had other settings.
+    """
+    if run.resume_from:
+        checkpoint = read_checkpoint(run.resume_from)
+        check_same_run(checkpoint["hyper_parameters"], run)
+        run.record["load_checkpoint"] = checkpoint["hyper_parameters"]["load_checkpoint"]
+        load_trained_state(student, student_state(checkpoint), origin=str(run.resume_from))
+    elif args.load_checkpoint:
+        source = outputs_root(ROOT / "distillation" / builds_on) if builds_on else run.experiment
+        best = args.load_checkpoint == "best"
+        path = (
+            best_checkpoint(source, miniature=args.miniature) if best else find_checkpoint(args.load_checkpoint, source)
+        )
+        load_student(student, path, run.record, builds_on=builds_on)
+        run.record["load_checkpoint"] = str(path)
+
+
+def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
+    """Refuse to continue a run with other settings than it was started with; how it runs and how long may change.
+
+    Raises:
+        UserError: names the first setting that differs.
+    """
+    free = {"resume", "run_name", "git_commit", "export", "save_final_pt", "num_workers", "max_epochs", "max_steps"}
+    free |= {"accelerator", "devices", "strategy", "load_checkpoint", "picture_cache", "vision_cache", "teacher"}
+    free |= {"gradient_checkpointing", "num_nodes", "any_teacher"}
+    free |= {"teacher_val_exact_match"}  # follows from the teacher
+    for name in sorted(run.record.keys() - free):
+        if recorded.get(name) != run.record[name]:
+            raise UserError(
+                f"--resume {run.resume_from}: was started with {name} {recorded.get(name)}, now it is {run.record[name]}; "
+                "give the same, or start a new run with --load_checkpoint"
+            )
+
+
+def load_student(
+    student: torch.nn.Module, path: Path, record: Mapping[str, Any], *, builds_on: str | None = None
+) -> None:
+    """Put a checkpoint's weights into the student.
+
+    Raises:
+        UserError: it is of another student, of other image settings, or not of the experiment that this one builds on.
+    """
+    checkpoint = read_checkpoint(path)
+    theirs = checkpoint["hyper_parameters"]
+    origin = Path(theirs["script"]).parent.relative_to("distillation").as_posix()
+    if builds_on and origin != builds_on:
+        raise UserError(f"--load_checkpoint {path}: is of {origin}; this script builds on {builds_on}")
+    for name in (
+        "student_name", "lora_rank", "lora_alpha", "modality", "depth_encoding", "depth_source", "image_tokens",
+    ):  # fmt: skip
+        if theirs.get(name) != record.get(name):
+            raise UserError(
+                f"--load_checkpoint {path}: trained with {name} {theirs.get(name)}, this run has {record.get(name)}"
+            )
+    # Another share or another seed has other gold answers: together they would be more than either run may see.
+    kept = ("label_fraction", "subset_percentage", "seed")
+    if builds_on and min(theirs.get("label_fraction", 1), record.get("label_fraction", 1)) < 1:
+        for name in kept if "label_fraction" in theirs else ():
+            if theirs[name] != record[name]:
+                raise UserError(
+                    f"--load_checkpoint {path}: trained with {name} {theirs[name]}, this run has {record[name]}; give the path of "
+                    "one that was trained on the same labels"
+                )
+    if builds_on and theirs.get("teacher_weights") != record["teacher_weights"] and not record["any_teacher"]:
+        raise UserError(
+            f"--load_checkpoint {path}: was trained with another teacher ({theirs['teacher_checkpoint'] or theirs['teacher_name']}); "
+            "give the same one, or add --any_teacher if it is meant"
+        )
+    load_trained_state(student, student_state(checkpoint), origin=str(path))
+    print(f"starting from {path}")
+
+
+def write_outputs(
+    module: pl.LightningModule, processor: ImageTextProcessor, best: Path, args: argparse.Namespace
+) -> None:
+    """--save_final_pt and --export, both of the best checkpoint."""
+    if not (args.save_final_pt or args.export):
+        return
+    state = student_state(read_checkpoint(best))
+    load_trained_state(module.student, state, origin=str(best))
+    if args.save_final_pt:
+        with atomic_path(args.save_final_pt) as part:
+            torch.save(state, part)
+        print(f"wrote {args.save_final_pt}")
+    if args.export:
+        export_model(module.student, processor, args.export)
+        print(f"wrote {args.export}")

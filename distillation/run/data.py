@@ -1,0 +1,118 @@
+"""The data module of a script's flags, and the caches in front of it."""
+
+import argparse
+import hashlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dataset.datamodule import SUNRGBDDataModule
+from dataset.inputs.pictures import ImageSettings, PictureCache, picture_key
+from dataset.inputs.processor import ImageTextProcessor
+from dataset.miniature.world import ensure_world
+from distillation.forward import tower_features, vision_tower
+from distillation.run.machine import half_dtype, probe, resolve_precision
+from utils import (
+    ROOT,
+    UserError,
+    data_root,
+    locked,
+    outputs_root,
+    progress,
+)
+
+
+def build_data(
+    args: argparse.Namespace,
+    processor: ImageTextProcessor,
+    student: ImageSettings,
+) -> SUNRGBDDataModule:
+    """The data module of a script's flags, read and checked. The miniature world is rendered on first use."""
+    root = data_root(args.miniature)
+    if args.miniature and args.dry_run and not root.is_dir():
+        raise UserError("--dry_run writes nothing; make the miniature world first: python dataset/miniature/world.py")
+    if args.miniature:
+        ensure_world(root)
+    cache = None
+    if args.picture_cache and not args.dry_run:
+        folder = outputs_root(ROOT / "distillation" / "picture_cache")
+        cache = PictureCache(folder, picture_key(processor, student), student)
+    data = SUNRGBDDataModule(
+        root=root,
+        processor=processor,
+        student=student,
+        batch_size=args.batch_size,
+        accumulate_grad_batches=args.accumulate_grad_batches,
+        questions_per_image=getattr(args, "questions_per_image", None),  # phase 1 has no flags about questions
+        teacher_questions=getattr(args, "teacher_questions", 0),
+        subset_percentage=args.subset_percentage,
+        label_fraction=getattr(args, "label_fraction", 1.0),
+        augmentation=args.augmentation,
+        cache=cache,
+        num_workers=args.num_workers,
+        seed=args.seed,
+    )
+    data.setup()
+    if cache:
+        missing = data.images_per_epoch + len(data.val) - len(cache.store)
+        check_disk("--picture_cache", cache.store.folder, data.train[0, 0]["picture"].tiles.nbytes, missing)
+    return data
+
+
+def check_disk(what: str, folder: Path, bytes_each: float, n: int) -> None:
+    """Say how much will be written for `n` images of this size. Raises UserError when there is no room."""
+    needed = max(n, 0) * bytes_each
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    print(f"{what}: {needed / 1e9:.2f} GB to write into {folder}, {free / 1e9:.0f} GB free")
+    if needed > free:
+        raise UserError(
+            f"{what}: no room in {folder} for {needed / 1e9:.2f} GB; make some, or choose another MAIN_ROOT_DATA_DIR"
+        )
+
+
+def use_vision_cache(student: torch.nn.Module, data: SUNRGBDDataModule, args: argparse.Namespace) -> None:
+    """Let a frozen vision tower see every picture once, and train on what it saw, read from disk.
+
+    Exact but for the order of float additions. Features are keyed by the tower's weights, the pictures and the precision; what
+    another run has stored is used.
+
+    Raises:
+        UserError: the tower trains, or the disk has no room.
+    """
+    tower = vision_tower(student)
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        raise UserError("--vision_cache: the vision tower trains here, what it sees changes; leave it out")
+    digest = hashlib.sha256()
+    for name, weight in sorted(tower.state_dict().items()):
+        digest.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    precision = resolve_precision(args.precision, args.accelerator)
+    key = picture_key(data.processor, data.student) | {"tower": digest.hexdigest(), "precision": precision}
+    cache = PictureCache(outputs_root(ROOT / "distillation" / "vision_cache"), key, data.student)
+    device, half = probe(args).strategy.root_device, half_dtype(precision)
+    with locked(cache.store.folder), torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
+        for dataset in (data.train, data.val):
+            missing = [i for i in range(len(dataset)) if cache.find(dataset.frame(i)) is None]
+            loader = torch.utils.data.DataLoader(
+                dataset,
+                sampler=[(0, i) for i in missing],
+                batch_size=2 * args.batch_size,
+                collate_fn=list,
+                num_workers=args.num_workers,
+            )
+            batches = progress(loader, total=len(loader), label="the frozen tower looks, batch")
+            places = iter(missing)
+            for items in batches:
+                pictures = [item["picture"] for item in items]
+                tiles = torch.cat([picture.tiles for picture in pictures]).to(device)
+                features = (
+                    tower_features(student.to(device), tiles).cpu().contiguous().split([len(p.tiles) for p in pictures])
+                )
+                for picture, seen in zip(pictures, features, strict=True):
+                    place = next(places)
+                    if place == missing[0]:
+                        check_disk("--vision_cache", cache.store.folder, seen.nbytes, len(missing))
+                    cache.put(dataset.frame(place), replace(picture, tiles=seen))
+    data.use_features(cache)

@@ -1,0 +1,86 @@
+"""What this machine can do: devices, precision, memory."""
+
+import argparse
+import logging
+import resource
+import warnings
+
+import pytorch_lightning as pl
+import torch
+
+from utils import (
+    UserError,
+)
+
+OPEN_FILES = 2**16  # far more than an update of a thousand micro-batches needs
+
+
+def probe(args: argparse.Namespace) -> pl.Trainer:
+    """A Trainer that tells the number of processes and this one's device.
+
+    Raises:
+        UserError: this machine cannot do what the flags ask for.
+    """
+    quieten()
+    try:
+        return pl.Trainer(
+            precision=resolve_precision(args.precision, args.accelerator),
+            accelerator=args.accelerator,
+            devices=args.devices,
+            num_nodes=args.num_nodes,
+            strategy=args.strategy,
+            logger=False,
+            enable_checkpointing=False,
+        )
+    except Exception as error:  # Lightning raises many types for flags that it does not know or cannot combine
+        raise UserError(
+            f"--accelerator {args.accelerator} --devices {args.devices} --strategy {args.strategy} --precision "
+            f"{args.precision}: not possible here ({error})"
+        ) from error
+
+
+def frozen_dtype(precision: str, accelerator: str = "auto") -> torch.dtype:
+    """Of weights that stay frozen: that in which the step computes anyway, which may halve their memory."""
+    return half_dtype(resolve_precision(precision, accelerator)) or torch.float32
+
+
+def half_dtype(precision: str) -> torch.dtype | None:
+    """What autocast computes in under a Lightning precision; None without autocast."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+
+
+def quieten() -> None:
+    """Leave out what libraries say about each other: hints, and deprecations that only they can mend."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for text in (
+        ".*is_gradient_checkpointing.*",
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*but have no `val_dataloader`.*",  # --dry_run trains only
+        ".*could not find the monitored key.*",  # best_of_run validates what --max_steps ends
+        ".*irectory .* exists and is not empty.*",  # two loggers share a folder, a resumed run its checkpoints
+    ):
+        warnings.filterwarnings("ignore", message=text)
+
+
+def resolve_precision(name: str, accelerator: str = "auto") -> str:
+    """`auto` -> bf16-mixed on a GPU that has bfloat16, else 32-true: never pure bf16, which rounds small updates away."""
+    if name != "auto":
+        return name
+    fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if fast and accelerator != "cpu" else "32-true"
+
+
+def allow_open_files() -> None:
+    """As many as this process may have: batches of a whole update wait in shared memory, a file for every tensor of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, OPEN_FILES) if hard != resource.RLIM_INFINITY else OPEN_FILES
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def peak_memory_gib() -> float:
+    """The GPU's peak when there is one, else this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,211 @@
+"""Fit, keep the best and the last checkpoint, write what was asked for.
+
+Models, losses, optimizer and schedule are not here: they are the experiment, and stand in its script.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from dataset.datamodule import SUNRGBDDataModule
+from distillation.models import (
+    count_parameters,
+    trained_state,
+)
+from distillation.run.callbacks import FiniteGuard, KeyedRandomness, Progress, StepTimer, StopOnSignal, UpdateLog
+from distillation.run.checkpoints import (
+    BestCheckpoint,
+    CheckpointContents,
+    SafeCheckpointIO,
+    put_starting_weights,
+    resume_batch,
+    write_outputs,
+)
+from distillation.run.data import use_vision_cache
+from distillation.run.folders import Run, finished_run
+from distillation.run.machine import allow_open_files, peak_memory_gib, probe, quieten, resolve_precision
+from utils import (
+    duration,
+    write_json,
+)
+
+
+def train(
+    module: pl.LightningModule,
+    data: SUNRGBDDataModule,
+    run: Run,
+    args: argparse.Namespace,
+    *,
+    monitor: str = "val/exact_match",
+    builds_on: str | None = None,
+) -> None:
+    """Fit, keep the best and the last checkpoint, write what --export and --save_final_pt ask for.
+
+    Args:
+        module: has the student as `student`.
+        data: with the teacher's outputs where the module needs them.
+        run: folders and record.
+        args: of the common flags.
+        monitor: logged in validation; the best checkpoint is where it is highest.
+        builds_on: experiment whose checkpoint this one starts from (a folder below distillation/); None = its own, if any.
+
+    Raises:
+        UserError: bad input; the run's earlier checkpoints stay.
+    """
+    trainable, total = count_parameters(module.student)
+    print(
+        f"{run.record['script']}: {trainable:,} of {total:,} parameters train; {data.images_per_epoch} images per epoch"
+    )
+    put_starting_weights(module.student, run, args, builds_on=builds_on)
+    if (finished := finished_run(run, args)) is not None:
+        if int(os.environ.get("RANK", "0")) == 0:  # behind torchrun all ranks come here
+            print(f"{run.name} is finished ({finished['optimizer_steps']} updates); best: {finished['best']}")
+            write_outputs(module, data.processor, Path(finished["best"]), args)
+        return
+    if args.gradient_checkpointing:
+        # Reentrant checkpointing would need an input with a gradient, which a frozen tower's does not have.
+        module.student.activation_checkpointing_enable({"use_reentrant": False})
+    if args.dry_run:
+        dry_run(module, data, args)
+        return
+    if getattr(args, "vision_cache", False):
+        use_vision_cache(module.student, data, args)
+    allow_open_files()
+    start = time.monotonic()
+    if run.resume_from:
+        data.resume_batch = resume_batch(run.resume_from, args)
+    try:
+        trainer = build_trainer(args, run, monitor)
+        if trainer.is_global_zero:
+            write_json(run.logs / "run.json", run.record)
+        trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
+    except BaseException:
+        if (
+            not any(run.checkpoints.glob("*.ckpt")) and not run.resume_from
+        ):  # a run that failed before it had anything to keep leaves no trace
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+            shutil.rmtree(run.logs, ignore_errors=True)
+        raise
+    best, score = best_of_run(trainer, module, data, run, monitor)
+    summary = {
+        "best": str(best),
+        monitor: score,
+        "optimizer_steps": trainer.global_step,
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_memory_gib": round(peak_memory_gib(), 2),
+    }
+    if trainer.is_global_zero:
+        write_json(run.logs / "run.json", run.record | summary)
+        print(
+            f"{trainer.global_step} updates in {duration(summary['seconds'])}, peak memory {summary['peak_memory_gib']} GiB; "
+            f"best: {best} ({monitor} {score:.4f})"
+        )
+        write_outputs(module, data.processor, best, args)
+
+
+def best_of_run(
+    trainer: pl.Trainer, module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, monitor: str
+) -> tuple[Path, float]:
+    """The best checkpoint and its score.
+
+    --max_steps may end a run inside an epoch, after the last validation; then what it ended with is validated now.
+    """
+    kept = trainer.checkpoint_callback
+    validated = [callback.validated_step for callback in trainer.callbacks if isinstance(callback, Progress)]
+    if validated != [trainer.global_step]:
+        ended_inside = 0 < trainer.fit_loop.epoch_loop.batch_progress.current.ready < trainer.num_training_batches
+        epoch = trainer.current_epoch - ended_inside  # which Lightning counts as done
+        (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+        if kept.improves(metrics):
+            name = f"best-epoch{epoch:02d}-score{metrics[monitor]:.4f}.ckpt"
+            kept.keep(trainer, metrics, run.checkpoints / name)
+        trainer.save_checkpoint(run.checkpoints / "last.ckpt")
+    return Path(kept.best_model_path), float(kept.best_model_score)
+
+
+def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Trainer:
+    """Loggers, checkpoints and callbacks, the same for every experiment."""
+    quieten()
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    best = BestCheckpoint(
+        dirpath=run.checkpoints,
+        filename=f"best-epoch{{epoch:02d}}-score{{{monitor}:.4f}}",
+        auto_insert_metric_name=False,
+        monitor=monitor,
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,  # with the validation, before StopOnSignal may end the epoch
+    )
+    # ModelCheckpoint(save_last=True) writes last.ckpt only when there is a new best one.
+    last = ModelCheckpoint(dirpath=run.checkpoints, filename="last", enable_version_counter=False)
+    where = dict(save_dir=run.logs.parent, name="", version=run.name)
+    metrics = run.logs / "metrics.csv"
+    if metrics.is_file():  # of the run that is resumed; CSVLogger would delete it
+        metrics.rename(run.logs / f"metrics.{len(list(run.logs.glob('metrics*.csv')))}.csv")
+    return pl.Trainer(
+        max_epochs=args.max_epochs,
+        max_steps=args.max_steps,
+        accumulate_grad_batches=args.accumulate_grad_batches,
+        gradient_clip_val=args.gradient_clip or None,
+        precision=resolve_precision(args.precision, args.accelerator),
+        accelerator=args.accelerator,
+        devices=args.devices,
+        num_nodes=args.num_nodes,
+        strategy=args.strategy,
+        logger=[TensorBoardLogger(**where), CSVLogger(**where)],
+        callbacks=[
+            best,
+            last,
+            CheckpointContents(run.record),
+            KeyedRandomness(args.seed),
+            FiniteGuard(),
+            StopOnSignal(run.checkpoints / "last.ckpt"),
+            UpdateLog(),
+            Progress(),
+        ],
+        plugins=[SafeCheckpointIO()],
+        use_distributed_sampler=False,  # MicroBatchSampler shares the batches out
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=10,
+    )
+
+
+def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.Namespace) -> None:
+    """Two real steps on the real device without writing anything; prints sizes, memory, times and disk needs."""
+    data.accumulate_grad_batches = 1  # a step is a micro-batch here
+    trainer = pl.Trainer(
+        max_steps=2,
+        precision=resolve_precision(args.precision, args.accelerator),
+        accelerator=args.accelerator,
+        devices=1,  # what one of them will do
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[timer := StepTimer()],
+    )
+    trainer.fit(module, train_dataloaders=data.train_dataloader())
+    state = trained_state(module.student)
+    checkpoint_gib = (
+        sum(v.numel() * v.element_size() for v in state.values()) / 2**30 * 3
+    )  # weights and two Adam moments
+    world_size = probe(args).world_size
+    batches = math.ceil(data.images_per_epoch / (args.batch_size * world_size)) * args.max_epochs
+    if args.max_steps > 0:
+        batches = min(batches, args.max_steps * args.accumulate_grad_batches)
+    print(
+        f"tokens in a row of a batch, padding included: {timer.tokens}; image tokens: {timer.image_tokens}\n"
+        f"peak memory: {peak_memory_gib():.2f} GiB\n"
+        f"one step of {args.batch_size} images: {timer.seconds:.2f} s; {batches} steps on {world_size} device(s): "
+        f"{duration(batches * timer.seconds)}\n"
+        f"disk: 2 checkpoints of at most {checkpoint_gib:.2f} GiB"
+    )

@@ -1,0 +1,166 @@
+"""Pictures of a comparison: accuracies per type, and a sheet of frames with the systems' answers."""
+
+import math
+import textwrap
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dataset.questions.answers import exact_match, order_types
+from dataset.sunrgbd.depth import read_depth
+from dataset.sunrgbd.frames import read_rgb
+from evaluation.comparison import Results, TableRow, one_line, short_type, table_columns
+from utils import UserError, atomic_path
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; the marker repeats the distinction.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+BLIND_COLOUR = "#767676"
+RIGHT_COLOUR, WRONG_COLOUR = "#00664B", "#B34700"  # the green and the vermilion, darkened to read well as text
+
+
+def draw_accuracies(table: Sequence[TableRow], path: Path, *, title: str) -> None:
+    """Plot one dot with its interval per system and question type, as a PNG; blind baselines are grey and hollow."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = table_columns(table)
+    figure = Figure(figsize=(max(9.0, 1.1 + len(columns) * max(1.2, 0.16 * len(table))), 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    seen = {False: 0, True: 0}
+    for place, row in enumerate(table):
+        style = MARKERS[seen[row.blind] % len(MARKERS)]
+        colour = BLIND_COLOUR if row.blind else COLOURS[seen[row.blind] % len(COLOURS)]
+        seen[row.blind] += 1
+        points = [(x, row.accuracies[column]) for x, column in enumerate(columns) if column in row.accuracies]
+        offset = (place - (len(table) - 1) / 2) * 0.8 / len(table)
+        values = np.array([cell["value"] for _, cell in points])
+        ends = np.array([[_or(cell["low"], cell["value"]), _or(cell["high"], cell["value"])] for _, cell in points])
+        axes.errorbar(
+            [x + offset for x, _ in points],
+            100 * values,
+            yerr=100 * np.abs(ends.T - values),
+            fmt=style,
+            color=colour,
+            markerfacecolor="white" if row.blind else colour,
+            markersize=5.5,
+            elinewidth=1.3,
+            capsize=2,
+            label=row.name.replace("$", r"\$"),
+        )
+    for x in range(0, len(columns), 2):
+        axes.axvspan(x - 0.5, x + 0.5, color="#F2F2F2", zorder=0)
+    axes.set_xticks(range(len(columns)), [short_type(column) for column in columns])
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(-2, 102), xlabel="Question type", ylabel="Right answers (%)")
+    axes.set_title(title)
+    axes.grid(axis="y", color="#D9D9D9", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=min(4, len(table)), frameon=False)
+    _save(FigureCanvasAgg(figure), path)
+
+
+def _or(value: float | None, other: float) -> float:
+    return other if value is None else value
+
+
+def _save(canvas: Any, path: Path) -> None:
+    with atomic_path(path) as part:
+        canvas.figure.savefig(part, format="png", dpi=150)
+
+
+def sample_questions(results: Sequence[Results], n: int, *, seed: int = 0) -> list[int]:
+    """Positions of up to `n` questions about different images, of all types, right and wrong ones in turn.
+
+    A question counts as right when at least half of the systems answer it correctly. The same results
+    give the same questions.
+    """
+    rows = results[0].rows
+    mostly_right = np.mean([result.correct() for result in results], axis=0) >= 0.5
+    groups: dict[tuple[bool, str], list[int]] = defaultdict(list)
+    for place in np.random.default_rng(seed).permutation(len(rows)):
+        groups[bool(mostly_right[place]), rows[place]["Question_Type"]].append(int(place))
+    types = order_types({kind for _, kind in groups})
+    # A right one of the first type, a wrong one of the second, and so on; then the other way round; then again.
+    turns = [((number % 2 == 0) == first, kind) for first in (True, False) for number, kind in enumerate(types)]
+    queues = [iter(groups[turn]) for turn in turns]
+    chosen: dict[str, int] = {}
+    before = -1
+    while before < len(chosen) < n:
+        before = len(chosen)
+        for queue in queues:
+            place = next((place for place in queue if rows[place]["Image_Path"] not in chosen), None)
+            if place is not None and len(chosen) < n:
+                chosen[rows[place]["Image_Path"]] = place
+    return list(chosen.values())
+
+
+def draw_contact_sheet(results: Sequence[Results], path: Path, root: Path, *, n_frames: int = 8) -> None:
+    """Draw sampled frames as a PNG: the RGB image, its depth, the question, and every system's answer, right or wrong.
+
+    Args:
+        results: aligned systems.
+        path: PNG to write.
+        root: folder that Image_Path and Depth_Path are relative to.
+        n_frames: most frames to show.
+
+    Raises:
+        UserError: an image is missing or damaged, or its path leaves `root`.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    places = sample_questions(results, n_frames)
+    frames = [_read_frame(root, results[0].rows[place]) for place in places]
+    farthest_m = math.ceil(max(np.quantile(depth_m[depth_m > 0], 0.99) for _, depth_m in frames))
+    row_height = max(2.0, 0.75 + 0.24 * (len(results) + 1))  # inches: the question's lines and one line per answer
+    figure = Figure(figsize=(13, row_height * len(places) + 1.0), layout="constrained")
+    axes = figure.subplots(len(places), 3, squeeze=False, width_ratios=(1, 1, 2))
+    colours = colormaps["viridis"].with_extremes(bad="#B0B0B0")
+    for (left, middle, right), place, (rgb, depth_m) in zip(axes, places, frames, strict=True):
+        left.imshow(rgb)
+        shown = middle.imshow(
+            np.ma.masked_equal(depth_m, 0), cmap=colours, vmin=0, vmax=farthest_m, interpolation="nearest"
+        )
+        for axis in (left, middle, right):
+            axis.set_axis_off()
+        _write_answers(right, results, place, line_height=0.22 / row_height)
+    axes[0, 0].set_title("RGB")
+    axes[0, 1].set_title("Depth (grey: no measurement)")
+    axes[0, 2].set_title("Question, right answer, and answers", loc="left")
+    figure.colorbar(shown, ax=axes[-1, 1], location="bottom", label="Distance (m)", fraction=0.06, pad=0.04)
+    _save(FigureCanvasAgg(figure), path)
+
+
+def _read_frame(root: Path, row: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """RGB thumbnail (h, w, 3) uint8 and depth (H, W) in metres."""
+    image_path, depth_path = (_inside(root, row[column]) for column in ("Image_Path", "Depth_Path"))
+    rgb = Image.fromarray(read_rgb(image_path))
+    rgb.thumbnail((640, 640))
+    return np.asarray(rgb), read_depth(depth_path)
+
+
+def _inside(root: Path, relative: str) -> Path:
+    path = (root / relative).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise UserError(f"predictions.csv: path {relative} leaves the data folder {root}; refusing to read it")
+    return path
+
+
+def _write_answers(axis: Any, results: Sequence[Results], place: int, *, line_height: float) -> None:
+    row = results[0].rows[place]
+    lines = [(line, "black", "bold") for line in textwrap.wrap(one_line(row["Questions"], 160), 68)]
+    lines.append((f"{row['Question_Type']}. Right answer: {one_line(row['Answers'], 40)}", "black", "normal"))
+    for result in results:
+        answer = result.rows[place]["Model_Answer"]
+        right = exact_match(answer, row["Answers"])
+        text = f"{'✓' if right else '✗'} {result.name}: {one_line(answer, 60) or '(empty)'}"
+        lines.append((text, RIGHT_COLOUR if right else WRONG_COLOUR, "normal"))
+    for number, (text, colour, weight) in enumerate(lines):
+        height = 0.98 - number * line_height
+        axis.text(0, height, text, color=colour, weight=weight, va="top", transform=axis.transAxes, parse_math=False)
