@@ -1,7 +1,9 @@
 """The layout that the documentation promises: entry scripts, their root lines, imports that point one way, the README."""
 
+import ast
 import re
 import sys
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,3 +77,28 @@ def test_readme_names_existing_files_and_scripts():
                 folders[depth] = above + name
     assert len(listed) > 20
     assert not [name for name in listed if not (ROOT / name).exists()]
+
+
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """The modules of this repository that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {
+                name for name in (node.module, *(f"{node.module}.{a.name}" for a in node.names)) if name in modules
+            }
+    return found
+
+
+def test_imports_run_down_and_never_round():
+    """benchmarks -> evaluation -> distillation -> dataset -> utils; sorting the modules topologically fails on a circle."""
+    layers = ("utils", "dataset", "distillation", "evaluation", "benchmarks")
+    paths = [ROOT / "utils.py", *(path for layer in layers[1:] for path in (ROOT / layer).rglob("*.py"))]
+    modules = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in paths}
+    arrows = {name: imported_modules(path, set(modules)) - {name} for name, path in modules.items()}
+
+    def layer(name: str) -> int:
+        return layers.index(name.split(".")[0])
+
+    assert not [(name, other) for name, others in arrows.items() for other in others if layer(other) > layer(name)]
+    assert len(list(TopologicalSorter(arrows).static_order())) == len(modules) > 60
