@@ -4,24 +4,17 @@ A question takes a bit per run, so the answers of all runs are a file of some 10
 interval again without a model.
 """
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from utils import UserError, atomic_path  # first: loads .env
-
-# isort: split
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from evaluation.comparison import Results
 from evaluation.intervals import crossed_bootstrap, percentile_interval
 from evaluation.metrics import recordings
+from utils import UserError, atomic_path
 
 Interval = tuple[float, float, float]  # value, low, high; points
 

@@ -12,9 +12,6 @@ from distillation.forward import states_at, use_packed_attention
 QUESTIONS = 4  # per image
 
 
-# --- floating point operations at true size ----------------------------------------------------------------------------------
-
-
 def true_config(size: str) -> LlavaOnevisionConfig:
     """The published configurations of the 0.5B and the 7B (llava-hf/llava-onevision-qwen2-*-ov-hf)."""
     vision = SiglipVisionConfig(

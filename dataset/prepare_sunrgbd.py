@@ -33,12 +33,7 @@ from dataset.miniature.world import ensure_world
 from dataset.questions.blind import blind_check
 from dataset.questions.csv_data import SPLITS, UNKNOWN_PRINTED, build_csv_data, by_collection, read_frames
 from dataset.questions.preview import write_preview
-from dataset.questions.rows import (
-    QuestionRow,
-    csv_cells,
-    questions_file,
-    read_questions,
-)
+from dataset.questions.rows import QuestionRow, csv_cells, questions_file, read_questions
 from dataset.sunrgbd.extract import extract_archives
 from dataset.sunrgbd.frames import find_frames, listed_split, missing_frames
 

@@ -10,9 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    LlavaOnevisionForConditionalGeneration,
-)
+from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 from dataset.inputs.processor import ImageTextProcessor, save_processor

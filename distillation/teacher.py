@@ -39,15 +39,7 @@ from distillation.teacher_cache import (
     asked_answers,
     stored_outputs,
 )
-from utils import (
-    ROOT,
-    UserError,
-    hf_token,
-    model_source,
-    outputs_root,
-    sha256,
-    source_digest,
-)
+from utils import ROOT, UserError, hf_token, model_source, outputs_root, sha256, source_digest
 
 WEIGHTS = ("*.safetensors", "*.json")
 FORMAT = 2  # of what is stored; another number makes all old files unused

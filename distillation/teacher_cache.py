@@ -40,12 +40,7 @@ from distillation.decoding import greedy_answers
 from distillation.forward import image_features, overview_patches
 from distillation.run.data import check_disk
 from distillation.run.machine import half_dtype
-from utils import (
-    UserError,
-    locked,
-    progress,
-    write_json,
-)
+from utils import UserError, locked, progress, write_json
 
 Group = Sequence[QuestionRow]  # the questions of one image
 MAX_ANSWER_TOKENS = 12

@@ -53,11 +53,12 @@ def places(forty_rooms, tmp_path, monkeypatch):
 def argv_of(name, tiny_folder, tiny_teacher, *more):
     """Rates of 0: the weights stay, and Adam's first moment is a weighted sum of the updates' gradients."""
     folder, _, own = SCRIPTS[name]
+    leaves_out = {"phase1": ["--lr"], "phase2": ["--vision_lr"]}.get(name, [])
     argv = ["--student_name", str(tiny_folder), "--image_tokens", "one_tile", "--num_workers", "0", "--max_epochs", "1"]
-    argv += ["--gradient_clip", "0", "--precision", "32-true", "--accelerator", "cpu", "--vision_lr", "0"]
-    argv += [] if name == "phase1" else ["--lr", "0"]
+    argv += ["--gradient_clip", "0", "--precision", "32-true", "--accelerator", "cpu"]
+    argv += [text for rate in ("--lr", "--vision_lr") if rate not in leaves_out for text in (rate, "0")]
     argv += [] if folder.startswith("baseline") else ["--teacher_name", str(tiny_teacher)]
-    return [*argv, *own, *more] if name != "phase2" else [flag for flag in drop(argv, "--vision_lr")] + [*own, *more]
+    return [*argv, *own, *more]
 
 
 def drop(argv, flag):

@@ -6,7 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import utils
+from dataset.inputs.pictures import OTHER_CODE
 from utils import ROOT, announced, core_shares, locked, source_digest
 
 HOLD = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import utils\nwith utils.locked(pathlib.Path(sys.argv[2])): print('in')"
@@ -82,22 +85,21 @@ def test_the_digest_of_this_repository_reads_no_model_and_no_world(monkeypatch):
     assert set(code) <= set(read) and not [name for name in read if "/student/" in name or "/world/" in name]
 
 
-def test_the_keys_cover_what_pictures_and_rooms_are_made_by():
-    """Whatever these modules use, directly or by way of others, is in one of the digests of their keys."""
-    for module, folders in (("inputs.pictures", ("inputs", "sunrgbd")), ("miniature.world", ("miniature", "sunrgbd"))):
-        code = (
-            f"import sys, dataset.{module}, dataset.inputs.pictures as pictures\n"
-            "print(*pictures.OTHER_CODE)\n"
-            f"print(*(m.__file__ for name, m in sys.modules.items() if name.startswith('dataset.') and m.__file__))"
-        )
-        if module == "miniature.world":
-            code = code.replace(", dataset.inputs.pictures as pictures", "").replace("*pictures.OTHER_CODE", "")
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        left_out, loaded = (line.split() for line in done.stdout.splitlines())
-        own = {Path(name).relative_to(ROOT / "dataset") for name in loaded}
-        assert Path("sunrgbd/depth.py") in own and {path.parts[0] for path in own} <= set(folders)
-        assert not {path.name for path in own} & set(left_out)
-        assert set(left_out) <= {path.name for path in (ROOT / "dataset" / "sunrgbd").iterdir()}
+@pytest.mark.parametrize(
+    ("module", "folders", "left_out"),
+    [("inputs.pictures", {"inputs", "sunrgbd"}, OTHER_CODE), ("miniature.world", {"miniature", "sunrgbd"}, ())],
+)
+def test_a_key_covers_what_its_module_imports(module, folders, left_out):
+    """Whatever it uses, directly or by way of others, is in one of the folders that its key digests."""
+    code = (
+        f"import sys, dataset.{module}\n"
+        "print(*(m.__file__ for name, m in sys.modules.items() if name.startswith('dataset.') and m.__file__))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    own = {Path(name).relative_to(ROOT / "dataset") for name in done.stdout.split()}
+    assert Path("sunrgbd/depth.py") in own and {path.parts[0] for path in own} <= folders
+    assert not {path.name for path in own} & set(left_out)
+    assert set(left_out) <= {path.name for path in (ROOT / "dataset" / "sunrgbd").iterdir()}
 
 
 def test_only_a_long_job_is_announced(capsys):

@@ -117,8 +117,8 @@ class UpdateLoader(DataLoader):
                 yield window.pop(0) | {"update": update, "spare": batch_spare}
 
     def _totals(self, counts: list[dict[str, float]], spare: list[bool]) -> dict[str, float]:
-        own = [0.0 if is_spare else 1.0 for is_spare in spare]
-        sums = {name: sum(w * c[name] for w, c in zip(own, counts, strict=True)) for name in counts[0]}
+        counted = [found for found, is_spare in zip(counts, spare, strict=True) if not is_spare]
+        sums = {name: float(sum(found[name] for found in counted)) for name in counts[0]}
         if self.sum_over_ranks is not None:
             total = self.sum_over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64))
             sums = dict(zip(sums, total.tolist(), strict=True))

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataset.sunrgbd.frames import UNREADABLE
 from utils import UserError
 
 MIN_DEPTH_M, MAX_DEPTH_M = 0.3, 8.0  # fixed range of every encoding; the toolbox clips at 8 m as well
@@ -43,7 +44,7 @@ def read_depth(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             image.load()
             mode, raw = image.mode, np.asarray(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: depth image cannot be read ({error})") from error
     # Pillow opens 16-bit grey PNGs as I;16 (older ones as I); anything else lost the depth on its way here.
     if mode not in ("I;16", "I;16B", "I"):

@@ -42,6 +42,12 @@ class FiniteGuard(Callback):
             )
 
 
+def ends_update(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether the optimizer steps after this micro-batch: an epoch's last update may have fewer of them."""
+    done = batch_idx + 1
+    return done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
+
+
 class StopOnSignal(Callback):
     """On SIGTERM or Ctrl-C: finish the step, save last.ckpt, exit with 128 + signal, so that a scheduler requeues."""
 
@@ -60,8 +66,7 @@ class StopOnSignal(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Leave after an update (gradients that were only gathered are not stored), but not before a validation."""
-        done = batch_idx + 1
-        if done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches:
+        if ends_update(trainer, batch_idx) and batch_idx + 1 < trainer.num_training_batches:
             self._leave_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -100,10 +105,8 @@ class UpdateLog(Callback):
     ) -> None:
         """Add up, and log when the update is complete."""
         for name, part in outputs["terms"].items():
-            part = part.detach() * (0.0 if batch["spare"] else 1.0)
-            self.sums[name] = self.sums[name] + part if name in self.sums else part
-        done = batch_idx + 1
-        if done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches:
+            self.sums[name] = self.sums.get(name, 0.0) + part.detach() * (not batch["spare"])
+        if ends_update(trainer, batch_idx):
             totals = trainer.strategy.reduce(torch.stack(list(self.sums.values())), reduce_op="sum")
             module.log_dict({f"train/{name}": total for name, total in zip(self.sums, totals, strict=True)})
             self.sums = {}

@@ -12,23 +12,10 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from dataset.inputs.processor import ImageTextProcessor
-from distillation.models import (
-    export_model,
-    load_trained_state,
-    student_state,
-    trained_state,
-)
+from distillation.models import export_model, load_trained_state, student_state, trained_state
 from distillation.run.folders import Run, best_checkpoint, find_checkpoint
 from distillation.run.machine import probe
-from utils import (
-    ROOT,
-    UserError,
-    atomic_path,
-    checksum_path,
-    checksummed_path,
-    matches_checksum,
-    outputs_root,
-)
+from utils import ROOT, UserError, atomic_path, checksum_path, checksummed_path, matches_checksum, outputs_root
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -75,6 +62,11 @@ class SafeCheckpointIO(CheckpointIO):
         checksum_path(Path(path)).unlink(missing_ok=True)
 
 
+def stands_inside_epoch(trainer: pl.Trainer) -> bool:
+    """Whether some of an epoch's micro-batches have been read, and not all of them."""
+    return 0 < trainer.fit_loop.epoch_loop.batch_progress.current.ready < trainer.num_training_batches
+
+
 class CheckpointContents(Callback):
     """Student only, the run's record as hyper-parameters, and the position for an exact resume."""
 
@@ -87,10 +79,13 @@ class CheckpointContents(Callback):
         others = {k for k in checkpoint["state_dict"] if not k.startswith(("student.", "teacher."))}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept | others}
         checkpoint["hyper_parameters"] = dict(checkpoint.get("hyper_parameters", {})) | self.record
-        ready, steps = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.num_training_batches
-        checkpoint["position"] = {"batch": ready, "steps": steps, "world_size": trainer.world_size}
+        checkpoint["position"] = {
+            "batch": trainer.fit_loop.epoch_loop.batch_progress.current.ready,
+            "steps": trainer.num_training_batches,
+            "world_size": trainer.world_size,
+        }
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
-        if 0 < ready < steps and epochs["current"]["processed"] == epochs["current"]["started"]:
+        if stands_inside_epoch(trainer) and epochs["current"]["processed"] == epochs["current"]["started"]:
             # --max_steps has ended the run inside this epoch, and Lightning counts it as done: the rest would never be read.
             for counts in (epochs["current"], epochs["total"]):
                 counts["processed"] -= 1
@@ -142,18 +137,17 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_ce = state["best_ce"]
 
 
-def resume_batch(path: Path, args: argparse.Namespace) -> int:
-    """The micro-batch of its epoch with which an interrupted run goes on.
+def resume_batch(position: Mapping[str, int], run: Run, args: argparse.Namespace) -> int:
+    """The micro-batch of its epoch with which an interrupted run goes on, by the `position` in its checkpoint.
 
     Raises:
         UserError: it was interrupted inside an epoch on another number of devices, whose micro-batches are others.
     """
-    position = read_checkpoint(path)["position"]
     if position["batch"] >= position["steps"]:  # at the end of an epoch
         return 0
     if position["world_size"] != (now := probe(args).world_size):
         raise UserError(
-            f"--resume {path}: was interrupted inside an epoch on {position['world_size']} device(s), now there are {now}; go on with as "
+            f"--resume {run.resume_from}: was interrupted inside an epoch on {position['world_size']} device(s), now there are {now}; go on with as "
             "many until the epoch is done"
         )
     return position["batch"]
@@ -161,11 +155,14 @@ def resume_batch(path: Path, args: argparse.Namespace) -> int:
 
 def put_starting_weights(
     student: torch.nn.Module, run: Run, args: argparse.Namespace, *, builds_on: str | None = None
-) -> None:
+) -> dict[str, int] | None:
     """Give the student the weights that the run starts from: the resumed run's, a checkpoint's, or the stock ones that it has.
 
     The one place that decides it, before anything looks at the weights. Lightning restores a resumed run's once more, with the
     optimizer.
+
+    Returns:
+        The position of a resumed run, for `resume_batch`; None where the run is new.
 
     Raises:
         UserError: the checkpoint does not fit, or the resumed run had other settings.
@@ -175,7 +172,8 @@ def put_starting_weights(
         check_same_run(checkpoint["hyper_parameters"], run)
         run.record["load_checkpoint"] = checkpoint["hyper_parameters"]["load_checkpoint"]
         load_trained_state(student, student_state(checkpoint), origin=str(run.resume_from))
-    elif args.load_checkpoint:
+        return checkpoint["position"]
+    if args.load_checkpoint:
         source = outputs_root(ROOT / "distillation" / builds_on) if builds_on else run.experiment
         best = args.load_checkpoint == "best"
         path = (
@@ -183,6 +181,7 @@ def put_starting_weights(
         )
         load_student(student, path, run.record, builds_on=builds_on)
         run.record["load_checkpoint"] = str(path)
+    return None
 
 
 def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:

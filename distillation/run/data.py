@@ -14,14 +14,7 @@ from dataset.inputs.processor import ImageTextProcessor
 from dataset.miniature.world import ensure_world
 from distillation.forward import tower_features, vision_tower
 from distillation.run.machine import half_dtype, probe, resolve_precision
-from utils import (
-    ROOT,
-    UserError,
-    data_root,
-    locked,
-    outputs_root,
-    progress,
-)
+from utils import ROOT, UserError, data_root, locked, outputs_root, progress
 
 
 def build_data(

@@ -8,9 +8,7 @@ from typing import Any
 from dataset.inputs.depth_encodings import ENCODINGS
 from dataset.inputs.pictures import DEPTH_SOURCES
 from dataset.inputs.processor import IMAGE_TOKENS
-from distillation.models import (
-    TEACHER_NAME,
-)
+from distillation.models import TEACHER_NAME
 
 MINIATURE_DEFAULTS = dict(
     batch_size=8,

@@ -13,14 +13,8 @@ from typing import Any
 import pytorch_lightning as pl
 
 from dataset.inputs.pictures import ImageSettings
-from distillation.run.machine import probe
-from utils import (
-    ROOT,
-    UserError,
-    data_root,
-    git_commit,
-    outputs_root,
-)
+from distillation.run.machine import is_first_process, probe
+from utils import ROOT, UserError, data_root, git_commit, outputs_root
 
 RUN_NAME_VARIABLE = "RUN_NAME_OF_FIRST_PROCESS"
 NAMED_RUNS = 5  # in the message about one that is not there
@@ -69,9 +63,8 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
     record |= {"script": path.relative_to(ROOT).as_posix(), "git_commit": git_commit()}
     if args.resume and (last := _resume_checkpoint(args, experiment)):
         return Run(experiment, last.parent.name, record, resume_from=last)
-    # Lightning starts this script once more for each further device; those processes join the run of the first. A launcher's
-    # know their rank among all machines.
-    further = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")) > 0
+    # Lightning starts this script once more for each further device; those processes join the run of the first.
+    further = not is_first_process()
     joined = os.environ.get(RUN_NAME_VARIABLE) if further else None
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not joined
     if launched and not args.run_name:
@@ -145,11 +138,12 @@ def find_checkpoint(name: str, folder: Path) -> Path:
     best = sorted(path.glob("best-*.ckpt"))
     if not best:
         raise UserError(f"{path}: no best-*.ckpt in this folder; give a checkpoint or the folder of a run")
-    return max(best, key=lambda checkpoint: (_score(checkpoint), checkpoint.stat().st_mtime))
+    return max(best, key=_score_and_age)
 
 
-def _score(checkpoint: Path) -> float:
-    return float(checkpoint.stem.rsplit("score", 1)[1])
+def _score_and_age(checkpoint: Path) -> tuple[float, float]:
+    """Sorts by the score in the name; of equal ones the newest comes last."""
+    return float(checkpoint.stem.rsplit("score", 1)[1]), checkpoint.stat().st_mtime
 
 
 def best_checkpoint(experiment: Path, *, miniature: bool) -> Path:
@@ -167,7 +161,7 @@ def best_checkpoint(experiment: Path, *, miniature: bool) -> Path:
         raise UserError(
             f"no checkpoint below {experiment / 'checkpoints'}; make one with: {command}{' --miniature' * miniature}"
         )
-    return max(found, key=lambda p: (_score(p), p.stat().st_mtime))
+    return max(found, key=_score_and_age)
 
 
 def finished_run(run: Run, args: argparse.Namespace) -> dict[str, Any] | None:

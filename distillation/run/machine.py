@@ -2,15 +2,14 @@
 
 import argparse
 import logging
+import os
 import resource
 import warnings
 
 import pytorch_lightning as pl
 import torch
 
-from utils import (
-    UserError,
-)
+from utils import UserError
 
 OPEN_FILES = 2**16  # far more than an update of a thousand micro-batches needs
 
@@ -37,6 +36,11 @@ def probe(args: argparse.Namespace) -> pl.Trainer:
             f"--accelerator {args.accelerator} --devices {args.devices} --strategy {args.strategy} --precision "
             f"{args.precision}: not possible here ({error})"
         ) from error
+
+
+def is_first_process() -> bool:
+    """Whether no other process of this run comes before this one. A launcher's know their rank among all machines."""
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def frozen_dtype(precision: str, accelerator: str = "auto") -> torch.dtype:

@@ -5,7 +5,6 @@ Models, losses, optimizer and schedule are not here: they are the experiment, an
 
 import argparse
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -15,10 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from dataset.datamodule import SUNRGBDDataModule
-from distillation.models import (
-    count_parameters,
-    trained_state,
-)
+from distillation.models import count_parameters, trained_state
 from distillation.run.callbacks import FiniteGuard, KeyedRandomness, Progress, StepTimer, StopOnSignal, UpdateLog
 from distillation.run.checkpoints import (
     BestCheckpoint,
@@ -26,15 +22,20 @@ from distillation.run.checkpoints import (
     SafeCheckpointIO,
     put_starting_weights,
     resume_batch,
+    stands_inside_epoch,
     write_outputs,
 )
 from distillation.run.data import use_vision_cache
 from distillation.run.folders import Run, finished_run
-from distillation.run.machine import allow_open_files, peak_memory_gib, probe, quieten, resolve_precision
-from utils import (
-    duration,
-    write_json,
+from distillation.run.machine import (
+    allow_open_files,
+    is_first_process,
+    peak_memory_gib,
+    probe,
+    quieten,
+    resolve_precision,
 )
+from utils import duration, write_json
 
 
 def train(
@@ -63,9 +64,9 @@ def train(
     print(
         f"{run.record['script']}: {trainable:,} of {total:,} parameters train; {data.images_per_epoch} images per epoch"
     )
-    put_starting_weights(module.student, run, args, builds_on=builds_on)
+    position = put_starting_weights(module.student, run, args, builds_on=builds_on)
     if (finished := finished_run(run, args)) is not None:
-        if int(os.environ.get("RANK", "0")) == 0:  # behind torchrun all ranks come here
+        if is_first_process():  # behind torchrun all ranks come here
             print(f"{run.name} is finished ({finished['optimizer_steps']} updates); best: {finished['best']}")
             write_outputs(module, data.processor, Path(finished["best"]), args)
         return
@@ -79,8 +80,8 @@ def train(
         use_vision_cache(module.student, data, args)
     allow_open_files()
     start = time.monotonic()
-    if run.resume_from:
-        data.resume_batch = resume_batch(run.resume_from, args)
+    if position:
+        data.resume_batch = resume_batch(position, run, args)
     try:
         trainer = build_trainer(args, run, monitor)
         if trainer.is_global_zero:
@@ -120,8 +121,7 @@ def best_of_run(
     kept = trainer.checkpoint_callback
     validated = [callback.validated_step for callback in trainer.callbacks if isinstance(callback, Progress)]
     if validated != [trainer.global_step]:
-        ended_inside = 0 < trainer.fit_loop.epoch_loop.batch_progress.current.ready < trainer.num_training_batches
-        epoch = trainer.current_epoch - ended_inside  # which Lightning counts as done
+        epoch = trainer.current_epoch - stands_inside_epoch(trainer)  # which Lightning counts as done
         (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
         if kept.improves(metrics):
             name = f"best-epoch{epoch:02d}-score{metrics[monitor]:.4f}.ckpt"
