@@ -16,9 +16,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # isort: split
+import argparse
 import fcntl
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -253,12 +255,53 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
+def at_least(minimum: int | float, *, below: float = math.inf) -> Callable[[str], int | float]:
+    """An argparse type: a number that is `minimum` or more, and `below` a limit; whole where the minimum is an int."""
+
+    def number(text: str) -> int | float:
+        try:
+            value = type(minimum)(text)
+        except ValueError:
+            kind = "a whole number" if isinstance(minimum, int) else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}") from None
+        if not minimum <= value < below:  # nan is neither
+            limit = f" and less than {below:g}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text}: give at least {minimum:g}{limit}")
+        return value
+
+    return number
+
+
+def share(text: str) -> float:
+    """An argparse type: a number above 0 and at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a share above 0 and at most 1")
+    return value
+
+
+def available_cores() -> list[int]:
+    """The numbers of the cores that this process may use: all of the machine's where the system cannot restrict them (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def use_cores(cores: Collection[int]) -> None:
+    """Restrict this process, and those that it starts, to these cores, where the system can (not on macOS)."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+
+
 def core_shares(n: int) -> list[list[int]]:
     """The cores that this process may use, shared out to `n` jobs; where there are too few, jobs share one.
 
     Small models leave most of a machine idle, and two processes that both want all cores wait for each other instead.
     """
-    cores = sorted(os.sched_getaffinity(0))
+    cores = available_cores()
     return [cores[i::n] or [cores[i % len(cores)]] for i in range(n)]
 
 

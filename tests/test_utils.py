@@ -1,5 +1,6 @@
 """What processes share: folders that one works in at a time, and the cores."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 import utils
 from dataset.inputs.pictures import OTHER_CODE
-from utils import ROOT, announced, core_shares, locked, source_digest
+from utils import ROOT, announced, at_least, core_shares, locked, share, source_digest, use_cores
 
 HOLD = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import utils\nwith utils.locked(pathlib.Path(sys.argv[2])): print('in')"
 
@@ -109,3 +110,49 @@ def test_only_a_long_job_is_announced(capsys):
     with announced("fitting", after_s=0.01):
         time.sleep(0.3)
     assert capsys.readouterr().err == "fitting ...\n"
+
+
+def test_a_system_that_cannot_restrict_cores_uses_them_all(monkeypatch):
+    monkeypatch.delattr(utils.os, "sched_getaffinity")
+    monkeypatch.delattr(utils.os, "sched_setaffinity")
+    monkeypatch.setattr(utils.os, "cpu_count", lambda: 4)
+    assert core_shares(2) == [[0, 2], [1, 3]]
+    use_cores([0])  # nothing to do, and no error
+
+
+@pytest.mark.parametrize(
+    ("flag", "given", "expected"),
+    [("--n", "3", 3), ("--rate", "1e-4", 1e-4), ("--rate", "0", 0.0), ("--warmup", "0.5", 0.5), ("--part", "1", 1.0)],
+)
+def test_flags_in_their_range_are_taken(flag, given, expected):
+    value = getattr(number_flags().parse_args([flag, given]), flag.strip("-"))
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("flag", "given", "message"),
+    [
+        ("--n", "0", "argument --n: 0: give at least 1"),
+        ("--n", "1.5", "argument --n: '1.5' is not a whole number"),
+        ("--rate", "-1e-4", "argument --rate: -1e-4: give at least 0"),
+        ("--rate", "nan", "argument --rate: nan: give at least 0"),
+        ("--rate", "fast", "argument --rate: 'fast' is not a number"),
+        ("--warmup", "1", "argument --warmup: 1: give at least 0 and less than 1"),
+        ("--part", "0", "argument --part: 0: give a share above 0 and at most 1"),
+        ("--part", "nan", "argument --part: nan: give a share above 0 and at most 1"),
+        ("--part", "half", "argument --part: 'half' is not a number"),
+    ],
+)
+def test_flags_out_of_their_range_are_named(capsys, flag, given, message):
+    with pytest.raises(SystemExit) as error:
+        number_flags().parse_args([f"{flag}={given}"])
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def number_flags():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=at_least(1))
+    parser.add_argument("--rate", type=at_least(0.0))
+    parser.add_argument("--warmup", type=at_least(0.0, below=1.0))
+    parser.add_argument("--part", type=share)
+    return parser
