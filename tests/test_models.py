@@ -12,7 +12,7 @@ from distillation.models import (
     export_model,
     load_model,
     load_trained_state,
-    split_parameters,
+    parameter_groups,
     trained_state,
 )
 from utils import UserError
@@ -22,7 +22,7 @@ def test_true_sizes():
     """893,675,552 parameters are the 1.787 GB of the published float16 file; without the tower 495,927,808 train."""
     model = meta_model("0.5b")
     assert count_parameters(model) == (893_675_552, 893_675_552)
-    vision, others = split_parameters(model)
+    vision, others = (group["params"] for group in parameter_groups(model, lr=1e-5, vision_lr=2e-6))
     assert sum(p.numel() for p in vision) == 397_747_744
     assert sum(p.numel() for p in others) == 495_927_808
     assert count_parameters(meta_model("7b"))[1] == 8_030_807_584
@@ -34,8 +34,8 @@ def test_lora_trains_adapters_and_projector_only():
     width, kv, ffn, layers = 896, 128, 4864, 24
     per_layer = rank * (2 * (width + width) + 2 * (width + kv) + 3 * (width + ffn))
     assert count_parameters(model)[0] == layers * per_layer + 1_836_800
-    vision, others = split_parameters(model)
-    assert vision == [] and sum(p.numel() for p in others) == layers * per_layer + 1_836_800
+    (others,) = parameter_groups(model, lr=1e-4)  # no group for a tower that does not train
+    assert sum(p.numel() for p in others["params"]) == layers * per_layer + 1_836_800
 
 
 def test_loaded_student_trains_in_float32(tiny_folder):
@@ -43,7 +43,11 @@ def test_loaded_student_trains_in_float32(tiny_folder):
     assert model.training and all(p.dtype == torch.float32 for p in model.parameters())
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert len(frozen) == 2 and all("vision_tower.post_layernorm" in name for name in frozen)
-    vision, others = split_parameters(model)
+    groups = parameter_groups(model, lr=1e-5, vision_lr=2e-6)
+    assert [group["lr"] for group in groups] == [2e-6, 1e-5]
+    with pytest.raises(ValueError, match="vision_lr: .* no learning rate"):
+        parameter_groups(model, lr=1e-5)
+    vision, others = (group["params"] for group in groups)
     assert {id(p) for p in vision}.isdisjoint(id(p) for p in others)
     assert len(vision) + len(others) == len(list(model.parameters())) - 2
 

@@ -11,7 +11,7 @@ import pytest
 
 import utils
 from dataset.inputs.pictures import OTHER_CODE
-from utils import ROOT, announced, at_least, core_shares, locked, share, source_digest, use_cores
+from utils import ROOT, announced, at_least, core_shares, locked, positive, share, source_digest, use_cores
 
 HOLD = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import utils\nwith utils.locked(pathlib.Path(sys.argv[2])): print('in')"
 
@@ -138,6 +138,8 @@ def test_flags_in_their_range_are_taken(flag, given, expected):
         ("--rate", "nan", "argument --rate: nan: give at least 0"),
         ("--rate", "fast", "argument --rate: 'fast' is not a number"),
         ("--warmup", "1", "argument --warmup: 1: give at least 0 and less than 1"),
+        ("--temperature", "0", "argument --temperature: 0: give more than 0"),
+        ("--temperature", "inf", "argument --temperature: inf: give more than 0"),
         ("--part", "0", "argument --part: 0: give a share above 0 and at most 1"),
         ("--part", "nan", "argument --part: nan: give a share above 0 and at most 1"),
         ("--part", "half", "argument --part: 'half' is not a number"),
@@ -155,4 +157,5 @@ def number_flags():
     parser.add_argument("--rate", type=at_least(0.0))
     parser.add_argument("--warmup", type=at_least(0.0, below=1.0))
     parser.add_argument("--part", type=share)
+    parser.add_argument("--temperature", type=positive)
     return parser
