@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import argparse
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 import subprocess
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from types import ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -44,6 +46,14 @@ def run_script(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> No
         main(parse_args())
     except UserError as error:
         sys.exit(_fail(error))
+
+
+def load_script(path: str) -> ModuleType:
+    """A script, by its path in this repository, as a module: for its `parse_args` and `main`; nothing runs at import."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _fail(error: UserError) -> int:

@@ -4,10 +4,8 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.reproduce import load_script
 from dataset.inputs.pictures import ImageSettings
 from dataset.questions.rows import questions_file, read_questions
 from distillation.models import add_lora, load_model
@@ -23,29 +20,11 @@ from distillation.run import callbacks, folders
 from distillation.run import data as run_data
 from distillation.run.checkpoints import SafeCheckpointIO, read_checkpoint
 from distillation.run.folders import plain
-from utils import ROOT, UserError
-
-SCRIPTS = {
-    "baseline_depth": "distillation/baseline_depth/train.py",
-    "baseline_rgb05b": "distillation/baseline_rgb05b/train.py",
-    "baseline_rgb7b": "distillation/baseline_rgb7b/train2.py",
-}
+from tests.helpers.training import BASELINES, flags, interrupted, train
+from utils import ROOT, UserError, load_script
 
 
-def flags(tiny_folder, *more: str) -> list[str]:
-    return [
-        *("--student_name", str(tiny_folder), "--image_tokens", "one_tile", "--num_workers", "0"),
-        *("--batch_size", "4", "--accumulate_grad_batches", "1", "--max_epochs", "2", "--run_name", "t"),
-        *("--lr", "1e-3", "--accelerator", "cpu", *more),
-    ]
-
-
-def train(name: str, tiny_folder, *more: str) -> None:
-    script = load_script(SCRIPTS[name])
-    script.main(script.parse_args(flags(tiny_folder, *more)))
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_a_run_leaves_what_it_promises(name, places, tiny_folder):
     train(name, tiny_folder, "--save_final_pt", str(places / "final.pt"), "--export", str(places / "export"))
     folder, logs = places / name / "checkpoints" / "t", places / name / "tensorboard_logs" / "t"
@@ -55,7 +34,7 @@ def test_a_run_leaves_what_it_promises(name, places, tiny_folder):
         assert all(key.startswith("student.") for key in checkpoint["state_dict"])
         hparams = checkpoint["hyper_parameters"]
         assert {type(v) for v in hparams.values()} <= {str, int, float, bool, type(None)}
-        assert hparams["script"] == SCRIPTS[name] and hparams["modality"] == ("depth" if "depth" in name else "rgb")
+        assert hparams["script"] == BASELINES[name] and hparams["modality"] == ("depth" if "depth" in name else "rgb")
     assert list(logs.glob("events.out.tfevents*"))
     header, *rows = (logs / "metrics.csv").read_text().splitlines()
     assert "val/exact_match" in header and len(rows) >= 2
@@ -66,24 +45,6 @@ def test_a_run_leaves_what_it_promises(name, places, tiny_folder):
     assert (places / "export" / "model.safetensors").is_file()
     if name == "baseline_rgb7b":
         assert all("lora" in key or "projector" in key for key in saved)
-
-
-@contextmanager
-def interrupted(stop_at: int):
-    """SIGTERM arrives in the `stop_at`-th batch; the run has to leave with the exit code of a signal."""
-    batches, start = 0, callbacks.KeyedRandomness.on_train_batch_start
-
-    def interrupt(self, *args):
-        nonlocal batches
-        batches += 1
-        if batches == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        start(self, *args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(callbacks.KeyedRandomness, "on_train_batch_start", interrupt)
-        yield
-    assert stopped.value.code == 143
 
 
 @pytest.mark.parametrize(
@@ -250,7 +211,7 @@ def test_plain_values_only():
 )
 def test_bad_flags_are_named(more, complaint, capsys):
     with pytest.raises(SystemExit) as stopped:
-        load_script(SCRIPTS["baseline_depth"]).parse_args(list(more))
+        load_script(BASELINES["baseline_depth"]).parse_args(list(more))
     assert stopped.value.code == 2 and complaint in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -265,7 +226,7 @@ def test_bad_flags_are_named(more, complaint, capsys):
 )
 def test_flags_that_lora_would_ignore_are_refused(more, complaint, capsys):
     with pytest.raises(SystemExit):
-        load_script(SCRIPTS["baseline_rgb7b"]).parse_args(list(more))
+        load_script(BASELINES["baseline_rgb7b"]).parse_args(list(more))
     assert complaint in capsys.readouterr().err
 
 
@@ -277,7 +238,7 @@ def test_what_the_machine_cannot_do_is_said_before_a_model_is_loaded(places, tmp
 
 
 def test_processes_of_a_launcher_need_a_run_name(places, tiny_folder, monkeypatch):
-    script = load_script(SCRIPTS["baseline_depth"])
+    script = load_script(BASELINES["baseline_depth"])
     args = script.parse_args(flags(tiny_folder))
     args.run_name = None
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -288,7 +249,7 @@ def test_processes_of_a_launcher_need_a_run_name(places, tiny_folder, monkeypatc
 
 def test_the_first_process_of_a_second_machine_joins_the_run(places, tiny_folder, monkeypatch):
     """It is the first on its machine: only its rank among all says that the run's folder may be there already."""
-    script = SCRIPTS["baseline_depth"]
+    script = BASELINES["baseline_depth"]
     args = load_script(script).parse_args(flags(tiny_folder, "--run_name", "t"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -326,7 +287,7 @@ def test_lora_trains_float32_on_a_bfloat16_model(tiny_folder):
 
 
 def test_miniature_changes_defaults_and_explicit_flags_win():
-    parse_args = load_script(SCRIPTS["baseline_depth"]).parse_args
+    parse_args = load_script(BASELINES["baseline_depth"]).parse_args
     real, mini, own = parse_args([]), parse_args(["--miniature"]), parse_args(["--lr", "0.5", "--miniature"])
     assert real.image_tokens == "anyres" and mini.image_tokens == "one_tile"
     assert mini.student_name.endswith("dataset/miniature/student") and own.lr == 0.5 != mini.lr
@@ -381,7 +342,7 @@ def test_a_used_run_folder_and_missing_checkpoints(places, tiny_folder):
 def test_without_data_as_a_subprocess(tmp_path):
     """By path, from another folder, without any setting: one line that says what to do, exit code 2."""
     env = {k: v for k, v in os.environ.items() if k != "ROOT_DATA_DIR"} | {"ROOT_DATA_DIR": ""}
-    command = [sys.executable, str(ROOT / SCRIPTS["baseline_depth"]), "--student_name", str(tmp_path)]
+    command = [sys.executable, str(ROOT / BASELINES["baseline_depth"]), "--student_name", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     (line,) = done.stderr.strip().splitlines()
@@ -421,7 +382,7 @@ def test_a_damaged_frame_as_a_subprocess(world, tiny_folder, tmp_path, damage, w
     rows = read_questions(questions_file(tmp_path / "world", "train"))
     damaged = damage(tmp_path / "world" / rows[0].depth_path)
     env = os.environ | {"ROOT_DATA_DIR": str(tmp_path / "world"), "MAIN_ROOT_DATA_DIR": str(tmp_path / "out")}
-    command = [sys.executable, str(ROOT / SCRIPTS["baseline_depth"]), *flags(tiny_folder, "--num_workers", workers)]
+    command = [sys.executable, str(ROOT / BASELINES["baseline_depth"]), *flags(tiny_folder, "--num_workers", workers)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     line = done.stderr.strip().splitlines()[-1]

@@ -11,7 +11,7 @@ import pytest
 from dataset.questions.csv_data import read_frame_questions
 from dataset.sunrgbd.annotations import frame_nouns, frame_objects, read_annotation
 from dataset.sunrgbd.frames import Frame, read_frame
-from tests.test_annotations import box3d, boxes, make_frame, polygons, rectangle  # noqa: F401  make_frame is a fixture
+from tests.helpers.annotations import box3d, boxes, polygons, rectangle
 from utils import UserError
 
 JUNK = (

@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.reproduce import load_script
 from dataset.questions.rows import read_questions, unanswered_file
 from distillation.run.checkpoints import read_checkpoint
 from distillation.run.folders import find_checkpoint
-from utils import ROOT, UserError
+from utils import ROOT, UserError, load_script
 
 TROUBLE = "knowledge_distillation7b_double_trouble"
 FROM_STOCK, QUESTIONS = ("--from_stock",), ("--teacher_questions", "2")

@@ -27,12 +27,6 @@ from utils import UserError
 SPLIT = "SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat"
 
 
-@pytest.fixture
-def own_world(world, tmp_path):
-    shutil.copytree(world, tmp_path / "world")
-    return tmp_path / "world"
-
-
 def test_all_sensors_and_deeper_folders_are_found(world):
     frames, unusable = find_frames(world)
     assert len(frames) == 40 and not unusable

@@ -197,12 +197,6 @@ def test_rolled_points_keep_their_place_in_the_gravity_frame():
         assert abs(np.median(y) - 1.4) < 0.02 and np.percentile(abs(y - 1.4), 90) < 0.15
 
 
-@pytest.fixture
-def own_world(world, tmp_path):
-    shutil.copytree(world, tmp_path / "world")
-    return tmp_path / "world"
-
-
 def first_frame(root):
     row = read_questions(questions_file(root, "train"), root=root)[0]
     return row, read_frame(root, frame_path(row))

@@ -15,9 +15,8 @@ from dataset.sunrgbd.depth import encode_sunrgbd
 from evaluation import compare, comparison, figures
 from evaluation.intervals import paired_difference, permutation_test
 from evaluation.metrics import evaluate_rows
-from utils import UserError
+from utils import ROOT, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 N_IMAGES = 10
 ANSWERS = {
     "Object Identification": ("chair", "desk"),

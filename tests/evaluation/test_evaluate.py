@@ -18,7 +18,7 @@ from distillation.models import load_model
 from distillation.run.checkpoints import read_checkpoint
 from evaluation.metrics import recording
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
-from tests.test_training import train
+from tests.helpers.training import train
 from utils import ROOT, UserError
 
 

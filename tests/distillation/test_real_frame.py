@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
-from benchmarks.flops import true_config
 from dataset.datamodule import SUNRGBDDataModule
 from dataset.inputs.pictures import ImageSettings, load_images
 from dataset.questions.csv_data import build_csv_data
@@ -16,6 +16,7 @@ from distillation.losses import answer_cross_entropy
 
 KV1 = "SUNRGBD/kv1/b3dodata/img_0063"
 KV2 = "SUNRGBD/kv2/align_kv2/2014-12-18_11-31-54_260595134347"
+NARROW = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +32,21 @@ def root(samples, tmp_path_factory):
 @pytest.fixture(scope="module")
 def narrow_model(processor):
     """The true 0.5B configuration (grids, tiles, 729 tokens) but for widths, depths and vocabulary."""
-    from transformers import LlavaOnevisionForConditionalGeneration
-
-    config = true_config("0.5b")
-    vision, text = config.vision_config, config.text_config
-    vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads = 16, 32, 1, 2
-    text.hidden_size, text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = 16, 32, 2, 1
-    text.num_hidden_layers, text.layer_types = 2, ["full_attention"] * 2
-    text.vocab_size, config.image_token_id = len(processor.tokenizer), processor.image_token_id
-    config.video_token_id = processor.video_token_id
+    config = LlavaOnevisionConfig(  # its default grids are the published ones
+        vision_config=SiglipVisionConfig(
+            **NARROW, num_hidden_layers=1, image_size=384, patch_size=14, vision_use_head=False
+        ),
+        text_config=Qwen2Config(
+            **NARROW,
+            num_hidden_layers=2,
+            num_key_value_heads=1,
+            vocab_size=len(processor.tokenizer),
+            tie_word_embeddings=True,
+        ),
+        image_token_index=processor.image_token_id,
+        video_token_index=processor.video_token_id,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     return use_packed_attention(LlavaOnevisionForConditionalGeneration(config)).train()
 

@@ -7,23 +7,21 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from benchmarks.prepare import write_tree
 from dataset import prepare_sunrgbd
 from dataset.miniature.world import write_world
 from dataset.prepare_sunrgbd import check_tree, main, parse_args
 from dataset.questions import csv_data
 from dataset.questions.csv_data import SPLITS, build_csv_data, read_frame_questions
 from dataset.questions.rows import CAPTION_TYPE, captions_file, questions_file, read_questions, write_questions
-from dataset.sunrgbd.frames import find_frames, frame_group, official_split, read_frame, read_official_list
-from utils import UserError
+from dataset.sunrgbd.frames import find_frames, frame_group, official_split, read_frame
+from utils import ROOT, UserError
 
-SCRIPT = Path(__file__).resolve().parents[1] / "dataset" / "prepare_sunrgbd.py"
+SCRIPT = ROOT / "dataset" / "prepare_sunrgbd.py"
 
 
 @pytest.fixture(scope="module")
@@ -271,26 +269,6 @@ def test_a_root_without_the_data_set_needs_the_archive(tmp_path, monkeypatch, tr
         with pytest.raises(UserError, match="has no folder SUNRGBD"):
             main(parse_args(flags))
     assert not any((tmp_path / "empty").iterdir())
-
-
-def test_a_tree_without_the_toolbox(tmp_path, capsys):
-    """The generated tree of the benchmark, whose frames are called as in SUN RGB-D."""
-    write_tree(tmp_path, 60, (64, 48))
-    frames = find_frames(tmp_path)[0]
-    halves = read_official_list()
-    for flags, listed in (
-        (["--official_val"], {"test": 5050, "train": 2666, "val": 2619}),
-        ([], {"test": 5050, "train": 4735, "val": 550}),
-    ):
-        main(parse_args(["--root", str(tmp_path), "--workers", "1", *flags]))
-        summary = json.loads((tmp_path / "SUNRGBD" / "csv_data" / "questions.json").read_text())
-        assert summary["split"]["listed_frames"] == listed and summary["split"]["rule"] in capsys.readouterr().out
-        found = official_split(tmp_path, frames, official_val=bool(flags))
-        assert summary["frames"] == Counter(found.values()) and len(found) == 60
-        assert ({path[8:]: side for path, side in found.items()}.items() <= halves.items()) == bool(flags)
-        assert not summary["unusable_frames"] and not summary["frames_outside_the_official_split"]
-        rows = read_questions(questions_file(tmp_path, "train"), root=tmp_path)
-        assert {found[row.image_path.rsplit("/", 2)[0]] for row in rows} == {"train"}
 
 
 def test_the_miniature_keeps_its_own_validation_frames(tree):

@@ -6,8 +6,7 @@ import time
 import pytest
 
 from benchmarks.demo import CONTROL, SYSTEMS, Runner, Step, chains
-from benchmarks.reproduce import load_script
-from utils import ROOT, UserError
+from utils import ROOT, UserError, load_script
 
 
 def test_every_command_is_one_that_its_script_takes(tmp_path):

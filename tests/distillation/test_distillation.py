@@ -25,46 +25,9 @@ from distillation.forward import answer_logits, image_features, overview_patches
 from distillation.models import load_model, set_trainable
 from distillation.run import data as run_data
 from distillation.run.checkpoints import read_checkpoint
-from distillation.run.folders import start_run
 from distillation.teacher import same_recording
-from tests.test_training import flags, interrupted, load_script
-from tests.test_training import train as train_baseline
-from utils import UserError
-
-TROUBLE = "knowledge_distillation7b_double_trouble"
-SCRIPTS = {
-    "phase1": f"{TROUBLE}/phase1",
-    "phase2": f"{TROUBLE}/phase2",
-    "phase3": f"{TROUBLE}/phase3",
-    "feature": "knowledge_distillation7b_feature_based",
-    "logit": "knowledge_distillation7b_logit_based",
-}
-
-
-def train(name, tiny_folder, tiny_teacher, *more):
-    script = load_script(f"distillation/{SCRIPTS[name]}/train_online_kd.py")
-    argv = flags(tiny_folder, "--teacher_name", str(tiny_teacher), *more)
-    if name == "phase1":  # it has no --lr, only the tower trains
-        del argv[argv.index("--lr") : argv.index("--lr") + 2]
-    script.main(script.parse_args(argv))
-
-
-def data_module(world, tiny_folder, **options):
-    data = SUNRGBDDataModule(
-        root=world,
-        processor=load_processor(str(tiny_folder)),
-        student=ImageSettings("depth", image_tokens="one_tile"),
-        batch_size=4,
-        **options,
-    )
-    data.setup()
-    return data
-
-
-def teacher_of(data, tiny_folder, tiny_teacher, *more):
-    script = load_script(f"distillation/{SCRIPTS['logit']}/train_online_kd.py")
-    args = script.parse_args(flags(tiny_folder, *(more or ("--teacher_name", str(tiny_teacher)))))
-    return teacher_module.open_teacher(args, data, start_run(args, script.__file__, data.student))
+from tests.helpers.training import STRATEGIES, TROUBLE, data_module, distill, flags, interrupted, teacher_of, train
+from utils import UserError, load_script
 
 
 def live_teacher(data, tiny_teacher, groups):
@@ -98,8 +61,8 @@ def test_the_three_phases_hand_over_and_move_only_their_parts(places, tiny_folde
     weights = {}
     further = ("--load_checkpoint", "--teacher_questions", "2")
     for name, more in (("phase1", ()), ("phase2", further), ("phase3", further)):
-        train(name, tiny_folder, tiny_teacher, *more)
-        (best,) = (places / SCRIPTS[name] / "checkpoints/t").glob("best*.ckpt")
+        distill(name, tiny_folder, tiny_teacher, *more)
+        (best,) = (places / STRATEGIES[name] / "checkpoints/t").glob("best*.ckpt")
         state = read_checkpoint(best)["state_dict"]
         assert all(key.startswith("student.") for key in state)
         weights[name] = {key.removeprefix("student."): value for key, value in state.items()}
@@ -111,7 +74,7 @@ def test_the_three_phases_hand_over_and_move_only_their_parts(places, tiny_folde
     assert moved(stock, weights["phase1"]) == {"vision_tower"}
     assert moved(weights["phase1"], weights["phase2"]) == {"multi_modal_projector", "image_newline", "language_model"}
     assert moved(weights["phase2"], weights["phase3"]) >= {"vision_tower", "multi_modal_projector", "language_model"}
-    logged = (places / SCRIPTS["phase3"] / "tensorboard_logs/t/metrics.csv").read_text().splitlines()[0]
+    logged = (places / STRATEGIES["phase3"] / "tensorboard_logs/t/metrics.csv").read_text().splitlines()[0]
     for term in ("ce", "kl", "patch", "contrastive", "contrastive_accuracy", "contrastive_chance", "corrected"):
         assert f"train/{term}" in logged.split(",")
     for term in ("student_entropy", "teacher_entropy", "teacher_ce"):
@@ -121,8 +84,8 @@ def test_the_three_phases_hand_over_and_move_only_their_parts(places, tiny_folde
 
 @pytest.mark.parametrize("name", ["feature", "logit"])
 def test_single_stage_strategies(places, tiny_folder, tiny_teacher, name):
-    train(name, tiny_folder, tiny_teacher, "--export", str(places / "export"), "--label_fraction", "0.5")
-    (best,) = (places / SCRIPTS[name] / "checkpoints/t").glob("best*.ckpt")
+    distill(name, tiny_folder, tiny_teacher, "--export", str(places / "export"), "--label_fraction", "0.5")
+    (best,) = (places / STRATEGIES[name] / "checkpoints/t").glob("best*.ckpt")
     others = {key for key in read_checkpoint(best)["state_dict"] if not key.startswith("student.")}
     assert others == ({"hidden_map.weight", "hidden_map.bias"} if name == "feature" else set())
     exported = load_model(str(places / "export")).state_dict()  # the map is not part of the student
@@ -131,68 +94,68 @@ def test_single_stage_strategies(places, tiny_folder, tiny_teacher, name):
 
 def test_a_phase_needs_the_checkpoint_of_the_phase_before(places, tiny_folder, tiny_teacher, capsys):
     with pytest.raises(SystemExit):
-        train("phase2", tiny_folder, tiny_teacher)
+        distill("phase2", tiny_folder, tiny_teacher)
     assert f"distillation/{TROUBLE}/phase1/train_online_kd.py" in capsys.readouterr().err
     with pytest.raises(UserError, match=f"make one with: python distillation/{TROUBLE}/phase1/train_online_kd.py"):
-        train("phase2", tiny_folder, tiny_teacher, "--load_checkpoint")
-    train_baseline("baseline_depth", tiny_folder, "--max_steps", "1")
+        distill("phase2", tiny_folder, tiny_teacher, "--load_checkpoint")
+    train("baseline_depth", tiny_folder, "--max_steps", "1")
     with pytest.raises(UserError, match=f"is of baseline_depth; this script builds on {TROUBLE}/phase1"):
-        train("phase2", tiny_folder, tiny_teacher, "--load_checkpoint", str(places / "baseline_depth/checkpoints/t"))
-    train("phase1", tiny_folder, tiny_teacher, "--depth_encoding", "grey", "--max_steps", "1")
+        distill("phase2", tiny_folder, tiny_teacher, "--load_checkpoint", str(places / "baseline_depth/checkpoints/t"))
+    distill("phase1", tiny_folder, tiny_teacher, "--depth_encoding", "grey", "--max_steps", "1")
     with pytest.raises(UserError, match="depth_encoding grey, this run has metric_log3"):
-        train("phase2", tiny_folder, tiny_teacher, "--load_checkpoint")
+        distill("phase2", tiny_folder, tiny_teacher, "--load_checkpoint")
 
 
 def test_phases_of_one_road_see_the_same_labels(places, tiny_folder, tiny_teacher):
     """A phase 3 with few labels may not start from a phase 2 that has read all of them, nor from other few ones."""
     short = ("--max_steps", "1")
-    train("phase2", tiny_folder, tiny_teacher, "--from_stock", *short)
+    distill("phase2", tiny_folder, tiny_teacher, "--from_stock", *short)
     with pytest.raises(UserError, match="label_fraction 1.0, this run has 0.5"):
-        train("phase3", tiny_folder, tiny_teacher, "--load_checkpoint", *short, "--label_fraction", "0.5")
+        distill("phase3", tiny_folder, tiny_teacher, "--load_checkpoint", *short, "--label_fraction", "0.5")
     half = ("--label_fraction", "0.5", *short)
-    train("phase2", tiny_folder, tiny_teacher, "--from_stock", *half, "--run_name", "half")
+    distill("phase2", tiny_folder, tiny_teacher, "--from_stock", *half, "--run_name", "half")
     from_half = ("--load_checkpoint", "half", *half, "--run_name", "p3")
     with pytest.raises(UserError, match="seed 0, this run has 1"):
-        train("phase3", tiny_folder, tiny_teacher, *from_half, "--seed", "1")
-    train("phase3", tiny_folder, tiny_teacher, *from_half)
+        distill("phase3", tiny_folder, tiny_teacher, *from_half, "--seed", "1")
+    distill("phase3", tiny_folder, tiny_teacher, *from_half)
 
 
 def test_a_requeued_phase_starts_from_the_phase_before(places, tiny_folder, tiny_teacher, capsys, monkeypatch):
     """--resume auto with nothing to resume: the phase before is loaded all the same; without it there is no start."""
     with pytest.raises(SystemExit):
-        train("phase3", tiny_folder, tiny_teacher, "--resume", "auto")
-    train("phase2", tiny_folder, tiny_teacher, "--from_stock", "--max_steps", "2")
+        distill("phase3", tiny_folder, tiny_teacher, "--resume", "auto")
+    distill("phase2", tiny_folder, tiny_teacher, "--from_stock", "--max_steps", "2")
     capsys.readouterr()
     again = ("--resume", "auto", "--load_checkpoint")
     with interrupted(3):
-        train("phase3", tiny_folder, tiny_teacher, *again)
+        distill("phase3", tiny_folder, tiny_teacher, *again)
     said = capsys.readouterr().out
     assert "starting a new run" in said and "starting from" in said
     # Newer code is no reason to start over, but one to ask the teacher again.
     outputs = list((places / "teacher_outputs").iterdir())
     monkeypatch.setattr(teacher_module, "source_digest", lambda *args, **options: "newer")
-    train("phase3", tiny_folder, tiny_teacher, *again)
+    distill("phase3", tiny_folder, tiny_teacher, *again)
     assert len(list((places / "teacher_outputs").iterdir())) == len(outputs) + 1
     said = capsys.readouterr().out
     assert "continuing" in said and "starting from" not in said
-    record = json.loads((places / SCRIPTS["phase3"] / "tensorboard_logs/t/run.json").read_text())
+    record = json.loads((places / STRATEGIES["phase3"] / "tensorboard_logs/t/run.json").read_text())
     assert record["load_checkpoint"].endswith(".ckpt") and len(record["teacher_outputs"]) == 16
 
 
 def test_a_phase_can_start_from_the_stock_student(places, tiny_folder, tiny_teacher, capsys):
     """Without its weight a term leaves no trace: with cross-entropy alone phase 3 is the baseline, weight by weight."""
     alone = ("--kl_weight", "0", "--patch_weight", "0", "--contrastive_weight", "0", "--max_steps", "3")
-    train("phase3", tiny_folder, tiny_teacher, "--from_stock", *alone)
+    distill("phase3", tiny_folder, tiny_teacher, "--from_stock", *alone)
     assert "starting from" not in capsys.readouterr().out
-    train_baseline("baseline_depth", tiny_folder, "--max_steps", "3")
+    train("baseline_depth", tiny_folder, "--max_steps", "3")
     ours, baseline = (
         read_checkpoint(places / name / "checkpoints/t/last.ckpt")["state_dict"]
-        for name in (SCRIPTS["phase3"], "baseline_depth")
+        for name in (STRATEGIES["phase3"], "baseline_depth")
     )
     for key, value in baseline.items():
         assert torch.equal(ours[key], value), key
     with pytest.raises(SystemExit):
-        train("phase3", tiny_folder, tiny_teacher, "--from_stock", "--load_checkpoint")
+        distill("phase3", tiny_folder, tiny_teacher, "--from_stock", "--load_checkpoint")
     assert "leave out --load_checkpoint" in capsys.readouterr().err
 
 
@@ -201,48 +164,48 @@ def test_an_online_teacher_gives_the_same_training(places, tiny_folder, tiny_tea
     """All of the teacher's outputs are used: hidden states, own answers, patches, statistics and the bank."""
     more = ("--teacher_questions", "2", *(("--from_stock",) if name == "phase3" else ()))
     for teacher in ("cached", "online"):
-        train(name, tiny_folder, tiny_teacher, *more, "--teacher", teacher, "--run_name", teacher)
-    runs = places / SCRIPTS[name] / "checkpoints"
+        distill(name, tiny_folder, tiny_teacher, *more, "--teacher", teacher, "--run_name", teacher)
+    runs = places / STRATEGIES[name] / "checkpoints"
     cached, online = (read_checkpoint(runs / teacher / "last.ckpt")["state_dict"] for teacher in ("cached", "online"))
     for key, value in cached.items():
         torch.testing.assert_close(online[key], value, atol=2e-4, rtol=1e-3)
     losses = [
         [float(row["train/loss"]) for row in csv.DictReader(open(path, encoding="utf-8")) if row.get("train/loss")]
-        for path in (places / SCRIPTS[name] / "tensorboard_logs" / t / "metrics.csv" for t in ("cached", "online"))
+        for path in (places / STRATEGIES[name] / "tensorboard_logs" / t / "metrics.csv" for t in ("cached", "online"))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0]
     with pytest.raises(SystemExit):
-        train(name, tiny_folder, tiny_teacher, *more, "--teacher", "online", "--num_workers", "2")
+        distill(name, tiny_folder, tiny_teacher, *more, "--teacher", "online", "--num_workers", "2")
 
 
 def test_a_vision_cache_changes_no_weight(places, tiny_folder, tiny_teacher, capsys):
     """Phase 2 from pixels, from features made now, and from those found on disk, one of them damaged."""
     more = ("--from_stock", "--teacher_questions", "1")
-    train("phase2", tiny_folder, tiny_teacher, *more, "--run_name", "pixels")
+    distill("phase2", tiny_folder, tiny_teacher, *more, "--run_name", "pixels")
     for run in ("made", "found"):
-        train("phase2", tiny_folder, tiny_teacher, *more, "--vision_cache", "--run_name", run)
+        distill("phase2", tiny_folder, tiny_teacher, *more, "--vision_cache", "--run_name", run)
         files = sorted((places / "vision_cache").rglob("*.tensors"))
         files[0].write_bytes(files[0].read_bytes()[:-1])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--vision_cache")]
     assert len(files) == 32 and len(said) == 3  # training images, validation images, the damaged one
-    runs = places / SCRIPTS["phase2"] / "checkpoints"
+    runs = places / STRATEGIES["phase2"] / "checkpoints"
     pixels, *cached = (read_checkpoint(runs / run / "last.ckpt")["state_dict"] for run in ("pixels", "made", "found"))
     for key, value in pixels.items():
         assert torch.equal(cached[0][key], cached[1][key])
         torch.testing.assert_close(cached[0][key], value, atol=2e-4, rtol=1e-3)
     with pytest.raises(SystemExit):
-        train("phase2", tiny_folder, tiny_teacher, *more, "--vision_cache", "--augmentation")
+        distill("phase2", tiny_folder, tiny_teacher, *more, "--vision_cache", "--augmentation")
     assert "--vision_cache" in capsys.readouterr().err
 
 
 def test_a_resumed_run_reads_the_features_of_its_own_tower(places, tiny_folder, tiny_teacher):
     """Phase 2 on an aligned tower, one epoch and then another: with features from disk as from pixels."""
-    train("phase1", tiny_folder, tiny_teacher, "--vision_lr", "1e-2")
+    distill("phase1", tiny_folder, tiny_teacher, "--vision_lr", "1e-2")
     for run, more in (("pixels", ()), ("cached", ("--vision_cache",))):
         start = ("--load_checkpoint", "--run_name", run, *more)
-        train("phase2", tiny_folder, tiny_teacher, *start, "--max_epochs", "1")
-        train("phase2", tiny_folder, tiny_teacher, *start, "--max_epochs", "2", "--resume", "auto")
-    runs = places / SCRIPTS["phase2"] / "checkpoints"
+        distill("phase2", tiny_folder, tiny_teacher, *start, "--max_epochs", "1")
+        distill("phase2", tiny_folder, tiny_teacher, *start, "--max_epochs", "2", "--resume", "auto")
+    runs = places / STRATEGIES["phase2"] / "checkpoints"
     pixels, cached = (read_checkpoint(runs / run / "last.ckpt")["state_dict"] for run in ("pixels", "cached"))
     for key, value in pixels.items():
         torch.testing.assert_close(cached[key], value, atol=2e-4, rtol=1e-3)
@@ -276,15 +239,15 @@ def test_features_read_back_give_the_same_loss_and_gradients(world, tiny_folder,
 def test_an_interrupted_distillation_resumes_bit_exactly(places, tiny_folder, tiny_teacher):
     """Further questions are drawn anew for every image and epoch; the feature-based script has weights beside the student."""
     more = ("--teacher_questions", "1", "--label_fraction", "0.5")
-    train("feature", tiny_folder, tiny_teacher, *more)
+    distill("feature", tiny_folder, tiny_teacher, *more)
     with interrupted(8):
-        train("feature", tiny_folder, tiny_teacher, *more, "--run_name", "cut")
-    train("feature", tiny_folder, tiny_teacher, *more, "--run_name", "cut", "--resume", "auto")
-    runs = places / SCRIPTS["feature"] / "checkpoints"
+        distill("feature", tiny_folder, tiny_teacher, *more, "--run_name", "cut")
+    distill("feature", tiny_folder, tiny_teacher, *more, "--run_name", "cut", "--resume", "auto")
+    runs = places / STRATEGIES["feature"] / "checkpoints"
     done, resumed = (read_checkpoint(runs / run / "last.ckpt")["state_dict"] for run in ("t", "cut"))
     assert done.keys() == resumed.keys() and all(torch.equal(done[key], resumed[key]) for key in done)
     with pytest.raises(UserError, match="label_fraction"):
-        train("feature", tiny_folder, tiny_teacher, *more[:2], "--run_name", "cut", "--resume", "auto")
+        distill("feature", tiny_folder, tiny_teacher, *more[:2], "--run_name", "cut", "--resume", "auto")
 
 
 # the teacher cache
@@ -447,7 +410,7 @@ def test_unfit_teachers_are_refused(places, world, tiny_folder, tiny_teacher, tm
     data = data_module(world, tiny_folder)
     with pytest.raises(UserError, match="no LLaVA-OneVision processor"):
         teacher_of(data, tiny_folder, tmp_path)
-    train_baseline("baseline_depth", tiny_folder, "--max_steps", "1")
+    train("baseline_depth", tiny_folder, "--max_steps", "1")
     run = places / "baseline_depth/checkpoints/t"
     with pytest.raises(UserError, match="has modality depth, a teacher here needs rgb"):
         teacher_of(data, tiny_folder, tiny_teacher, "--teacher_checkpoint", str(run))
@@ -463,7 +426,7 @@ def test_unfit_teachers_are_refused(places, world, tiny_folder, tiny_teacher, tm
 
 
 def test_a_fine_tuned_teacher_is_taken(places, world, tiny_folder, tiny_teacher, capsys):
-    train_baseline("baseline_rgb7b", tiny_teacher, "--lr", "1e-2", "--label_fraction", "0.5")
+    train("baseline_rgb7b", tiny_teacher, "--lr", "1e-2", "--label_fraction", "0.5")
     data = data_module(world, tiny_folder)
     stock = teacher_of(data, tiny_folder, tiny_teacher)
     assert f"teacher: {tiny_teacher}; on val: all" in capsys.readouterr().out
@@ -614,11 +577,11 @@ def test_images_of_one_recording_are_no_negatives():
 
 def test_a_bank_of_one_recording_is_refused(places, tiny_folder, tiny_teacher):
     with pytest.raises(UserError, match="at least 2 recordings"):
-        train("phase1", tiny_folder, tiny_teacher, "--subset_percentage", "0.01")
+        distill("phase1", tiny_folder, tiny_teacher, "--subset_percentage", "0.01")
 
 
 def test_dry_run_of_a_distillation_writes_nothing(places, tiny_folder, tiny_teacher, capsys):
-    train("logit", tiny_folder, tiny_teacher, "--dry_run", "--teacher_questions", "2")
+    distill("logit", tiny_folder, tiny_teacher, "--dry_run", "--teacher_questions", "2")
     assert "peak memory" in capsys.readouterr().out
     assert not places.exists()
 
@@ -627,24 +590,24 @@ def test_dry_run_of_a_distillation_writes_nothing(places, tiny_folder, tiny_teac
 
 
 def test_a_teacher_that_knows_nothing_is_said_to_be_useless(places, tiny_folder, tiny_teacher, capsys):
-    train("logit", tiny_folder, tiny_teacher, "--max_steps", "1")
+    distill("logit", tiny_folder, tiny_teacher, "--max_steps", "1")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert "the teacher is right on 0.000 of the validation questions" in line
 
 
 def test_phases_of_one_road_have_one_teacher(places, tiny_folder, tiny_teacher):
-    train("phase2", tiny_folder, tiny_teacher, "--from_stock", "--max_steps", "1")
+    distill("phase2", tiny_folder, tiny_teacher, "--from_stock", "--max_steps", "1")
     start = ("--load_checkpoint", "t", "--max_steps", "1", "--run_name", "p3")
     with pytest.raises(UserError, match="another teacher .*teacher.*--any_teacher"):
-        train("phase3", tiny_folder, tiny_folder, *start)
-    train("phase3", tiny_folder, tiny_folder, *start, "--any_teacher")
+        distill("phase3", tiny_folder, tiny_folder, *start)
+    distill("phase3", tiny_folder, tiny_folder, *start, "--any_teacher")
 
 
 def test_a_teacher_may_not_have_read_more_labels_than_its_student(places, tiny_folder):
     script = load_script("distillation/baseline_rgb7b/train2.py")
     for run, more in (("all", ()), ("half", ("--label_fraction", "0.5"))):
         script.main(script.parse_args(flags(tiny_folder, *more, "--max_steps", "1", "--run_name", run)))
-    script = load_script(f"distillation/{SCRIPTS['logit']}/train_online_kd.py")
+    script = load_script(f"distillation/{STRATEGIES['logit']}/train_online_kd.py")
 
     def student(run, *more):
         script.main(script.parse_args([*flags(tiny_folder), "--max_steps", "1", "--run_name", run, *more]))
@@ -664,4 +627,4 @@ def test_a_teacher_may_not_have_read_more_labels_than_its_student(places, tiny_f
 def test_no_room_for_what_the_teacher_says(places, tiny_folder, tiny_teacher, monkeypatch):
     monkeypatch.setattr(run_data.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="the teacher's outputs: no room in"):
-        train("logit", tiny_folder, tiny_teacher)
+        distill("logit", tiny_folder, tiny_teacher)
