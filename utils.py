@@ -22,6 +22,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import resource
 import subprocess
 import sys
 import threading
@@ -294,7 +295,7 @@ def share(text: str) -> float:
 
 
 def available_cores() -> list[int]:
-    """The numbers of the cores that this process may use: all of the machine's where the system cannot restrict them (macOS)."""
+    """The numbers of the cores that this process may use: the machine's where the system cannot restrict them (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
@@ -313,6 +314,12 @@ def core_shares(n: int) -> list[list[int]]:
     """
     cores = available_cores()
     return [cores[i::n] or [cores[i % len(cores)]] for i in range(n)]
+
+
+def peak_memory(who: int = resource.RUSAGE_SELF) -> int:
+    """The most bytes that this process has ever held; with RUSAGE_CHILDREN the largest process that it has waited for."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return unit * resource.getrusage(who).ru_maxrss
 
 
 def git_commit() -> str:

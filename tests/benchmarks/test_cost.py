@@ -8,7 +8,7 @@ import torch
 from benchmarks import cost, flops
 from benchmarks.cost import Arm, Example, Width
 from distillation.losses import forward_kl, loca_logits
-from utils import UserError
+from utils import UserError, peak_memory
 
 PAIR = Width(vocabulary=400, vision=16, student=32, teacher=64)
 
@@ -78,6 +78,13 @@ def test_unequal_losses_stop_the_run():
         cost.check_equal_losses({"a": equal, "b": other}, "pair")
     with pytest.raises(UserError, match="losses differ"):
         cost.check_equal_losses({"a": equal, "b": [{"loss": float("nan")}]}, "pair")
+
+
+def test_memory_without_proc(tmp_path, monkeypatch):
+    """macOS: growth is then counted from the peak so far."""
+    assert 0 < cost.resident_mib() < 1.01 * peak_memory() / 2**20  # the kernel counts the two in different ways
+    monkeypatch.setattr(cost, "STATM", tmp_path / "statm")
+    assert cost.resident_mib() == pytest.approx(peak_memory() / 2**20, rel=0.01)
 
 
 def test_examples_are_as_long_as_their_picture_says(examples):

@@ -1,12 +1,12 @@
 """The demo's command lines, its processes, and how it ends when a step fails."""
 
-import os
 import time
 
 import pytest
 
 from benchmarks.demo import CONTROL, SYSTEMS, Runner, Step, chains
-from utils import ROOT, UserError, load_script
+from tests.helpers.system import SAY_CORES, needs_affinity
+from utils import ROOT, UserError, available_cores, load_script, use_cores
 
 
 def test_every_command_is_one_that_its_script_takes(tmp_path):
@@ -17,14 +17,16 @@ def test_every_command_is_one_that_its_script_takes(tmp_path):
     assert sorted(scored) == sorted(SYSTEMS) and CONTROL in SYSTEMS
 
 
+@needs_affinity
 def test_steps_are_pinned_and_say_who_they_are(tmp_path, capfd):
     script = tmp_path / "cores.py"
-    script.write_text("import os, sys; print(sorted(os.sched_getaffinity(0)), sys.argv[1:])", encoding="utf-8")
-    core, before = max(os.sched_getaffinity(0)), os.sched_getaffinity(0)
+    script.write_text(SAY_CORES, encoding="utf-8")
+    before = available_cores()
+    core = before[-1]
     try:
         Runner().run([Step("who", str(script), ("--a", "b c"))], [core])
     finally:
-        os.sched_setaffinity(0, before)
+        use_cores(before)
     out = capfd.readouterr().out
     assert f"[who] [{core}] ['--a', 'b c']" in out
     assert f'[who] python {script} --a "b c"' in out and "[who] took 0:0" in out
@@ -36,7 +38,7 @@ def test_chains_run_side_by_side_and_what_follows_them_too(tmp_path):
     (tmp_path / "meet.py").write_text(meet, encoding="utf-8")
     (tmp_path / "after.py").write_text(f"open({str(tmp_path / 'compared')!r}, 'w')", encoding="utf-8")
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    runner, cores = Runner(), sorted(os.sched_getaffinity(0))
+    runner, cores = Runner(), available_cores()
     runner.side_by_side(
         [[Step("a", str(tmp_path / "meet.py"), (a, b))], [Step("b", str(tmp_path / "meet.py"), (b, a))]]
     )

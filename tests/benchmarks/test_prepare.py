@@ -3,7 +3,10 @@
 import json
 from collections import Counter
 
-from benchmarks.prepare import write_tree
+import pytest
+
+from benchmarks import prepare
+from benchmarks.prepare import measure, write_tree
 from dataset.prepare_sunrgbd import main, parse_args
 from dataset.questions.rows import questions_file, read_questions
 from dataset.sunrgbd.frames import find_frames, official_split, read_official_list
@@ -26,3 +29,14 @@ def test_a_tree_without_the_toolbox(tmp_path, capsys):
         assert not summary["unusable_frames"] and not summary["frames_outside_the_official_split"]
         rows = read_questions(questions_file(tmp_path, "train"), root=tmp_path)
         assert {found[row.image_path.rsplit("/", 2)[0]] for row in rows} == {"train"}
+
+
+@pytest.mark.parametrize("proc", [True, False])
+def test_time_and_memory_of_the_command(proc, tmp_path, monkeypatch):
+    """Two processes, each with the libraries in memory; without /proc (macOS) the larger one."""
+    if not proc:
+        monkeypatch.setattr(prepare, "PROC", tmp_path / "proc")
+    write_tree(tmp_path, 6, (64, 48))
+    seconds, peak = measure(tmp_path, 1)
+    assert seconds > 0 and 2**25 < peak < prepare.LIMIT_BYTES
+    assert questions_file(tmp_path, "train").is_file()

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from dataset.questions.blind import blind_predictions
 from dataset.questions.rows import QUESTION_TYPES, csv_cells, questions_file, read_questions
 from distillation.models import MINIATURE_STUDENT, load_model
 from evaluation.metrics import evaluate_rows
-from utils import UserError, write_json
+from tests.helpers.system import SAY_CORES, needs_affinity
+from utils import UserError, available_cores, write_json
 
 N_ROOMS = 200
 COLUMNS = ("By depth", "Overall", *QUESTION_TYPES)
@@ -183,7 +183,7 @@ def test_every_command_line_is_one_that_its_script_takes():
 
 def test_arms_run_side_by_side_on_cores_of_their_own(tmp_path, monkeypatch):
     """Every arm once, no more than asked for at a time, each on its share of the cores; a failure names its log."""
-    tasks, cores = [job.task(tmp_path) for job in reproduce.study(2)], sorted(os.sched_getaffinity(0))
+    tasks, cores = [job.task(tmp_path) for job in reproduce.study(2)], available_cores()
     running, most, seen = set(), 0, []
 
     class Process:
@@ -213,13 +213,14 @@ def test_arms_run_side_by_side_on_cores_of_their_own(tmp_path, monkeypatch):
     assert not running and len(seen) < len(tasks)
 
 
+@needs_affinity
 def test_the_process_of_an_arm_is_pinned_before_it_counts_its_cores(tmp_path, monkeypatch):
     """The real process, its output in the arm's file: here of a stand-in that prints its cores and command line."""
     script = tmp_path / "arm.py"
-    script.write_text("import os, sys; print(sorted(os.sched_getaffinity(0)), sys.argv[1:])", encoding="utf-8")
+    script.write_text(SAY_CORES, encoding="utf-8")
     monkeypatch.setattr(reproduce, "__file__", str(script))
     task = Job(reproduce.CONTROL, 0.1, 3).task(tmp_path)
-    core = max(os.sched_getaffinity(0))
+    core = available_cores()[-1]
     assert reproduce.start_process(task, [core]).wait() == 0
     printed = task.log.read_text(encoding="utf-8")
     assert printed.startswith(f"[{core}] ['--arm', 'label-only', '--fraction', '0.1', '--seed', '3', '--work'")
