@@ -50,7 +50,7 @@ def run_script(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> No
 
 
 def load_script(path: str) -> ModuleType:
-    """A script, by its path in this repository, as a module: for its `parse_args` and `main`; nothing runs at import."""
+    """A script, by its path in this repository, as a module with `parse_args` and `main`; nothing runs at import."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -295,7 +295,7 @@ def share(text: str) -> float:
 
 
 def available_cores() -> list[int]:
-    """The numbers of the cores that this process may use: the machine's where the system cannot restrict them (macOS)."""
+    """The numbers of the cores that this process may use: all, where the system cannot restrict them (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
@@ -317,7 +317,7 @@ def core_shares(n: int) -> list[list[int]]:
 
 
 def peak_memory(who: int = resource.RUSAGE_SELF) -> int:
-    """The most bytes that this process has ever held; with RUSAGE_CHILDREN the largest process that it has waited for."""
+    """The most bytes that this process has ever held; RUSAGE_CHILDREN: the largest one that it has waited for."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return unit * resource.getrusage(who).ru_maxrss
 

@@ -384,7 +384,7 @@ def measure_arm(name: str, pair: Width, folder: Path, seconds: float) -> dict[st
 
 
 def resident_mib() -> float:
-    """Memory of this process now; where there is no /proc (macOS) its peak so far, from which growth is counted as well."""
+    """Memory of this process now; without /proc (macOS) its peak so far, from which growth is counted then."""
     if not STATM.exists():
         return peak_memory() / 2**20
     pages = int(STATM.read_text(encoding="utf-8").split()[1])

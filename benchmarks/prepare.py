@@ -1,9 +1,9 @@
 """How long `dataset/prepare_sunrgbd.py` takes, and how much memory, on a data set of the size of SUN RGB-D.
 
-The data set is generated in a temporary folder: frames with the names of the official split (so without the toolbox), small
-pictures, and as many outlines and 3D boxes as the real one has on average. Measured are the whole command, from its start to
-its end, and the largest sum of the memory of its process and its workers, shared pages counted once; where there is no /proc
-(macOS), the memory of the largest of these processes.
+The data set is generated in a temporary folder: frames with the names of the official split (so without the toolbox),
+small pictures, and as many outlines and 3D boxes as the real one has on average. Measured are the whole command, from
+its start to its end, and the largest sum of the memory of its process and its workers, shared pages counted once; where
+there is no /proc (macOS), the memory of the largest of these processes.
 
     python benchmarks/prepare.py [--frames 10335] [--size 64 48] [--cores 2]
 """

@@ -1,4 +1,4 @@
-"""The layout that the documentation promises: entry scripts, their root lines, imports that point one way, the README."""
+"""The layout that the documentation promises: entry scripts, root lines, imports that point one way, tests, README."""
 
 import ast
 import re
@@ -92,7 +92,7 @@ def imported_names(source: str) -> set[str]:
 
 
 def test_imports_run_down_and_never_round():
-    """benchmarks -> evaluation -> distillation -> dataset -> utils; sorting the modules topologically fails on a circle."""
+    """benchmarks, evaluation, distillation, dataset, utils; sorting the modules topologically fails on a circle."""
     layers = ("utils", "dataset", "distillation", "evaluation", "benchmarks")
     paths = [ROOT / "utils.py", *(path for layer in layers[1:] for path in (ROOT / layer).rglob("*.py"))]
     modules = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in paths}
@@ -109,7 +109,7 @@ def test_imports_run_down_and_never_round():
 
 
 def forbidden_imports(path: str, source: str) -> list[str]:
-    """What a file of tests/ may not import: another test file, and the benchmarks unless it is one of their own tests."""
+    """What a file of tests/ may not import and does: a test file; the benchmarks, unless it is a test of them."""
     own = path.startswith("tests/benchmarks/")
     return [
         name
@@ -147,7 +147,7 @@ def test_forbidden_imports_are_found(path, source, found):
 
 
 def test_folders_of_tests_mirror_the_code_and_shadow_nothing():
-    """Every folder is a package below `tests`, so that equal file names and `tests/dataset` beside `dataset` do no harm."""
+    """Every folder is a package below `tests`: equal file names, and `tests/dataset` beside `dataset`, do no harm."""
     folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
     assert len(folders) > 8 and not [folder for folder in folders if not (ROOT / folder).is_dir()]
     assert not [folder for folder in folders if not (TESTS / folder / "__init__.py").is_file()]

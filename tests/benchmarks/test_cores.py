@@ -1,4 +1,4 @@
-"""The flag of the benchmarks that pin what they measure, also where the system cannot restrict a process to some cores."""
+"""The flag of benchmarks that restrict what they measure to some cores, also where the system cannot do that."""
 
 import pytest
 

@@ -41,7 +41,7 @@ def boxes(entries, shapes=None):
 
 
 def write_frame(root: Path, depth_m=None, bfx_m=None, **layers) -> Frame:
-    """A frame below `root`; depth is 2 m everywhere unless given, a layer is its file's text or what it says as JSON."""
+    """A frame below `root`; depth is 2 m unless given, a layer is its file's text or what it says as JSON."""
     folder = root / "SUNRGBD" / "kv1" / "test" / "frame"
     depth_m = np.full((HEIGHT, WIDTH), 2.0) if depth_m is None else depth_m
     for name, picture in (("depth", depth_m), ("depth_bfx", bfx_m)):
