@@ -1,4 +1,4 @@
-"""The training scripts as their user runs them, on a small world with a tiny model: files, resume, faults, flags."""
+"""The training scripts as their user runs them, on a small world with a tiny model: files, resume, faults."""
 
 import csv
 import json
@@ -13,15 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.inputs.pictures import ImageSettings
 from dataset.questions.rows import questions_file, read_questions
 from distillation.models import add_lora, load_model
-from distillation.run import callbacks, folders
+from distillation.run import callbacks
 from distillation.run import data as run_data
-from distillation.run.checkpoints import SafeCheckpointIO, read_checkpoint
-from distillation.run.folders import plain
+from distillation.run.checkpoints import read_checkpoint
 from tests.helpers.training import BASELINES, flags, interrupted, train
-from utils import ROOT, UserError, load_script
+from utils import ROOT, UserError
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -149,151 +147,11 @@ def test_dry_run_writes_nothing(places, tiny_folder, capsys):
     assert not places.exists()
 
 
-def test_finished_files_survive_a_failing_write(tmp_path):
-    """A write that fails half-way leaves the old checkpoint, its checksum and no litter."""
-    path, good = tmp_path / "last.ckpt", {"state_dict": {"w": torch.ones(3)}, "hyper_parameters": {"script": "x"}}
-    io = SafeCheckpointIO()
-    io.save_checkpoint(good, path)
-    with pytest.raises(AttributeError):
-        io.save_checkpoint(good | {"cannot be stored": lambda: None}, path)
-    with pytest.raises(UserError, match="not finite"):
-        io.save_checkpoint({"state_dict": {"w": torch.tensor([1.0, float("nan")])}}, path)
-    assert torch.equal(read_checkpoint(path)["state_dict"]["w"], torch.ones(3))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]
-
-
-def test_damage_is_noticed(tmp_path):
-    path = tmp_path / "last.ckpt"
-    SafeCheckpointIO().save_checkpoint(
-        {"state_dict": {"w": torch.arange(1000.0)}, "hyper_parameters": {"script": "x"}}, path
-    )
-    data = path.read_bytes()
-    for offset in range(50, len(data), len(data) // 20):
-        path.write_bytes(data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :])
-        with pytest.raises(UserError, match="damaged"):
-            read_checkpoint(path)
-        path.write_bytes(data[:offset])
-        with pytest.raises(UserError, match="damaged"):
-            read_checkpoint(path)
-
-
-def test_foreign_checkpoints_are_refused(tmp_path):
-    torch.save({"state_dict": {}, "hyper_parameters": {}}, tmp_path / "other.ckpt")
-    torch.save({"x": Path("a")}, tmp_path / "pickle.ckpt")
-    (tmp_path / "text.ckpt").write_text("hello")
-    for name in ("other", "pickle", "text", "absent"):
-        with pytest.raises(UserError, match=f"{name}.ckpt"):
-            read_checkpoint(tmp_path / f"{name}.ckpt")
-
-
-def test_plain_values_only():
-    assert plain({"a": Path("x/y"), "b": 1.5, "c": None, "d": [1]}) == {"a": "x/y", "b": 1.5, "c": None, "d": "[1]"}
-
-
-@pytest.mark.parametrize(
-    ("more", "complaint"),
-    [
-        (("--subset_percentage", "0"), "--subset_percentage"),
-        (("--subset_percentage", "50"), "--subset_percentage"),
-        (("--batch_size", "0"), "--batch_size"),
-        (("--max_steps", "0"), "--max_steps"),
-        (("--num_workers", "-1"), "--num_workers"),
-        (("--warmup_share", "1"), "--warmup_share"),
-        (("--gradient_clip", "-1"), "--gradient_clip"),
-        (("--lr", "nan"), "--lr"),
-        (("--strategy", "fsdp"), "--gradient_clip 0"),
-        (("--depth_encoding", "rainbow"), "--depth_encoding"),
-        (("--image_tokens", "many"), "--image_tokens"),
-        (("--resume", "last.ckpt", "--load_checkpoint"), "--resume"),
-        (("--augmentation", "--picture_cache"), "--picture_cache"),
-        (("--no_such_flag",), "--no_such_flag"),
-    ],
-)
-def test_bad_flags_are_named(more, complaint, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        load_script(BASELINES["baseline_depth"]).parse_args(list(more))
-    assert stopped.value.code == 2 and complaint in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("more", "complaint"),
-    [
-        (("--vision_lr", "1e-6"), "leaves the vision tower frozen"),
-        (("--lora_rank", "0"), "give --lr and --vision_lr"),
-        (("--lora_rank", "0", "--vision_lr", "1e-6", "--lora_alpha", "8"), "no --lora_alpha"),
-        (("--lora_rank", "-1"), "--lora_rank"),
-    ],
-)
-def test_flags_that_lora_would_ignore_are_refused(more, complaint, capsys):
-    with pytest.raises(SystemExit):
-        load_script(BASELINES["baseline_rgb7b"]).parse_args(list(more))
-    assert complaint in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("more", [("--strategy", "nonsense"), ("--precision", "7-true"), ("--devices", "many")])
-def test_what_the_machine_cannot_do_is_said_before_a_model_is_loaded(places, tmp_path, more):
-    with pytest.raises(UserError, match=f"{more[0]} {more[1]}.*not possible here"):
-        train("baseline_depth", tmp_path / "no model here", *more)
-    assert not places.exists()
-
-
-def test_processes_of_a_launcher_need_a_run_name(places, tiny_folder, monkeypatch):
-    script = load_script(BASELINES["baseline_depth"])
-    args = script.parse_args(flags(tiny_folder))
-    args.run_name = None
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv(folders.RUN_NAME_VARIABLE, raising=False)
-    with pytest.raises(UserError, match="--run_name"):
-        script.main(args)
-
-
-def test_the_first_process_of_a_second_machine_joins_the_run(places, tiny_folder, monkeypatch):
-    """It is the first on its machine: only its rank among all says that the run's folder may be there already."""
-    script = BASELINES["baseline_depth"]
-    args = load_script(script).parse_args(flags(tiny_folder, "--run_name", "t"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("RANK", "0")
-    run = folders.start_run(args, script, ImageSettings("depth"))
-    run.checkpoints.mkdir(parents=True)
-    with pytest.raises(UserError, match="is there already"):
-        folders.start_run(args, script, ImageSettings("depth"))
-    monkeypatch.setenv("RANK", "1")
-    assert folders.start_run(args, script, ImageSettings("depth")).checkpoints == run.checkpoints
-
-
-def test_checkpoints_are_found_by_run_name_and_path(tmp_path):
-    run = tmp_path / "baseline_depth/checkpoints/demo"
-    run.mkdir(parents=True)
-    for name in ("best-epoch00-score0.5000.ckpt", "best-epoch02-score0.7000.ckpt", "last.ckpt"):
-        (run / name).touch()
-    best = run / "best-epoch02-score0.7000.ckpt"
-    for name in ("demo", str(run), best.name, str(best)):
-        assert folders.find_checkpoint(name, tmp_path) == best
-    assert folders.find_checkpoint("last.ckpt", tmp_path) == run / "last.ckpt"
-    shutil.copytree(run, tmp_path / "baseline_rgb05b/checkpoints/demo")
-    assert folders.find_checkpoint("demo", tmp_path / "baseline_depth") == best
-    with pytest.raises(UserError, match="several have this name"):
-        folders.find_checkpoint("demo", tmp_path)
-    with pytest.raises(UserError, match="no such run or checkpoint below .*; newest runs there: demo"):
-        folders.find_checkpoint("absent", tmp_path)
-
-
 def test_lora_trains_float32_on_a_bfloat16_model(tiny_folder):
     """Half the memory of the frozen 7B; and the weights that train do not lose small updates."""
     model = add_lora(load_model(str(tiny_folder), dtype=torch.bfloat16), rank=4, alpha=8)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
-
-
-def test_miniature_changes_defaults_and_explicit_flags_win():
-    parse_args = load_script(BASELINES["baseline_depth"]).parse_args
-    real, mini, own = parse_args([]), parse_args(["--miniature"]), parse_args(["--lr", "0.5", "--miniature"])
-    assert real.image_tokens == "anyres" and mini.image_tokens == "one_tile"
-    assert mini.student_name.endswith("dataset/miniature/student") and own.lr == 0.5 != mini.lr
-    assert (real.picture_cache, mini.picture_cache) == (False, True)
-    assert not parse_args(["--miniature", "--augmentation"]).picture_cache
-    assert not parse_args(["--miniature", "--no-picture_cache"]).picture_cache
 
 
 def test_a_picture_cache_changes_no_weight_and_needs_room(places, tiny_folder, monkeypatch, capsys):
@@ -327,16 +185,6 @@ def test_gradient_checkpointing_changes_no_weight_and_keeps_less(name, places, t
         states[run] = read_checkpoint(places / name / "checkpoints" / run / "last.ckpt")["state_dict"]
     assert kept["again"] < 0.7 * kept["plain"]
     assert all(torch.equal(states["again"][key], value) for key, value in states["plain"].items())
-
-
-def test_a_used_run_folder_and_missing_checkpoints(places, tiny_folder):
-    with pytest.raises(UserError, match="make one with: python distillation/baseline_depth/train.py"):
-        train("baseline_depth", tiny_folder, "--load_checkpoint")
-    with pytest.raises(UserError, match="no such file"):
-        train("baseline_depth", tiny_folder, "--resume", str(places / "absent.ckpt"))
-    (places / "baseline_depth/checkpoints/t").mkdir(parents=True)
-    with pytest.raises(UserError, match="--run_name t"):
-        train("baseline_depth", tiny_folder)
 
 
 def test_without_data_as_a_subprocess(tmp_path):
