@@ -19,8 +19,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import argparse
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
+import resource
 import subprocess
 import sys
 import threading
@@ -28,6 +30,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from types import ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -44,6 +47,14 @@ def run_script(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> No
         main(parse_args())
     except UserError as error:
         sys.exit(_fail(error))
+
+
+def load_script(path: str) -> ModuleType:
+    """A script, by its path in this repository, as a module with `parse_args` and `main`; nothing runs at import."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _fail(error: UserError) -> int:
@@ -293,7 +304,7 @@ def _number(text: str, kind: type) -> int | float:
 
 
 def available_cores() -> list[int]:
-    """The numbers of the cores that this process may use; all cores where the system cannot restrict them (macOS)."""
+    """The numbers of the cores that this process may use: all, where the system cannot restrict them (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
@@ -312,6 +323,12 @@ def core_shares(n: int) -> list[list[int]]:
     """
     cores = available_cores()
     return [cores[i::n] or [cores[i % len(cores)]] for i in range(n)]
+
+
+def peak_memory(who: int = resource.RUSAGE_SELF) -> int:
+    """The most bytes that this process has ever held; RUSAGE_CHILDREN: the largest one that it has waited for."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return unit * resource.getrusage(who).ru_maxrss
 
 
 def git_commit() -> str:

@@ -29,14 +29,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, duration, git_commit, run_script, write_json  # first: loads .env
+from utils import (  # first: loads .env
+    UserError,
+    available_cores,
+    duration,
+    git_commit,
+    peak_memory,
+    run_script,
+    use_cores,
+    write_json,
+)
 
 # isort: split
 import argparse
 import gc
 import itertools
 import multiprocessing
-import os
 import platform
 import resource
 import tempfile
@@ -72,6 +80,7 @@ ANSWER_TOKENS = 4  # generated per question when scoring
 SCORED_IMAGES = 8  # a batch of ours
 LOSS_TOLERANCE = 1e-4  # relative, between arms
 LOCA_ALPHA = 0.9
+STATM = Path("/proc/self/statm")  # of Linux
 
 
 class Width(NamedTuple):
@@ -371,18 +380,15 @@ def measure_arm(name: str, pair: Width, folder: Path, seconds: float) -> dict[st
         ARMS[name](arm, next(batches))
 
     steps = _per_second(step, seconds)
-    return {"loss": loss, "questions_per_s": steps * IMAGES * QUESTIONS, "growth_mib": peak_mib() - before}
+    return {"loss": loss, "questions_per_s": steps * IMAGES * QUESTIONS, "growth_mib": peak_memory() / 2**20 - before}
 
 
 def resident_mib() -> float:
-    """Memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    """Memory of this process now; without /proc (macOS) its peak so far, from which growth is counted then."""
+    if not STATM.exists():
+        return peak_memory() / 2**20
+    pages = int(STATM.read_text(encoding="utf-8").split()[1])
     return pages * resource.getpagesize() / 2**20
-
-
-def peak_mib() -> float:
-    """The most that this process has ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 # --- scoring -----------------------------------------------------------------------------------------------------------------
@@ -536,7 +542,7 @@ def report(results: dict[str, Any], seconds: float) -> str:
     text = [
         "# Cost of a question",
         "",
-        f"`make bench`, {date.today()}, commit {git_commit()}, {len(os.sched_getaffinity(0))} core(s) of {platform.machine()}, "
+        f"`make bench`, {date.today()}, commit {git_commit()}, {len(available_cores())} core(s) of {platform.machine()}, "
         f"{duration(seconds)} in all. Ratios to the original loop; medians. All arms have the same weights and the same loss to "
         f"{LOSS_TOLERANCE:g}. {QUESTIONS} questions per image, {IMAGES} images per step, tower frozen, forward and backward. "
         + (
@@ -603,14 +609,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.seconds <= 0:
         parser.error("--rounds and --seconds: give more than 0")
-    if not 1 <= args.cores <= len(os.sched_getaffinity(0)):
-        parser.error(f"--cores: this machine has {len(os.sched_getaffinity(0))}")
+    if not 1 <= args.cores <= len(available_cores()):
+        parser.error(f"--cores: this machine has {len(available_cores())}")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure, check, write."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])  # the measured processes inherit it
+    use_cores(available_cores()[: args.cores])  # the measured processes inherit it
     started = time.monotonic()
     results = {
         "training": training_part(args),

@@ -32,6 +32,7 @@ from utils import (  # first: loads .env
     data_root,
     duration,
     git_commit,
+    load_script,
     locked,
     run_script,
     write_json,
@@ -41,7 +42,6 @@ from utils import (  # first: loads .env
 import argparse
 import csv
 import gc
-import importlib.util
 import json
 import os
 import shutil
@@ -210,14 +210,6 @@ class Job:
         flags = ("--arm", self.arm, "--fraction", str(self.fraction), "--seed", str(self.seed), "--work", str(work))
         title = f"{self.arm}, {100 * self.fraction:g} % of the labels, seed {self.seed}"
         return Task(title, (__file__, *flags), work / "logs" / f"{self.name}.txt")
-
-
-def load_script(path: str):
-    """A training or evaluation script as a module: nothing runs at import."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def training_script(folder: str):

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, git_commit, run_script  # first: loads .env
+from utils import UserError, available_cores, git_commit, run_script  # first: loads .env
 
 # isort: split
 import argparse
@@ -90,7 +90,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Measure and print."""
-    print(f"commit {git_commit()}, {len(os.sched_getaffinity(0))} cores")
+    print(f"commit {git_commit()}, {len(available_cores())} cores")
     lines = ["| images | the teacher's look, ms/image | an epoch, ms/image | a start, s | peak memory, GiB |"]
     lines.append("| ---: |" + " ---: |" * 4)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The layout that the documentation promises: entry scripts, their root lines, imports that point one way, the README."""
+"""The layout that the documentation promises: entry scripts, root lines, imports that point one way, tests, README."""
 
 import ast
 import re
@@ -12,6 +12,7 @@ import pytest
 
 from utils import ROOT
 
+TESTS = ROOT / "tests"
 ENTRY_SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("dataset", "distillation", "evaluation", "benchmarks")
@@ -79,26 +80,76 @@ def test_readme_names_existing_files_and_scripts():
     assert not [name for name in listed if not (ROOT / name).exists()]
 
 
-def imported_modules(path: Path, modules: set[str]) -> set[str]:
-    """The modules of this repository that a file imports, wherever in it."""
+def imported_names(source: str) -> set[str]:
+    """All that a file may import, wherever in it: `from a import b` and `import a` give a, the former also a.b."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {
-                name for name in (node.module, *(f"{node.module}.{a.name}" for a in node.names)) if name in modules
-            }
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
     return found
 
 
 def test_imports_run_down_and_never_round():
-    """benchmarks -> evaluation -> distillation -> dataset -> utils; sorting the modules topologically fails on a circle."""
+    """benchmarks, evaluation, distillation, dataset, utils; sorting the modules topologically fails on a circle."""
     layers = ("utils", "dataset", "distillation", "evaluation", "benchmarks")
     paths = [ROOT / "utils.py", *(path for layer in layers[1:] for path in (ROOT / layer).rglob("*.py"))]
     modules = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in paths}
-    arrows = {name: imported_modules(path, set(modules)) - {name} for name, path in modules.items()}
+    arrows = {
+        name: imported_names(path.read_text(encoding="utf-8")) & modules.keys() - {name}
+        for name, path in modules.items()
+    }
 
     def layer(name: str) -> int:
         return layers.index(name.split(".")[0])
 
     assert not [(name, other) for name, others in arrows.items() for other in others if layer(other) > layer(name)]
     assert len(list(TopologicalSorter(arrows).static_order())) == len(modules) > 60
+
+
+def forbidden_imports(path: str, source: str) -> list[str]:
+    """What a file of tests/ may not import and does: a test file; the benchmarks, unless it is a test of them."""
+    own = path.startswith("tests/benchmarks/")
+    return [
+        name
+        for name in sorted(imported_names(source))
+        if name.split(".")[-1].startswith("test_") or (name.split(".")[0] == "benchmarks" and not own)
+    ]
+
+
+def test_tests_share_helpers_and_no_test_files():
+    files = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in TESTS.rglob("*.py")}
+    assert len(files) > 30 and not {
+        path: found for path, text in files.items() if (found := forbidden_imports(path, text))
+    }
+    relative = [path for path, text in files.items() if re.search(r"^\s*from \.", text, re.M)]
+    assert not relative  # they would hide what is imported
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "found"),
+    [
+        ("tests/a/test_x.py", "from tests.a.test_y import helper", ["tests.a.test_y"]),
+        ("tests/a/test_x.py", "from tests.a import test_y", ["tests.a.test_y"]),
+        ("tests/a/test_x.py", "def f():\n    import tests.test_y", ["tests.test_y"]),
+        (
+            "tests/helpers/x.py",
+            "from benchmarks.reproduce import Job",
+            ["benchmarks.reproduce", "benchmarks.reproduce.Job"],
+        ),
+        ("tests/benchmarks/test_x.py", "from benchmarks import cost", []),
+        ("tests/a/test_x.py", "from tests.helpers.training import flags", []),
+    ],
+)
+def test_forbidden_imports_are_found(path, source, found):
+    assert forbidden_imports(path, source) == found
+
+
+def test_folders_of_tests_mirror_the_code_and_shadow_nothing():
+    """Every folder is a package below `tests`: equal file names, and `tests/dataset` beside `dataset`, do no harm."""
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    assert len(folders) > 8 and not [folder for folder in folders if not (ROOT / folder).is_dir()]
+    assert not [folder for folder in folders if not (TESTS / folder / "__init__.py").is_file()]
+    for name in ("dataset", "distillation", "evaluation", "benchmarks"):
+        assert set(find_spec(name).submodule_search_locations) == {str(ROOT / name)}

@@ -1,17 +1,30 @@
 """What processes share: folders that one works in at a time, and the cores."""
 
 import argparse
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import utils
 from dataset.inputs.pictures import OTHER_CODE
-from utils import ROOT, announced, at_least, core_shares, locked, positive, share, source_digest, use_cores
+from tests.helpers.system import hide_affinity
+from utils import (
+    ROOT,
+    announced,
+    at_least,
+    available_cores,
+    core_shares,
+    locked,
+    peak_memory,
+    positive,
+    share,
+    source_digest,
+    use_cores,
+)
 
 HOLD = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import utils\nwith utils.locked(pathlib.Path(sys.argv[2])): print('in')"
 
@@ -37,15 +50,15 @@ def test_all_may_share_a_folder(tmp_path, capsys):
 
 
 def test_cores_are_shared_out(monkeypatch):
-    monkeypatch.setattr(utils.os, "sched_getaffinity", lambda pid: {7, 3, 5, 11, 9})
+    monkeypatch.setattr(utils.os, "sched_getaffinity", lambda pid: {7, 3, 5, 11, 9}, raising=False)
     assert core_shares(1) == [[3, 5, 7, 9, 11]]
     assert core_shares(2) == [[3, 7, 11], [5, 9]]
     assert core_shares(7) == [[3], [5], [7], [9], [11], [3], [5]]
 
 
 def test_this_machine_gives_everybody_a_core():
-    own = os.sched_getaffinity(0)
-    assert {core for share in core_shares(len(own)) for core in share} == own
+    own = available_cores()
+    assert sorted(core for share in core_shares(len(own)) for core in share) == own
 
 
 def test_a_source_digest_covers_code_and_tables_and_nothing_that_was_made(tmp_path):
@@ -113,11 +126,18 @@ def test_only_a_long_job_is_announced(capsys):
 
 
 def test_a_system_that_cannot_restrict_cores_uses_them_all(monkeypatch):
-    monkeypatch.delattr(utils.os, "sched_getaffinity")
-    monkeypatch.delattr(utils.os, "sched_setaffinity")
+    hide_affinity(monkeypatch)
     monkeypatch.setattr(utils.os, "cpu_count", lambda: 4)
     assert core_shares(2) == [[0, 2], [1, 3]]
     use_cores([0])  # nothing to do, and no error
+
+
+def test_peak_memory_is_in_bytes_whatever_the_system_counts_in(monkeypatch):
+    assert 2**24 < peak_memory() < 2**37  # Python with its libraries, and no machine's memory
+    monkeypatch.setattr(utils.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3))
+    for system, expected in (("linux", 3072), ("darwin", 3)):
+        monkeypatch.setattr(utils.sys, "platform", system)
+        assert peak_memory() == expected
 
 
 @pytest.mark.parametrize(

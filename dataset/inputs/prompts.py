@@ -2,7 +2,7 @@
 
 A packed sequence is one image prefix followed by K question/answer blocks. A block sees the prefix and itself, never
 another block, and its position ids continue from the prefix, so that every block computes exactly what it would compute
-as a sequence of its own (tests/test_prompts.py compares loss and gradients).
+as a sequence of its own (tests/dataset/inputs/test_prompts.py compares loss and gradients).
 
     segment   0 0 0 0 0 0 | 1 1 1 1 2 2 2 2 2         -1 = padding, 0 = image prefix, k = block k
     position  0 1 2 3 4 5 | 6 7 8 9 6 7 8 9 10

@@ -5,13 +5,15 @@ import logging
 import os
 import resource
 import warnings
+from contextlib import suppress
 
 import pytorch_lightning as pl
 import torch
 
-from utils import UserError
+from utils import UserError, peak_memory
 
 OPEN_FILES = 2**16  # far more than an update of a thousand micro-batches needs
+OPEN_FILES_MACOS = 10240  # OPEN_MAX of its sys/syslimits.h: it names no limit and still refuses more
 
 
 def probe(args: argparse.Namespace) -> pl.Trainer:
@@ -79,12 +81,15 @@ def resolve_precision(name: str, accelerator: str = "auto") -> str:
 def allow_open_files() -> None:
     """Raise the limit as far as this process may: the tensors of a whole update wait in shared memory, a file each."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = min(hard, OPEN_FILES) if hard != resource.RLIM_INFINITY else OPEN_FILES
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    for wanted in (OPEN_FILES, OPEN_FILES_MACOS):
+        allowed = min(hard, wanted) if hard != resource.RLIM_INFINITY else wanted
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+            return
 
 
 def peak_memory_gib() -> float:
     """The GPU's peak when there is one, else this process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_memory() / 2**30

@@ -1,0 +1,323 @@
+"""The study's statistics, its processes and the fairness of its arms; training is what the scripts' own tests are about."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import reproduce
+from benchmarks.answers import Answers
+from benchmarks.reproduce import CONTROL, Job, Study
+from dataset.questions.blind import blind_predictions
+from dataset.questions.rows import QUESTION_TYPES, csv_cells, questions_file, read_questions
+from distillation.models import MINIATURE_STUDENT, load_model
+from evaluation.metrics import evaluate_rows
+from tests.helpers.system import SAY_CORES, needs_affinity
+from utils import UserError, available_cores, write_json
+
+N_ROOMS = 200
+COLUMNS = ("By depth", "Overall", *QUESTION_TYPES)
+
+
+def study_of(right):
+    """A study from (arm, fraction, seed) -> (N,) right answers, one question of each type about every room."""
+    kinds = np.tile(QUESTION_TYPES, N_ROOMS)
+    by_depth = kinds != "Color Identification"
+    runs = []
+    for (arm, fraction, seed), found in right.items():
+        scores = {"By depth": found[by_depth].mean(), "Overall": found.mean(), "Val": 0.5}
+        scores |= {kind: found[kinds == kind].mean() for kind in QUESTION_TYPES}
+        runs.append({"arm": arm, "fraction": fraction, "seed": seed, "scores": scores, "corrected": None})
+    rooms = np.repeat(np.arange(N_ROOMS), len(QUESTION_TYPES))
+    answers = Answers("digest", rooms, kinds, by_depth, {Job(*key).name: found for key, found in right.items()})
+    return Study({"runs": runs}, answers)
+
+
+def answered(share, seed):
+    """(N,) right answers, by and large this share of them."""
+    return np.random.default_rng(seed).random(N_ROOMS * len(QUESTION_TYPES)) < share
+
+
+def points(text):
+    """The numbers of a table's cell."""
+    return [float(number) for number in re.findall(r"[-+]?[0-9]+[.][0-9]", text)]
+
+
+def test_every_arm_takes_as_many_epochs():
+    for stages in (reproduce.ARMS | reproduce.FULL_LABEL_ARMS).values():
+        assert sum(stage.epochs for stage in stages) == reproduce.EPOCHS
+
+
+def test_gains_are_paired_by_seed_and_by_room():
+    """Seeds differ far more than arms do, and answers are the same but for a tenth: the interval shows that tenth alone."""
+    right = {}
+    for seed in range(4):
+        right[CONTROL, 1.0, seed] = answered(0.2 + 0.15 * seed, seed)
+        right["other", 1.0, seed] = right[CONTROL, 1.0, seed] | answered(0.1, 10 + seed)
+    study = study_of(right)
+    header, rule, control, other = reproduce.table(study, 1.0)
+    assert header.count("|") == rule.count("|") == control.count("|") == other.count("|")
+    assert control.startswith("| label-only | 4 |") and control.endswith("|  |  |")
+    value, low, high = points(other.split("|")[-2])
+    gains = [100 * (right["other", 1.0, seed].mean() - right[CONTROL, 1.0, seed].mean()) for seed in range(4)]
+    assert value == pytest.approx(np.mean(gains), abs=0.051)
+    assert value - 2.5 < low < value - 0.5 and value + 0.5 < high < value + 2.5
+    assert len(reproduce.gain_table(study, "other")) == 3 and reproduce.table(study, 0.1)[2:] == []
+
+
+def test_intervals_vary_seeds_and_rooms():
+    """With equal seeds rooms alone make the width; with equal rooms seeds do; with one seed rooms still do."""
+    base = np.tile(np.arange(len(QUESTION_TYPES)) < 2, N_ROOMS)
+    rooms = np.repeat(np.arange(N_ROOMS) % 4 == 0, len(QUESTION_TYPES))
+
+    def width(*ours):
+        study = study_of(
+            {(CONTROL, 1.0, seed): base for seed in range(len(ours))}
+            | {("other", 1.0, s): o for s, o in enumerate(ours)}
+        )
+        value, low, high = points(study.gain(("other", 1.0), (CONTROL, 1.0), "Overall"))
+        return high - low
+
+    several = [np.tile(np.arange(len(QUESTION_TYPES)) < n, N_ROOMS) for n in (2, 3, 4)]
+    assert width(base, base, base) == 0
+    assert width(*several) > 25  # of 16.7 points from seed to seed
+    assert width(base | rooms) == pytest.approx(width(*[base | rooms] * 3), abs=0.5)
+    assert 7 < width(base | rooms) < 9  # 3.92 * sqrt(.25 * .75 / 200) * 4 / 6 of the points
+
+
+def test_findings_are_by_hand():
+    """Blind .3, teacher .9: .6 is half of the way; with few labels .5 is .1 over the control's."""
+    place = np.repeat(np.random.default_rng(0).permutation(N_ROOMS) / N_ROOMS, len(QUESTION_TYPES))
+    right = {(CONTROL, 1.0, seed): place < 0.4 for seed in range(2)}
+    right |= {
+        ("double trouble", fraction, seed): place < share
+        for fraction, share in ((1.0, 0.6), (0.1, 0.5))
+        for seed in (0, 1)
+    }
+    study = study_of(right)
+    study.answers.right.update(teacher=place < 0.9, blind=place < 0.3)
+    study.records["runs"].append(study.records["runs"][0] | {"arm": "CE + LoCa", "corrected": 0.065})
+    gap, few, corrected = reproduce.findings(study)
+    value, low, high = points(gap)
+    assert value == 50.0 and 40 < low < 46 and 54 < high < 60
+    assert few.startswith("- With 10 % of the labels, double trouble is +10.0 [+6")
+    assert corrected == "- In CE + LoCa, LoCa corrected 6.5 % of the gold tokens."
+
+
+def test_every_comparison_is_of_two_arms_that_differ_in_what_it_names():
+    """Both are trained; but for what is compared, their command lines are the same, rates included."""
+    arms = reproduce.ARMS | reproduce.FULL_LABEL_ARMS
+    for what, own, other in reproduce.COMPARISONS:
+        assert arms[own] != arms[other], what
+        if len(arms[own]) == len(arms[other]) == 1 and "RGB" not in what:
+            (with_it,), (without,) = arms[own], arms[other]
+            assert (with_it.system, with_it.epochs, with_it.teacher) == (
+                without.system,
+                without.epochs,
+                without.teacher,
+            )
+    assert len({what for what, _, _ in reproduce.COMPARISONS}) == len(reproduce.COMPARISONS)
+    for term in reproduce.OFF:  # each alone, and all but each
+        assert sum(what.startswith(f"{term}, ") for what, _, _ in reproduce.COMPARISONS) >= 2
+
+
+def test_answers_of_eighty_runs_are_a_small_file_that_comes_back(tmp_path):
+    rng = np.random.default_rng(0)
+    kinds, rooms = rng.choice(QUESTION_TYPES, 4185), rng.integers(0, 600, 4185)
+    right = {f"run {n}": rng.random(4185) < 0.6 for n in range(80)}
+    answers = Answers("0123456789abcdef", rooms, kinds, kinds != "Color Identification", right)
+    answers.save(tmp_path / "answers.npz")
+    assert (tmp_path / "answers.npz").stat().st_size < 100_000
+    again = Answers.load(tmp_path / "answers.npz")
+    assert again.questions == answers.questions and list(again.right) == list(right)
+    for name in right:
+        assert np.array_equal(again.right[name], right[name])
+    pair = [["run 0", "run 1"], ["run 2", "run 3"]]
+    for column in COLUMNS:
+        assert again.difference(*pair, column) == answers.difference(*pair, column)
+    first = (tmp_path / "answers.npz").read_bytes()
+    again.save(tmp_path / "answers.npz")
+    assert (tmp_path / "answers.npz").read_bytes() == first
+
+
+def test_records_before_answers_were_kept_are_named(tmp_path):
+    """The study at commit 74fd584 has scores alone: no traceback, and a sentence that says what to do."""
+    write_json(
+        tmp_path / "runs.json", {"date": "2026-11-24", "teacher": {}, "stock_teacher": {}, "blind": 0.3, "runs": []}
+    )
+    with pytest.raises(UserError, match="answers.npz: is missing.*run the study again"):
+        reproduce.main(reproduce.parse_args(["--tables", "--output", str(tmp_path)]))
+    with pytest.raises(UserError, match="runs.json: is missing; run the study first"):
+        reproduce.main(reproduce.parse_args(["--tables", "--output", str(tmp_path / "nothing")]))
+
+
+def test_a_start_differs_by_seed_and_comes_back(tmp_path):
+    stock = load_model(MINIATURE_STUDENT).state_dict()
+    starts = [load_model(str(reproduce.student_start(tmp_path, seed))).state_dict() for seed in (0, 1, 0)]
+    for name, weight in stock.items():
+        assert torch.equal(starts[0][name], starts[2][name])
+        relative = (starts[0][name] - weight).norm() / weight.norm()
+        assert relative == pytest.approx(reproduce.START_NOISE, rel=0.35) or weight.numel() < 200 or not weight.any()
+    assert not torch.equal(starts[0]["lm_head.weight"], starts[1]["lm_head.weight"])
+
+
+def test_every_command_line_is_one_that_its_script_takes():
+    """Same batches, seed and labels in all stages that read labels; the control has no teacher."""
+    for name, stages in (reproduce.ARMS | reproduce.FULL_LABEL_ARMS).items():
+        for stage in stages:
+            flags = reproduce.stage_flags(stage, Job(name, 0.1, 3))
+            start = [] if "--from_stock" in flags else ["--load_checkpoint", "run"]
+            args = reproduce.training_script(stage.script).parse_args(["--miniature", *flags, *start])
+            assert (args.batch_size, args.accumulate_grad_batches, args.precision, args.seed) == (8, 1, "auto", 3)
+            assert not stage.labels or args.label_fraction == 0.1
+            assert hasattr(args, "teacher_checkpoint") == bool(stage.teacher)
+            if stage.teacher:
+                assert args.teacher_checkpoint is None  # few labels: a teacher that has read none
+                assert "--teacher_checkpoint" in reproduce.stage_flags(stage, Job(name, 1.0, 3))
+
+
+def test_arms_run_side_by_side_on_cores_of_their_own(tmp_path, monkeypatch):
+    """Every arm once, no more than asked for at a time, each on its share of the cores; a failure names its log."""
+    tasks, cores = [job.task(tmp_path) for job in reproduce.study(2)], available_cores()
+    running, most, seen = set(), 0, []
+
+    class Process:
+        returncode = None
+
+        def __init__(self, task, share):
+            nonlocal most
+            running.add(task)
+            most, self.task = max(most, len(running)), task
+            seen.append((task, tuple(share)))
+
+        def poll(self):
+            self.returncode = int(self.task == failing)
+            running.discard(self.task)
+            return self.returncode
+
+    monkeypatch.setattr(reproduce, "start_process", Process)
+    monkeypatch.setattr(reproduce.time, "sleep", lambda seconds: None)
+    failing = None
+    reproduce.run_side_by_side(tasks, 3)
+    assert most == 3 and not running
+    assert [task for task, _ in seen] == tasks
+    assert {core for _, share in seen for core in share} == set(cores)
+    failing, seen[:] = tasks[4], []
+    with pytest.raises(UserError, match=rf"{tasks[4].title}: training failed, see {tasks[4].log}"):
+        reproduce.run_side_by_side(tasks, 3)
+    assert not running and len(seen) < len(tasks)
+
+
+@needs_affinity
+def test_the_process_of_an_arm_is_pinned_before_it_counts_its_cores(tmp_path, monkeypatch):
+    """The real process, its output in the arm's file: here of a stand-in that prints its cores and command line."""
+    script = tmp_path / "arm.py"
+    script.write_text(SAY_CORES, encoding="utf-8")
+    monkeypatch.setattr(reproduce, "__file__", str(script))
+    task = Job(reproduce.CONTROL, 0.1, 3).task(tmp_path)
+    core = available_cores()[-1]
+    assert reproduce.start_process(task, [core]).wait() == 0
+    printed = task.log.read_text(encoding="utf-8")
+    assert printed.startswith(f"[{core}] ['--arm', 'label-only', '--fraction', '0.1', '--seed', '3', '--work'")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--jobs", "0"], "--jobs 0: give at least 1"),
+        (["--seed", "2"], "name it with --arm"),
+        (["--arm", "CE + LoCa", "--fraction", "0.1"], "with all labels only"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(argv, message):
+    script = [sys.executable, "benchmarks/reproduce.py", *argv]
+    found = subprocess.run(script, cwd=reproduce.ROOT, capture_output=True, text=True)
+    assert found.returncode == 2 and message in found.stderr
+
+
+def test_finished_arms_are_kept_and_other_flags_are_refused(tmp_path, monkeypatch):
+    """A second call trains nothing; records of another study are not mixed in."""
+    trained = []
+
+    def train(script, argv, work, *, name):
+        folder = work / script / "checkpoints" / name
+        if not folder.is_dir():
+            trained.append((script, name))
+            folder.mkdir(parents=True)
+            (folder / "best-epoch00-score0.5.ckpt").touch()
+            write_json(reproduce.logs_of(folder) / "run.json", {"best": "", "val/exact_match": 0.5})
+        return folder
+
+    rooms = {"teacher": 9, "stock_teacher": 8}
+
+    def evaluate(system, output):
+        """Of ten rooms with a question of each type, the first six are right; of a teacher, more."""
+        right = rooms.get(output.name, 6)
+        rows = [
+            {
+                "Question_Id": f"{room} {kind}",
+                "Questions": "?",
+                "Question_Type": kind,
+                "Answers": "yes",
+                "Depth_Path": "",
+            }
+            | {"Model_Answer": "yes" if room < right else "no", "Image_Path": f"{room}.png", "depth_answerable": "1"}
+            for room in range(10)
+            for kind in QUESTION_TYPES
+        ]
+        output.mkdir(parents=True, exist_ok=True)
+        with open(output / "predictions.csv", "w", encoding="utf-8", newline="") as handle:
+            writer = csv.DictWriter(handle, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+        metrics = evaluate_rows(rows)
+        write_json(output / "metrics.json", metrics)
+        return metrics
+
+    def run_here(tasks, jobs):
+        for task in tasks:
+            reproduce.main(reproduce.parse_args(task.command[1:]))
+
+    monkeypatch.setattr(reproduce, "run_once", train)
+    monkeypatch.setattr(reproduce, "evaluate", evaluate)
+    monkeypatch.setattr(reproduce, "best_blind", lambda metrics: (0.3, [n < 18 for n in range(60)]))
+    monkeypatch.setattr(reproduce, "run_side_by_side", run_here)
+    monkeypatch.setattr(reproduce, "student_start", lambda work, seed: work)
+    monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(tmp_path))
+    args = reproduce.parse_args(["--seeds", "2", "--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")])
+    reproduce.main(args)
+    first = len(trained)
+    assert first == len(set(trained)) > 20
+    written = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "closes 50.0 [" in written and "+0.0 [+0.0, +0.0]" in written  # 0.6 between 0.3 and 0.9, as the control
+    assert "all labels of the training set and has 90.0 by depth" in written and "and has 80.0. One" in written
+    reproduce.main(args)
+    assert len(trained) == first and (tmp_path / "out/README.md").read_text(encoding="utf-8") == written
+    records = json.loads((tmp_path / "out/runs.json").read_text(encoding="utf-8"))["runs"]
+    assert [(run["arm"], run["fraction"], run["seed"]) for run in records] == [
+        (job.arm, job.fraction, job.seed) for job in reproduce.study(2)
+    ]
+    (tmp_path / "out/README.md").unlink()
+    reproduce.main(reproduce.parse_args(["--tables", "--output", str(tmp_path / "out")]))
+    assert (tmp_path / "out/README.md").read_text(encoding="utf-8") == written
+    monkeypatch.setattr(reproduce, "rate_flags", lambda system: ["--lr", "1e-3"])
+    with pytest.raises(UserError, match="made with other flags"):
+        reproduce.main(args)
+
+
+def test_the_best_blind_baseline_is_read_from_the_questions(world, monkeypatch):
+    """Its right answers, question by question, make up the score that its metrics have."""
+    train, asked = (
+        [csv_cells(row) for row in read_questions(questions_file(world, name))] for name in ("train", "test")
+    )
+    silent = [row | {"Model_Answer": ""} for row in asked]
+    metrics = evaluate_rows(silent, blind=blind_predictions(train, asked))
+    monkeypatch.setattr(reproduce, "data_root", lambda miniature: world)
+    score, right = reproduce.best_blind(metrics)
+    by_depth = [hit for hit, row in zip(right, asked, strict=True) if row["depth_answerable"] == "1"]
+    assert score == pytest.approx(sum(by_depth) / len(by_depth)) and 0 < score < 1

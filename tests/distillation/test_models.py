@@ -1,0 +1,105 @@
+"""Models: trainable parts, true sizes, LoRA checkpoints, exports that stock transformers loads."""
+
+import pytest
+import torch
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from distillation.forward import input_embeddings, output_logits
+from distillation.models import (
+    add_lora,
+    export_model,
+    load_model,
+    load_trained_state,
+    parameter_groups,
+    trained_state,
+)
+from tests.helpers.prompts import ANSWERS, QUESTIONS, loss_and_gradients, picture
+from utils import UserError
+
+
+def test_loaded_student_trains_in_float32(tiny_folder):
+    model = load_model(str(tiny_folder))
+    assert model.training and all(p.dtype == torch.float32 for p in model.parameters())
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert len(frozen) == 2 and all("vision_tower.post_layernorm" in name for name in frozen)
+    groups = parameter_groups(model, lr=1e-5, vision_lr=2e-6)
+    assert [group["lr"] for group in groups] == [2e-6, 1e-5]
+    with pytest.raises(ValueError, match="vision_lr: .* no learning rate"):
+        parameter_groups(model, lr=1e-5)
+    vision, others = (group["params"] for group in groups)
+    assert {id(p) for p in vision}.isdisjoint(id(p) for p in others)
+    assert len(vision) + len(others) == len(list(model.parameters())) - 2
+
+
+def test_every_trainable_parameter_gets_a_gradient(tiny_folder, processor):
+    """DDP stops at one that does not."""
+    model = load_model(str(tiny_folder))
+    for image_tokens in ("one_tile", "anyres"):
+        _, gradients, _ = loss_and_gradients(
+            model, processor, [(picture(1), QUESTIONS, ANSWERS)], image_tokens=image_tokens
+        )
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trainable - {"model.image_newline"} <= gradients.keys()
+        assert "model.image_newline" in gradients
+
+
+def test_lora_state_is_small_and_restores(tiny_folder):
+    torch.manual_seed(1)
+    model = add_lora(load_model(str(tiny_folder)), rank=2, alpha=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    state = trained_state(model)
+    assert len(state) < len(model.state_dict()) / 2
+    other = add_lora(load_model(str(tiny_folder)), rank=2, alpha=4)
+    load_trained_state(other, state, origin="x.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(UserError, match="x.ckpt"):
+        load_trained_state(load_model(str(tiny_folder)), state, origin="x.ckpt")
+    del state[next(iter(state))]
+    with pytest.raises(UserError, match="1 missing"):
+        load_trained_state(other, state, origin="x.ckpt")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_export_loads_with_stock_transformers(tiny_folder, processor, tmp_path, lora):
+    torch.manual_seed(2)
+    model = load_model(str(tiny_folder))
+    if lora:
+        model = add_lora(model, rank=2, alpha=4)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3)
+    model.eval()
+    ids = torch.tensor([[3, 5, 7, 11]])
+    expected = model(input_ids=ids).logits
+    export_model(model, processor, tmp_path / "export", dtype=torch.float32)
+    stock, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
+        tmp_path / "export", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    torch.testing.assert_close(stock.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_missing_model_names_the_place(tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path / "nothing")):
+        load_model(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_words_gradient_is_the_stock_embeddings(tied, tiny_folder):
+    """Dense for the optimizer, whether the output layer is the same weight or another."""
+    model = load_model(str(tiny_folder))
+    embedding = model.get_input_embeddings()
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    ids = torch.tensor([[5, 7, 5, embedding.padding_idx]])
+    gradients = []
+    for embed in (lambda ids: input_embeddings(model, ids, {}), embedding):
+        model.zero_grad()
+        output_logits(model, embed(ids).flatten(0, 1), vocab_size=9).logsumexp(-1).sum().backward()
+        gradients.append(embedding.weight.grad)
+    assert gradients[0].layout == torch.strided and gradients[0][5].any()
+    torch.testing.assert_close(*gradients)
