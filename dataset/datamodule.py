@@ -9,14 +9,14 @@ A batch (tensors; B images, T tokens, S the vision tower's image size):
         hidden      (n, H) its last hidden states, row by row for the n answer tokens of the batch
         gold        (n,) bool, whether the token is of a gold answer; the others are the teacher's own
         patches     (B, P, Dv) its vision features of the overview tiles
-        measured    (B, P) float32 in [0, 1], how much of each patch has depth: 0 in holes and padding
+        valid_share (B, P) float32 in [0, 1], how much of each patch has depth: 0 in holes and padding
         bank_rows   (B,) int64, the images' rows in the bank of InfoNCE; -1 for validation images, which have none
     question_ids    B lists of ids, in the order of the blocks; image_paths: B paths
     counts          items of the batch, what the sums of its loss terms are over:
         gold_tokens     tokens of gold answers, the end of the turn included
         answer_tokens   tokens of all answers, the teacher's own included
         images          B
-        patches         with a teacher, the sum of `measured`
+        patches         with a teacher, the sum of `valid_share`
     update, spare   in training instead of counts: those of the whole optimizer update, see `dataset.inputs.sampler.UpdateLoader`
 
 `--batch_size` counts images; an image brings up to `questions_per_image` questions of the training file, those with a gold
@@ -291,7 +291,7 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         if self.teacher is not None:
             batch["teacher"] = self._teacher_outputs(pictures, rows, [hidden for group in said for _, hidden in group])
             batch["counts"]["gold_tokens"] = int(batch["teacher"]["gold"].sum())
-            batch["counts"]["patches"] = float(batch["teacher"]["measured"].sum())
+            batch["counts"]["patches"] = float(batch["teacher"]["valid_share"].sum())
         return batch
 
     def _student_images(self, pictures: list[Picture | None]) -> dict[str, Tensor]:
@@ -318,7 +318,7 @@ class SUNRGBDDataModule(pl.LightningDataModule):
             "hidden": torch.cat(hidden),
             "gold": torch.tensor(gold).repeat_interleave(torch.tensor([len(states) for states in hidden])),
             "patches": torch.stack([self.teacher.patches(path) for path in paths]),
-            "measured": torch.stack([picture.measured for picture in pictures]),
+            "valid_share": torch.stack([picture.valid_share for picture in pictures]),
             "bank_rows": torch.tensor([self.teacher.rows.get(path, -1) for path in paths]),
         }
 

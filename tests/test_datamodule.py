@@ -130,7 +130,7 @@ def test_cached_pictures_are_the_pictures(world, processor, tmp_path, image_toke
             torch.equal(a, b) for a, b in zip(*(batch["student_images"].values() for batch in batches), strict=True)
         )
         pictures = [data.train[0, 2]["picture"] for data in (plain, cached)]
-        return torch.equal(pictures[0].measured, pictures[1].measured)
+        return torch.equal(pictures[0].valid_share, pictures[1].valid_share)
 
     assert same()
     files = sorted(cache.store.folder.rglob("*.tensors"))

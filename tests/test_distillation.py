@@ -13,7 +13,7 @@ import torch
 
 from dataset.datamodule import SUNRGBDDataModule
 from dataset.inputs import pictures
-from dataset.inputs.pictures import ImageSettings, measured_share
+from dataset.inputs.pictures import ImageSettings, valid_share
 from dataset.inputs.processor import load_processor
 from dataset.inputs.prompts import collate_prompts, pack_questions
 from dataset.inputs.sampler import ImageOrder
@@ -596,15 +596,15 @@ def test_an_image_that_comes_again_in_an_epoch_is_drawn_anew():
     assert len(keys) == len(set(keys)) == 14 and {index for _, index in keys} == {0, 1, 2}
 
 
-def test_measured_share_of_patches():
+def test_valid_share_of_patches():
     depth = np.full((64, 128, 3), 0.5, np.float32)
     depth[:, :32] = np.nan
-    share = measured_share(depth, grid=4, image_tokens="anyres").reshape(4, 4)
+    share = valid_share(depth, grid=4, image_tokens="anyres").reshape(4, 4)
     assert np.allclose(share, [[0, 1, 1, 1]] * 4)
-    padded = measured_share(depth, grid=4, image_tokens="one_tile").reshape(4, 4)
+    padded = valid_share(depth, grid=4, image_tokens="one_tile").reshape(4, 4)
     assert np.allclose(padded, [[0] * 4, [0, 1, 1, 1], [0, 1, 1, 1], [0] * 4])
     depth[:, 32:48] = np.nan
-    assert measured_share(depth, grid=4, image_tokens="anyres").reshape(4, 4)[0, 1] == pytest.approx(0.5)
+    assert valid_share(depth, grid=4, image_tokens="anyres").reshape(4, 4)[0, 1] == pytest.approx(0.5)
 
 
 def test_images_of_one_recording_are_no_negatives():

@@ -80,7 +80,7 @@ def source_path(frame: Frame, settings: ImageSettings) -> str:
     return frame.image_path if settings.modality == "rgb" else _depth_file(frame, settings.depth_source)
 
 
-def measured_share(depth: np.ndarray, *, grid: int, image_tokens: str) -> np.ndarray:
+def valid_share(depth: np.ndarray, *, grid: int, image_tokens: str) -> np.ndarray:
     """How much of each patch of the overview tile has a depth measurement: 0 in holes and in padding.
 
     Args:
@@ -91,13 +91,13 @@ def measured_share(depth: np.ndarray, *, grid: int, image_tokens: str) -> np.nda
     Returns:
         (grid * grid,) float32 in [0, 1], row by row.
     """
-    measured = np.isfinite(depth[..., 0]).astype(np.float32)
+    valid = np.isfinite(depth[..., 0]).astype(np.float32)
     if image_tokens == "one_tile":
-        height, width = measured.shape
+        height, width = valid.shape
         side = max(height, width)
         top, left = (side - height) // 2, (side - width) // 2
-        measured = np.pad(measured, ((top, side - height - top), (left, side - width - left)))
-    return np.asarray(Image.fromarray(measured).resize((grid, grid), Image.Resampling.BOX)).reshape(-1)
+        valid = np.pad(valid, ((top, side - height - top), (left, side - width - left)))
+    return np.asarray(Image.fromarray(valid).resize((grid, grid), Image.Resampling.BOX)).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Picture:
 
     tiles: Tensor  # (tiles, 3, S, S) float32 pixels, or (tiles, P, D) vision features of a frozen tower
     size: Tensor  # (2,) int64, height and width that the model takes it to have
-    measured: Tensor  # (P,) float32 in [0, 1], `measured_share` of depth; ones for RGB
+    valid_share: Tensor  # (P,) float32 in [0, 1], see the function `valid_share`; ones for RGB
 
 
 def make_picture(image: np.ndarray, processor: ImageTextProcessor, image_tokens: str) -> Picture:
@@ -115,7 +115,7 @@ def make_picture(image: np.ndarray, processor: ImageTextProcessor, image_tokens:
     return Picture(
         tiles=processor.tiles(image, image_tokens=image_tokens),
         size=torch.tensor(processor.shown_size(*image.shape[:2], image_tokens=image_tokens)),
-        measured=torch.tensor(measured_share(image, grid=grid, image_tokens=image_tokens)),
+        valid_share=torch.tensor(valid_share(image, grid=grid, image_tokens=image_tokens)),
     )
 
 

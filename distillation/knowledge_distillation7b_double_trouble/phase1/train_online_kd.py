@@ -78,9 +78,9 @@ class VisionAlignment(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         patches = self.standardise(overview_patches(self.student, batch["student_images"]))
         teacher_patches = self.standardise(batch["teacher"]["patches"])
-        measured, rows = batch["teacher"]["measured"], batch["teacher"]["bank_rows"]
+        valid_share, rows = batch["teacher"]["valid_share"], batch["teacher"]["bank_rows"]
         n = batch["update"]  # items of the whole optimizer update
-        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=measured) / n["patches"]
+        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=valid_share) / n["patches"]
         contrastive, hits, candidates = info_nce(
             queries=patches.mean(1),
             bank=self.bank,
@@ -98,7 +98,7 @@ class VisionAlignment(pl.LightningModule):
     def validation_step(self, batch, batch_idx):
         patches = self.standardise(overview_patches(self.student, batch["student_images"]))
         teacher_patches = self.standardise(batch["teacher"]["patches"])
-        distance = patch_cosine(student=patches, teacher=teacher_patches, weights=batch["teacher"]["measured"])
+        distance = patch_cosine(student=patches, teacher=teacher_patches, weights=batch["teacher"]["valid_share"])
         n = batch["counts"]["patches"] or 1e-6  # a batch without depth counts for nothing
         self.log("val/patch_cosine", 1 - distance / n, batch_size=n, sync_dist=True)
         logits, targets = self.forward_student(batch)

@@ -113,8 +113,8 @@ class JointDistillation(pl.LightningModule):
         ce = answer_cross_entropy(logits=logits[gold], targets=targets[gold]) / n["gold_tokens"]
         kl = forward_kl(student_logits=logits, teacher_logits=calibrated, temperature=self.hparams.temperature)
         kl = kl / n["answer_tokens"]
-        measured, rows = batch["teacher"]["measured"], batch["teacher"]["bank_rows"]
-        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=measured) / n["patches"]
+        valid_share, rows = batch["teacher"]["valid_share"], batch["teacher"]["bank_rows"]
+        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=valid_share) / n["patches"]
         contrastive, hits, candidates = info_nce(
             queries=patches.mean(1),
             bank=self.bank,
