@@ -103,11 +103,11 @@ def test_the_seed_decides_and_the_number_of_workers_does_not(tree):
     assert set(first) == splits | {"train_unanswered.csv", "questions.json"}
 
 
-def test_unanswered_questions_are_further_ones_about_training_images(tree):
+def test_unlabelled_questions_are_further_ones_about_training_images(tree):
     summary = build_csv_data(tree, seed=3, workers=1, unanswered_per_frame=5)
     folder = tree / "SUNRGBD" / "csv_data"
     gold = read_questions(folder / "train_dataset.csv", root=tree)
-    further = read_questions(folder / "train_unanswered.csv", root=tree, answered=False)
+    further = read_questions(folder / "train_unanswered.csv", root=tree, labelled=False)
     assert further and not any(row.answer for row in further)
     assert not {row.id for row in further} & {row.id for row in gold}
     assert {row.image_path for row in further} <= {frame.image_path for frame in find_frames(tree)[0]}
@@ -118,7 +118,7 @@ def test_unanswered_questions_are_further_ones_about_training_images(tree):
     with pytest.raises(UserError, match="train_unanswered.csv:2: Answers is empty"):
         read_questions(folder / "train_unanswered.csv")
     with pytest.raises(UserError, match="train_dataset.csv:2: Answers must be empty"):
-        read_questions(folder / "train_dataset.csv", answered=False)
+        read_questions(folder / "train_dataset.csv", labelled=False)
 
 
 def test_a_frame_does_not_depend_on_the_others(tree):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dataset.questions.balance import ANSWER_SHARE, TYPE_EXCESS, select_questions, select_unanswered
+from dataset.questions.balance import ANSWER_SHARE, TYPE_EXCESS, select_questions, select_unlabelled
 from dataset.questions.blind import blind_check
 from dataset.questions.generate import color_name, direction, frame_candidates
 from dataset.questions.rows import (
@@ -369,7 +369,7 @@ def test_pair_ids_stand_for_pairs_that_are_complete(leaky):
         assert first.image_path == second.image_path and first.answer != second.answer
 
 
-def test_what_is_left_unanswered_does_not_depend_on_the_answers():
+def test_the_choice_of_unlabelled_questions_does_not_depend_on_the_answers():
     """The same questions with all answers exchanged: the same choice, or the answers would shine through."""
 
     def asked(answer):
@@ -377,12 +377,12 @@ def test_what_is_left_unanswered_does_not_depend_on_the_answers():
         return [(frame(i), [Question(f"{kind} {k}?", answer, kind, "t") for kind, k in kinds]) for i in range(5)]
 
     options = dict(gold=(), seed=1, per_frame=7)
-    chosen = select_unanswered(asked("a"), **options)
-    assert chosen == select_unanswered(asked("b"), **options) != select_unanswered(asked("a"), **options | {"seed": 2})
+    chosen = select_unlabelled(asked("a"), **options)
+    assert chosen == select_unlabelled(asked("b"), **options) != select_unlabelled(asked("a"), **options | {"seed": 2})
     per_type = Counter((row.image_path, row.type) for row in chosen)
     assert len(chosen) == 35 and max(per_type.values()) == 2 and not any(row.answer for row in chosen)
     gold = {row.id for row in chosen}
-    assert not gold & {row.id for row in select_unanswered(asked("a"), **options | {"gold": gold})}
+    assert not gold & {row.id for row in select_unlabelled(asked("a"), **options | {"gold": gold})}
 
 
 def test_selection_of_nothing_is_empty():

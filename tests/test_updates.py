@@ -191,7 +191,7 @@ def test_epochs_differ_in_order_augmentation_and_questions(workers, places, tiny
 
 def test_teacher_questions_take_turns(places, forty_rooms, tiny_folder, tiny_teacher):
     """Every further question about an image is read before one is read again, gold ones come in every epoch."""
-    further = {row.id: row.image_path for row in read_questions(unanswered_file(forty_rooms), answered=False)}
+    further = {row.id: row.image_path for row in read_questions(unanswered_file(forty_rooms), labelled=False)}
     argv = drop(argv_of("logit", tiny_folder, tiny_teacher), "--max_epochs")
     epochs = seen_by("logit", [*argv, "--max_epochs", "3", *cut(8, 2, "t")])
     asked = {}
