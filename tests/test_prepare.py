@@ -211,7 +211,10 @@ def test_nothing_to_ask_is_an_error(tree):
     "flags",
     [
         ["--workers", "0"],
+        ["--preview", "0"],
         ["--train_per_frame", "0"],
+        ["--eval_per_frame", "0"],
+        ["--unanswered_per_frame", "-1"],
         ["--seed", "-1"],
         ["--miniature", "--root", "x"],
         ["--miniature", "--sunrgbd_zip", "x.zip"],
@@ -221,10 +224,10 @@ def test_nothing_to_ask_is_an_error(tree):
         ["--official_val", "--blind_check"],
     ],
 )
-def test_wrong_flags_are_refused(flags):
+def test_wrong_flags_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as error:
         parse_args(flags)
-    assert error.value.code == 2
+    assert error.value.code == 2 and flags[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def zipped(tree, folder):
@@ -359,7 +362,10 @@ def test_preview_and_blind_check_of_files_that_are_there(tree, capsys, monkeypat
         UserError, match=r"too few questions to judge; the largest type has \d+ in val, .*200 are needed"
     ):
         main(parse_args(["--root", str(tree), "--blind_check"]))
-    assert "none of them" not in (printed := capsys.readouterr().out) and "not judged, too few questions: Co" in printed
+    assert (
+        "no type of question can" not in (printed := capsys.readouterr().out)
+        and "not judged, too few questions: Co" in printed
+    )
     assert {path: path.read_bytes() for path in before} == before
     monkeypatch.setattr(prepare_sunrgbd, "BLIND_CHECK_LEAST", 1)
     for name in ("train", "val", "test"):  # the wording tells the answer
@@ -367,7 +373,7 @@ def test_preview_and_blind_check_of_files_that_are_there(tree, capsys, monkeypat
             replace(r, answer="no" if "shelf" in r.question else "yes", type="Yes/No") for r in leaky_rows(tree, name)
         ]
         write_questions(questions_file(tree, name), rows)
-    with pytest.raises(UserError, match="without looking"):
+    with pytest.raises(UserError, match="without the image"):
         main(parse_args(["--root", str(tree), "--blind_check"]))
     assert "Yes/No" in capsys.readouterr().out
 
@@ -395,7 +401,7 @@ def annotated(samples, tmp_path_factory):
 @pytest.mark.parametrize("per_frame", [(), ("--train_per_frame", "10", "--eval_per_frame", "10")])
 def test_real_annotations_pass_the_blind_check(annotated, per_frame, capsys, monkeypatch):
     root, reports = annotated
-    monkeypatch.setattr(prepare_sunrgbd, "read_frames", lambda frames, **_: iter(reports))
+    monkeypatch.setattr(csv_data, "read_frames", lambda frames, **_: iter(reports))
     main(
         parse_args(["--root", str(root), "--official_val", *per_frame])
     )  # the tenth has too few questions here to be judged
