@@ -120,7 +120,7 @@ def check_blind(root: Path) -> None:
             f"{root}: too few questions to judge; the largest type has {found}, and {BLIND_CHECK_LEAST} are needed: "
             "prepare more frames, or more questions of each with --eval_per_frame"
         )
-    print("no type of question can be answered without the image, beyond its most common answer")
+    print("no judged type can be answered without the image, beyond its most common answer")
 
 
 def print_judged(name: str, counts: Mapping[str, int]) -> None:

@@ -274,7 +274,7 @@ def test_features_read_back_give_the_same_loss_and_gradients(world, tiny_folder,
 
 
 def test_an_interrupted_distillation_resumes_bit_exactly(places, tiny_folder, tiny_teacher):
-    """Further questions are drawn anew for every image and epoch; the feature-based script has weights beside the student."""
+    """Further questions differ by image and epoch; the feature-based script trains weights beside the student."""
     more = ("--teacher_questions", "1", "--label_fraction", "0.5")
     train("feature", tiny_folder, tiny_teacher, *more)
     with interrupted(8):

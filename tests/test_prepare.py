@@ -407,5 +407,6 @@ def test_real_annotations_pass_the_blind_check(annotated, per_frame, capsys, mon
     )  # the tenth has too few questions here to be judged
     main(parse_args(["--root", str(root), "--blind_check"]))
     printed = capsys.readouterr().out
+    assert "no judged type can be answered without the image" in printed
     judged = "judged, 200 questions or more: Count, Direction, Object Identification, Proximity, Yes/No"
     assert all(f"{name}: {judged}" in printed.replace("Color Identification, ", "") for name in ("val", "test"))

@@ -90,7 +90,7 @@ def distance(found, expected):
 
 @pytest.mark.parametrize(("name", "fraction"), CASES)
 def test_an_update_does_not_depend_on_its_micro_batches(name, fraction, places, tiny_folder, tiny_teacher):
-    """32 images at once, by 8, by 2 and one by one, then 7 that are left: the same gradient, also where labels are few."""
+    """32 images at once, by 8, by 2 and one by one, then the last 7: the same gradient, also with few labels."""
     few = () if name == "phase1" else ("--label_fraction", fraction)
     for batch_size, accumulate in ((32, 1), *CUTS):
         more = cut(batch_size, accumulate, f"b{batch_size}")

@@ -3,8 +3,8 @@
 SUN RGB-D's names are free text: "woodenchair", "chiar", "chair2". A person writes the table's nouns with their plurals,
 `aliases`, `unclear` and `similar` names. From lists of raw names this script adds the spellings that follow from these,
 as `found`: a known name behind words of color, material, size or place, a known name before "of" something, or a known
-name with one spelling mistake. A spelling that would fit two nouns is added to neither. A person then reads the diff of
-the table and puts what is wrong into the noun's `not`: "chain" is no chair.
+name with one typo. A spelling that would fit two nouns is added to neither. A person then reads the diff of the table
+and puts what is wrong into the noun's `not`: "chain" is no chair.
 
 Reads   dataset/sunrgbd/nouns.json and lists of raw names: .json (an array of names, or an object with names as keys),
         .csv (the column Name_6585, as in tables of the toolbox's label names), or a text file with a name per line;
@@ -50,7 +50,7 @@ QUALIFIERS = tuple(
     "wheeled portable digital electric folded hanging mounted rectangular rounded rectangle ceramic stainless beige "
     "tan maroon rolled cement concrete partial hallway store lab side".split()
 )
-SLIP_LETTERS = 5  # letters that a name must have to be looked for with a mistake: shorter ones resemble too many words
+TYPO_LETTERS = 5  # letters that a name must have to be recognised with a typo; shorter ones resemble too many words
 HEADS_SHOWN = 40  # last words, or names, that are printed
 
 
@@ -80,10 +80,10 @@ def with_found(table: Table, names: Iterable[str]) -> Table:
     bare = {noun: {key: value for key, value in entry.items() if key != "found"} for noun, entry in table.items()}
     known = spellings(bare)
     singular = {spelling: noun for spelling, (noun, group) in known.items() if not group}
-    slips = _slips(singular)
+    typos = _typos(singular)
     found: dict[str, set[str]] = {noun: set() for noun in bare}
     for key in {letters(name) for name in names} - known.keys():
-        noun = _behind_qualifiers(key, singular) or _full_of(key, singular) or _with_one_slip(key, slips)
+        noun = _behind_qualifiers(key, singular) or _full_of(key, singular) or _with_one_typo(key, typos)
         if noun and key not in bare[noun].get("not", ()):
             found[noun].add(key)
     filled = {noun: {**entry, "found": sorted(found[noun])} for noun, entry in bare.items()}
@@ -108,14 +108,14 @@ def _full_of(key: str, singular: dict[str, str]) -> str | None:
     )
 
 
-def _slips(singular: dict[str, str]) -> dict[str, set[str]]:
+def _typos(singular: dict[str, str]) -> dict[str, set[str]]:
     """Name without one letter -> the nouns whose names it may come from."""
-    slips: dict[str, set[str]] = {}
+    typos: dict[str, set[str]] = {}
     for spelling, noun in singular.items():
-        if len(spelling) >= SLIP_LETTERS:
+        if len(spelling) >= TYPO_LETTERS:
             for rest in _less_one(spelling):
-                slips.setdefault(rest, set()).add(noun)
-    return slips
+                typos.setdefault(rest, set()).add(noun)
+    return typos
 
 
 def _less_one(key: str) -> set[str]:
@@ -123,14 +123,14 @@ def _less_one(key: str) -> set[str]:
     return {key} | {key[:i] + key[i + 1 :] for i in range(1, len(key))}
 
 
-def _with_one_slip(key: str, slips: dict[str, set[str]]) -> str | None:
+def _with_one_typo(key: str, typos: dict[str, set[str]]) -> str | None:
     """The only noun of which the key is a name with one letter missing, added, replaced or moved; else None.
 
     None for a key that ends in s, too: that is a plural, or a mistake in one.
     """
-    if len(key) < SLIP_LETTERS - 1 or key.endswith("s"):
+    if len(key) < TYPO_LETTERS - 1 or key.endswith("s"):
         return None
-    near = set().union(*(slips.get(rest, ()) for rest in _less_one(key)))
+    near = set().union(*(typos.get(rest, ()) for rest in _less_one(key)))
     return near.pop() if len(near) == 1 else None
 
 
