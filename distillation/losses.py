@@ -254,7 +254,7 @@ def patch_cosine(*, student: Tensor, teacher: Tensor, weights: Tensor | None = N
     Args:
         student: (B, P, D), any float dtype.
         teacher: (B, P, D).
-        weights: (B, P) in [0, 1], share of a patch that was measured: 0 = padding or a hole. None = all 1.
+        weights: (B, P) in [0, 1], share of a patch with valid depth: 0 = padding or a hole. None = all 1.
 
     Returns:
         Scalar, in [0, 2] per patch, sum over patches by weight; its items are the weights.
@@ -265,7 +265,7 @@ def patch_cosine(*, student: Tensor, teacher: Tensor, weights: Tensor | None = N
     Source: Gupta et al. 2016, https://arxiv.org/abs/1507.00448, supervise depth by the RGB network's features of the
     paired image. Differs: by angle instead of squared distance, on tokens, weighted by what the sensor saw.
     """
-    student, teacher, weights = _measured_patches(student, teacher, weights)
+    student, teacher, weights = _valid_patches(student, teacher, weights)
     return ((1 - (_unit(student) * _unit(teacher)).sum(dim=-1)) * weights).sum()
 
 
@@ -287,7 +287,7 @@ def patch_smooth_l1(*, student: Tensor, teacher: Tensor, weights: Tensor | None 
     Source: Girshick 2015, https://arxiv.org/abs/1504.08083, equation 3 (there beta = 1).
     """
     _check_positive("beta", beta)
-    student, teacher, weights = _measured_patches(student, teacher, weights)
+    student, teacher, weights = _valid_patches(student, teacher, weights)
     return (F.smooth_l1_loss(student, teacher, beta=beta, reduction="none").mean(dim=-1) * weights).sum()
 
 
@@ -354,7 +354,7 @@ def _summed_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
-def _measured_patches(student: Tensor, teacher: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _valid_patches(student: Tensor, teacher: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The m patches of a batch with a weight above 0: (m, D), (m, D) and (m,)."""
     _check_same_shape(student, teacher, "B, P, D")
     weights = _patch_weights(student, weights)

@@ -356,7 +356,7 @@ def teacher_groups(data: SUNRGBDDataModule, *, dry_run: bool) -> tuple[list[Grou
     """Training images with all their questions, then the validation images; and how many of them are for training."""
     unanswered = {}
     if unanswered_file(data.root).is_file():
-        unanswered = {rows[0].image_path: rows for rows in group_by_image(data.unanswered_rows())}
+        unanswered = {rows[0].image_path: rows for rows in group_by_image(data.unlabelled_rows())}
     elif data.teacher_questions:
         raise UserError(
             f"--teacher_questions: no {unanswered_file(data.root)}; make it with: python dataset/prepare_sunrgbd.py"

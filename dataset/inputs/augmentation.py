@@ -1,8 +1,8 @@
 """Training-time augmentation of registered RGB and depth pictures.
 
-Geometry (crop, roll) is shared, so that the two stay registered; it changes the intrinsics and the tilt accordingly.
-Colour jitter is for RGB only, sensor noise and holes are for depth only. There is no flip: it would turn every "left" into
-a wrong answer. The crop is small, since a stronger one cuts off counted objects.
+Geometry (crop, roll) is shared, so that the two stay registered; the intrinsics and the tilt are changed with it. Color
+jitter is for RGB only, sensor noise and holes are for depth only. There is no flip: it would make every "left" a wrong
+answer. The crop is weak, since a stronger one would cut off objects that a question counts.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ def augment(
         depth_m: (H, W) float32 metres, 0 = no measurement, or None.
         intrinsics: (3, 3) pixels.
         tilt: (3, 3) camera to gravity frame.
-        rng: source of all randomness; the geometry is drawn first, so it is the same whichever picture is given.
+        rng: source of all randomness; the geometry is drawn first, so it is the same for RGB, depth or both.
 
     Returns:
         rgb, depth_m, intrinsics and tilt of the augmented frame.
@@ -41,10 +41,10 @@ def augment(
     crop_h, crop_w = np.maximum(np.rint(share * (height, width)), 1).astype(int)
     top, left = rng.integers(0, (height - crop_h + 1, width - crop_w + 1))
     box = (left, top, left + crop_w, top + crop_h)
-    colour_rng, depth_rng = rng.spawn(2)
+    color_rng, depth_rng = rng.spawn(2)
     if rgb is not None:
         rolled = _roll(Image.fromarray(rgb), roll, intrinsics, Image.Resampling.BILINEAR)
-        rgb = np.asarray(_jitter(rolled.crop(box), colour_rng))
+        rgb = np.asarray(_jitter(rolled.crop(box), color_rng))
     if depth_m is not None:
         rolled = _roll(Image.fromarray(depth_m), roll, intrinsics, Image.Resampling.NEAREST)
         depth_m = augment_depth(np.asarray(rolled.crop(box)), depth_rng)
@@ -52,9 +52,9 @@ def augment(
 
 
 def _roll(image: Image.Image, angle: float, intrinsics: np.ndarray, resample: Image.Resampling) -> Image.Image:
-    """Rotate about the principal point: what a camera rolled by `angle` would see; z-depth values stay as they are.
+    """Rotate about the principal point, as if the camera rolled by `angle` (radians); z-depth values do not change.
 
-    Pixels are not square to the last digit (fx differs from fy by less than 0.1 % in SUN RGB-D); that is ignored here.
+    This takes pixels to be square; in SUN RGB-D fx and fy differ by less than 0.1 %.
     """
     centre = (intrinsics[0, 2], intrinsics[1, 2])
     return image.rotate(-np.rad2deg(angle), resample=resample, center=centre, fillcolor=0)

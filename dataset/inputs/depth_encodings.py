@@ -16,8 +16,8 @@ GRADIENT_SCALE = 0.05  # relative depth change per pixel at which the `seed` enc
 def encode_depth(depth_m: np.ndarray, *, encoding: str, intrinsics: np.ndarray, tilt: np.ndarray) -> np.ndarray:
     """Three channels for a vision tower that was pretrained on RGB.
 
-    Every encoding has a fixed metric range: no per-image minimum and maximum, so that a wall three metres away looks the
-    same in every frame.
+    Every encoding has a fixed range in metres and never scales by an image's own minimum and maximum, so that a wall
+    three metres away has the same values in every frame.
 
     Args:
         depth_m: (H, W) float32 metres, 0 = no measurement.
@@ -27,8 +27,8 @@ def encode_depth(depth_m: np.ndarray, *, encoding: str, intrinsics: np.ndarray, 
 
     Returns:
         (H, W, 3) float32 in [1/255, 1]; nan = no measurement. The holes stay nan until the image has been resized (see
-        `dataset.inputs.processor`), so that no interpolation mixes them with depth; there they become 0, which no measured
-        pixel has in any channel.
+        `dataset.inputs.processor`), so that no interpolation mixes them with depth. Then they become 0, a value that no
+        measured pixel has in any channel.
 
     Raises:
         UserError: unknown encoding.
@@ -43,7 +43,10 @@ def encode_depth(depth_m: np.ndarray, *, encoding: str, intrinsics: np.ndarray, 
 
 
 def surface_normals(points: np.ndarray) -> np.ndarray:
-    """(H, W, 3) unit normals of a point image, turned towards the camera; straight at it where a neighbour is missing."""
+    """(H, W, 3) unit normals of a point image, turned towards the camera.
+
+    Where a neighbour is missing, the normal is the camera's own axis.
+    """
     across = _central_difference(points, axis=1)
     down = _central_difference(points, axis=0)
     normals = np.cross(across, down)
@@ -76,7 +79,7 @@ def _repeated(channel: np.ndarray) -> np.ndarray:
 
 
 def _metric_log3(depth_m: np.ndarray, intrinsics: np.ndarray, tilt: np.ndarray) -> np.ndarray:
-    """Log depth (constant relative resolution), inverse depth (near field), height against the camera (what is floor)."""
+    """Log depth (equal relative resolution), inverse depth (detail nearby), height relative to the camera (floor)."""
     y_down = unproject(depth_m, intrinsics) @ tilt[1].astype(np.float32)
     height = 0.5 - np.clip(y_down / HEIGHT_RANGE_M, -1, 1) / 2
     return np.stack([_log(depth_m), _inverse(depth_m), height], axis=-1)
@@ -99,7 +102,7 @@ def _normals(depth_m: np.ndarray, intrinsics: np.ndarray, tilt: np.ndarray) -> n
 
 
 def _hha(depth_m: np.ndarray, intrinsics: np.ndarray, tilt: np.ndarray) -> np.ndarray:
-    """Horizontal disparity, height above the lowest visible surface, angle between normal and gravity (Gupta et al. 2014)."""
+    """Horizontal disparity, height above the lowest surface, angle between normal and gravity (Gupta et al. 2014)."""
     points = unproject(depth_m, intrinsics)
     y_down = points @ tilt[1].astype(np.float32)
     floor = np.nanpercentile(y_down, 99)  # the maximum would be one noisy pixel
@@ -109,10 +112,10 @@ def _hha(depth_m: np.ndarray, intrinsics: np.ndarray, tilt: np.ndarray) -> np.nd
 
 
 def _seed(depth_m: np.ndarray, intrinsics: np.ndarray, tilt: np.ndarray) -> np.ndarray:
-    """Log depth with its Prewitt gradient: magnitude and direction as the two components of one vector.
+    """Log depth and the x and y components of its Prewitt gradient.
 
-    An angle would wrap at +-pi and mean nothing where the gradient is zero; as a vector of length tanh(magnitude) it does
-    neither. Pixels beside a hole have no gradient.
+    The gradient's length is compressed to tanh(length / GRADIENT_SCALE). A channel for its angle would jump at +-pi and
+    be undefined where the gradient is zero. Pixels beside a hole have no gradient.
     """
     log_depth = np.log(depth_m)
     gradient = np.stack([ndimage.prewitt(log_depth, axis=a) for a in (1, 0)], axis=-1) / 6  # per pixel

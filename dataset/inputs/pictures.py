@@ -1,4 +1,4 @@
-"""A frame's files -> what a model takes of them: decoded, encoded, cut into tiles, normalised; kept on disk if asked for."""
+"""A frame's files -> a model's input: decoded, encoded, cut into tiles, normalised and, if wanted, cached on disk."""
 
 import hashlib
 import json
@@ -24,13 +24,14 @@ from utils import ROOT, UserError, source_digest
 
 MODALITIES = ("rgb", "depth", "blind")
 DEPTH_SOURCES = ("raw", "bfx")
-# What no picture depends on: a change in it leaves stored pictures, and with them the teacher's outputs, in use.
+# Files of dataset/sunrgbd/ that no picture depends on: after a change in them, stored pictures and teacher outputs are
+# still valid.
 OTHER_CODE = ("annotations.py", "build_nouns.py", "extract.py", "nouns.py", "nouns.json", "official_split.txt.xz")
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What a model sees of a frame. Stored in every checkpoint, so that evaluation feeds the very same pixels."""
+    """Which input a model gets from a frame. Every checkpoint stores it, so that evaluation uses the same input."""
 
     modality: str  # one of MODALITIES
     depth_encoding: str = "metric_log3"
@@ -41,7 +42,7 @@ class ImageSettings:
 def load_images(
     frame: Frame, wanted: list[ImageSettings], *, augment_rng: np.random.Generator | None = None
 ) -> list[np.ndarray | None]:
-    """The pictures of one frame as the models see them. Training and evaluation both come through here.
+    """The pictures of one frame as the models see them. Training and evaluation both use this function.
 
     Args:
         frame: where the pictures and the camera are.
@@ -76,46 +77,46 @@ def _depth_file(frame: Frame, source: str) -> str:
 
 
 def source_path(frame: Frame, settings: ImageSettings) -> str:
-    """The file, relative to the frame's root, that a model with these settings sees."""
+    """The picture file that a model with these settings sees, relative to the frame's root."""
     return frame.image_path if settings.modality == "rgb" else _depth_file(frame, settings.depth_source)
 
 
-def measured_share(depth: np.ndarray, *, grid: int, image_tokens: str) -> np.ndarray:
-    """How much of each patch of the overview tile has a depth measurement: 0 in holes and in padding.
+def valid_share(depth: np.ndarray, *, grid: int, image_tokens: str) -> np.ndarray:
+    """Share of each patch of the overview tile that has a depth measurement: 0 in holes and in padding.
 
     Args:
-        depth: (H, W, 3) encoded depth, nan = no measurement; RGB is measured everywhere.
+        depth: (H, W, 3) encoded depth, nan = no measurement; or RGB, which has values everywhere.
         grid: patches per side of the tile.
         image_tokens: "one_tile" pads the picture to a square, the others stretch it.
 
     Returns:
         (grid * grid,) float32 in [0, 1], row by row.
     """
-    measured = np.isfinite(depth[..., 0]).astype(np.float32)
+    valid = np.isfinite(depth[..., 0]).astype(np.float32)
     if image_tokens == "one_tile":
-        height, width = measured.shape
+        height, width = valid.shape
         side = max(height, width)
         top, left = (side - height) // 2, (side - width) // 2
-        measured = np.pad(measured, ((top, side - height - top), (left, side - width - left)))
-    return np.asarray(Image.fromarray(measured).resize((grid, grid), Image.Resampling.BOX)).reshape(-1)
+        valid = np.pad(valid, ((top, side - height - top), (left, side - width - left)))
+    return np.asarray(Image.fromarray(valid).resize((grid, grid), Image.Resampling.BOX)).reshape(-1)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One frame as a model takes it."""
+    """One frame as the input of a model."""
 
     tiles: Tensor  # (tiles, 3, S, S) float32 pixels, or (tiles, P, D) vision features of a frozen tower
-    size: Tensor  # (2,) int64, height and width that the model takes it to have
-    measured: Tensor  # (P,) float32 in [0, 1], `measured_share` of depth; ones for RGB
+    size: Tensor  # (2,) int64, height and width that the model is told
+    valid_share: Tensor  # (P,) float32 in [0, 1], see the function `valid_share`; ones for RGB
 
 
 def make_picture(image: np.ndarray, processor: ImageTextProcessor, image_tokens: str) -> Picture:
-    """What `load_images` returned for one model -> tiles."""
+    """An image of `load_images` -> the picture, cut into tiles."""
     grid = math.isqrt(processor.num_image_tokens)
     return Picture(
         tiles=processor.tiles(image, image_tokens=image_tokens),
         size=torch.tensor(processor.shown_size(*image.shape[:2], image_tokens=image_tokens)),
-        measured=torch.tensor(measured_share(image, grid=grid, image_tokens=image_tokens)),
+        valid_share=torch.tensor(valid_share(image, grid=grid, image_tokens=image_tokens)),
     )
 
 
@@ -134,18 +135,19 @@ def picture_key(processor: ImageTextProcessor, settings: ImageSettings) -> dict[
 
 
 class PictureCache:
-    """Pictures that were made once. Whichever process needs a missing one makes it; others find it.
+    """Pictures on disk, shared by all processes: the first one that needs a picture computes it.
 
-    A picture is named by the bytes of the frame's file, its camera and everything that turns them into tiles.
+    A picture's name is a digest of the bytes of the frame's file, of its camera and of everything that turns them into
+    tiles.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], settings: ImageSettings) -> None:
-        """`key` says what turns frames into pictures, see `picture_key`; what other keys made is never read."""
+        """`key` names all that turns frames into pictures, see `picture_key`; each key has a folder of its own."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         self.store, self.settings = TensorStore(folder / digest[:16]), settings
 
     def get(self, frame: Frame, make: Callable[[], Picture]) -> Picture:
-        """The picture of a frame, made by `make` when it is not there yet."""
+        """The picture of a frame; `make` computes it where it is missing or damaged."""
         picture = self.find(frame)
         if picture is None:
             picture = make()
@@ -153,12 +155,12 @@ class PictureCache:
         return picture
 
     def find(self, frame: Frame) -> Picture | None:
-        """The picture of a frame; None when it is not there or damaged."""
+        """The picture of a frame; None when it is missing or damaged."""
         tensors = self.store.get(self._name(frame))
         return Picture(**tensors) if tensors else None
 
     def put(self, frame: Frame, picture: Picture) -> None:
-        """Keep the picture of a frame."""
+        """Store the picture of a frame."""
         self.store.put(self._name(frame), vars(picture))
 
     def _name(self, frame: Frame) -> str:

@@ -1,4 +1,4 @@
-"""One image + text processor for RGB and depth: the stock LLaVA-OneVision one, without video, able to take float images."""
+"""One image and text processor for RGB and depth: the stock one of LLaVA-OneVision without video, with float images."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,8 @@ IMAGE_TOKENS = ("anyres", "two_tile", "one_tile")
 class FloatImageProcessor(LlavaOnevisionImageProcessorPil):
     """The stock image processor (PIL backend on every machine) that also resizes float images with holes.
 
-    An 8-bit image takes the stock path. A float image holds values of 0..255 with nan for holes: it is resized channel by
-    channel, a hole never bleeds into its neighbours, and a target pixel that is mostly hole becomes 0.
+    An 8-bit image takes the stock path. A float image holds values of 0..255 with nan for holes. It is resized channel
+    by channel without mixing holes into depth values, and a target pixel that is mostly hole becomes 0.
     """
 
     def resize(self, image: np.ndarray, size, resample=None, **kwargs) -> np.ndarray:
@@ -55,9 +55,9 @@ class ImageTextProcessor(LlavaOnevisionProcessor):
 
         Args:
             images: each (H, W, 3), uint8 RGB or float32 in [0, 1] with nan for holes.
-            image_tokens: "anyres" = tiles of the best-fitting grid and an overview; "two_tile" = the same with a grid of one
-                tile, by shrinking the picture into it, which needs no other setting in the model; "one_tile" = the padded
-                image only.
+            image_tokens: "anyres" = an overview tile and the tiles of the best-fitting grid; "two_tile" = the same with
+                a grid of one tile, into which the picture is shrunk (the model needs no other setting for it);
+                "one_tile" = only the image, padded to a square.
 
         Returns:
             pixel_values (B, tiles, 3, S, S) float32, image_sizes (B, 2) and batch_num_images, which tells the model how
@@ -74,7 +74,8 @@ class ImageTextProcessor(LlavaOnevisionProcessor):
         if (height, width) != image.shape[:2]:
             size, resample = SizeDict(height=height, width=width), self.image_processor.resample
             array = self.image_processor.resize(array.transpose(2, 0, 1), size, resample).transpose(1, 2, 0)
-        # The stock processor gives one tile per image when several images share a sequence; so it gets a lone one twice.
+        # The stock processor makes one tile per image only where a sequence has several images, so it gets this one
+        # twice.
         nested = [[array] * (2 if image_tokens == "one_tile" else 1)]
         out = self.image_processor(nested, return_tensors="pt", do_convert_rgb=False, input_data_format="channels_last")
         return out["pixel_values"][0]
@@ -82,7 +83,10 @@ class ImageTextProcessor(LlavaOnevisionProcessor):
     def join(
         self, tiles: list[torch.Tensor], sizes: list[torch.Tensor], *, image_tokens: str
     ) -> dict[str, torch.Tensor]:
-        """What `pixels` returns, from the `tiles` of each image and its (height, width); fewer tiles are padded with 0."""
+        """What `pixels` returns, from the `tiles` and the (height, width) of each image.
+
+        Images with fewer tiles than others are padded with tiles of 0.
+        """
         n_images = [max(len(tiles), 2)] if image_tokens == "one_tile" else [1] * len(tiles)
         return {
             "pixel_values": torch.nn.utils.rnn.pad_sequence(tiles, batch_first=True),
@@ -91,7 +95,7 @@ class ImageTextProcessor(LlavaOnevisionProcessor):
         }
 
     def shown_size(self, height: int, width: int, *, image_tokens: str) -> tuple[int, int]:
-        """(height, width) that the model takes a picture to have: its own, or shrunk to fit into one tile for "two_tile"."""
+        """(height, width) that the model is told: the picture's own, for "two_tile" shrunk to fit into one tile."""
         if image_tokens != "two_tile":
             return height, width
         tile = self.image_processor.size
@@ -130,8 +134,8 @@ def load_processor(name: str) -> ImageTextProcessor:
 def save_processor(processor: ImageTextProcessor, folder: Path) -> None:
     """Write tokenizer, chat template and settings so that stock transformers (and `load_processor`) read them.
 
-    The stored class names are the stock ones: with the names of this module, AutoProcessor would silently return a bare
-    tokenizer.
+    The stored class names are the stock ones: with the names of this module, AutoProcessor would return only the
+    tokenizer, without an error.
     """
     processor.save_pretrained(folder)
     for path in folder.glob("*processor_config.json"):

@@ -10,8 +10,9 @@ as a sequence of its own (tests/dataset/inputs/test_prompts.py compares loss and
     segment   0 0 0 0 -1 -1 | 1 1 1 1 1 -1 -1 -1 -1    another row of the same batch
     position  0 1 2 3  0  0 | 4 5 6 7 8  0  0  0  0
 
-In a batch the prefixes are right-padded to one length, and so are the parts with the blocks. All blocks then start at the same
-column, and the prefix, nearly all of a sequence, needs no mask but the causal one that attention kernels have built in.
+In a batch the prefixes are right-padded to one length, and so are the parts with the blocks, so that all blocks start
+at the same column. The prefix, which is nearly the whole sequence, then needs only the causal mask that attention
+kernels have built in.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ class PackedPrompt:
 def render_question(processor: ImageTextProcessor, question: str, *, with_image: bool) -> tuple[str, str]:
     """The chat template's text before and after the image placeholder, up to where the answer starts.
 
-    Without an image (the blind condition) the first part is what comes before the question.
+    Without an image (a blind model) the first part is what comes before the question.
     """
     content = [{"type": "image"}] * with_image + [{"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -51,7 +52,7 @@ def render_question(processor: ImageTextProcessor, question: str, *, with_image:
 
 @lru_cache(maxsize=100_000)
 def _tokens(processor: ImageTextProcessor, text: str) -> list[int]:
-    """Token ids of a text; questions come back in every epoch, and many are asked about several images."""
+    """Token ids of a text. Cached, since a question comes in every epoch, and often for several images."""
     return processor.tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -82,7 +83,7 @@ def pack_questions(
     end_of_turn = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     blocks = []
     for k, (_, prompt) in enumerate(parts):
-        # The answer is tokenized apart from its prompt, as it is when the model generates it.
+        # The answer is tokenized apart from its prompt: no token spans both, as none does when the model generates.
         answer = [] if answers is None or answers[k] is None else answers[k]
         answer = [*_tokens(processor, answer), end_of_turn] if isinstance(answer, str) else list(answer)
         blocks.append((prompt, answer))
@@ -90,7 +91,7 @@ def pack_questions(
 
 
 def pack_blocks(prefix: Sequence[int], blocks: Sequence[tuple[list[int], list[int]]]) -> PackedPrompt:
-    """An image prefix with blocks behind it, each the tokens of a question and those of its answer, which may be none."""
+    """An image prefix with blocks behind it, each (tokens of a question, tokens of its answer, which may be empty)."""
     ids, labels = list(prefix), [IGNORE] * len(prefix)
     segments, positions = [PREFIX_SEGMENT] * len(prefix), list(range(len(prefix)))
     for k, (prompt, answer) in enumerate(blocks, 1):
@@ -105,17 +106,17 @@ def collate_prompts(prompts: Sequence[PackedPrompt], *, pad_token_id: int) -> di
     """Right-pad the prefixes of packed prompts to one length, and the parts with the blocks to another.
 
     Returns:
-        input_ids, position_ids, labels, segments: (B, T) int64; attention_mask: (B, 1, Q, T) bool, True where row i of the Q
-        columns with blocks may see column j: see `packed_attention_mask`.
+        input_ids, position_ids, labels, segments: (B, T) int64; attention_mask: (B, 1, Q, T) bool, True where one of
+        the Q columns with blocks may attend to one of all T columns: see `packed_attention_mask`.
     """
-    starts = [prompt.segments.count(PREFIX_SEGMENT) for prompt in prompts]
-    n_prefix, n_block = max(starts), max(len(p.input_ids) - start for p, start in zip(prompts, starts, strict=True))
+    lengths = [prompt.segments.count(PREFIX_SEGMENT) for prompt in prompts]  # of the prefixes
+    n_prefix, n_block = max(lengths), max(len(p.input_ids) - n for p, n in zip(prompts, lengths, strict=True))
 
     def padded(name: str, fill: int) -> Tensor:
         rows = []
-        for prompt, start in zip(prompts, starts, strict=True):
+        for prompt, length in zip(prompts, lengths, strict=True):
             row = list(getattr(prompt, name))
-            prefix, blocks = row[:start], row[start:]
+            prefix, blocks = row[:length], row[length:]
             rows.append(prefix + [fill] * (n_prefix - len(prefix)) + blocks + [fill] * (n_block - len(blocks)))
         return torch.tensor(rows, dtype=torch.long)
 
@@ -132,9 +133,10 @@ def collate_prompts(prompts: Sequence[PackedPrompt], *, pad_token_id: int) -> di
 def packed_attention_mask(segments: Tensor, *, n_prefix: int) -> Tensor:
     """Causal within each block; a block sees the prefix; padding sees padding only.
 
-    The rows of the prefix are left out: they are causal, see `distillation.forward.packed_attention`. Its padding comes after
-    it, so that causality hides it from the prefix and this mask from the blocks. Padding behind the blocks sees itself: a row
-    without any visible column makes softmax return nan in some kernels.
+    The mask has no rows for the prefix, which is causal (see `distillation.forward.packed_attention`). The padding of
+    the prefix comes after it, so the causal mask hides it from the prefix, and this mask hides it from the blocks.
+    Padding behind the blocks sees itself, because in some kernels softmax returns nan for a row that may attend to
+    nothing.
 
     Args:
         segments: (B, T) int64, see the module's drawing.
@@ -149,13 +151,13 @@ def packed_attention_mask(segments: Tensor, *, n_prefix: int) -> Tensor:
 
 
 def visible_segments(own: Tensor, other: Tensor) -> Tensor:
-    """(B, Q), (B, K) segments -> (B, Q, K) bool: its own block and the prefix are visible, padding sees padding only."""
+    """(B, Q), (B, K) segments -> (B, Q, K) bool: a token sees its own block and the prefix, padding sees padding."""
     own, other = own[:, :, None], other[:, None, :]
     return (own == other) | ((other == PREFIX_SEGMENT) & (own != PADDING_SEGMENT))
 
 
 def answer_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The one place of the causal shift: where the logits that predict answer tokens are, and what they should predict.
+    """Where the logits that predict answer tokens are, and what they should predict: labels are shifted here only.
 
     Args:
         labels: (B, T), IGNORE outside of answers.

@@ -5,9 +5,10 @@
     on two ranks          rank 0    1       0       1       0
     updates               |------- one update ---------| |---- ...       `UpdateLoader`, 2 micro-batches per rank
 
-An update reads the same images however it is cut: batch_size x accumulate_grad_batches x ranks of them, an epoch's last update
-what is left. Every loss term is a sum over its items divided by their number in the whole update, so its gradient is the same,
-too. The number must be known before the first backward pass: `UpdateLoader` fetches an update's micro-batches ahead.
+An update reads batch_size x accumulate_grad_batches x ranks images (the last one of an epoch reads the rest), the same
+ones however this product is split into its factors. Every loss term is a sum over its items, divided by their number in
+the whole update, so the gradient does not depend on the split either. That number must be known before the first
+backward pass, so `UpdateLoader` fetches all micro-batches of an update first.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,10 +22,11 @@ from torch.utils.data import DataLoader, Sampler
 
 
 class ImageOrder(Sampler):
-    """The images of an epoch as (epoch, index), shuffled as a pure function of seed and epoch.
+    """The images of an epoch as (epoch, index), in an order that depends only on seed and epoch.
 
-    An epoch of `size` above `n` draws images again, each as often as the others but for one time: runs on fewer images take as
-    many steps. An image that comes again is drawn anew, as if in another epoch.
+    With a `size` above `n` an epoch goes through the images several times, so that runs on fewer images take as many
+    steps; the last pass may be incomplete. A repeated image gets an epoch number of its own, and with it other random
+    choices.
     """
 
     def __init__(self, n: int, *, seed: int, shuffle: bool, size: int | None = None) -> None:
@@ -35,7 +37,7 @@ class ImageOrder(Sampler):
         return self.size
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch: it looks for it at `loader.batch_sampler.sampler`."""
+        """Lightning calls this before each epoch, on `loader.batch_sampler.sampler`."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -45,16 +47,16 @@ class ImageOrder(Sampler):
         rng = np.random.default_rng((self.seed, 0, self.epoch))
         rounds = -(-self.size // self.n)
         order = np.concatenate([rng.permutation(self.n) for _ in range(rounds)])[: self.size]
-        for place, index in enumerate(order.tolist()):
-            yield self.epoch * rounds + place // self.n, index
+        for position, index in enumerate(order.tolist()):
+            yield self.epoch * rounds + position // self.n, index
 
 
 class MicroBatchSampler(Sampler):
     """Micro-batches of an order; ranks take turns over them and all take the same number of steps.
 
-    With `start` it begins the next epoch at that step, which is how an interrupted run goes on without reading an image twice.
-    A rank that has no micro-batch left in the last steps gets an earlier one, which `is_spare`: it is computed and counts nothing,
-    since all ranks have to take part in a backward pass.
+    With `start` the next epoch begins at that step, so that an interrupted run goes on without reading an image twice.
+    All ranks have to take part in a backward pass. A rank that has no micro-batch left in the last step therefore
+    repeats an earlier one, which `is_spare`: it is computed, but counts nothing in the loss.
     """
 
     def __init__(self, sampler: ImageOrder, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
@@ -71,7 +73,7 @@ class MicroBatchSampler(Sampler):
         return -(-len(self.sampler) // self.batch_size)
 
     def is_spare(self, step: int) -> bool:
-        """Whether this rank's micro-batch at a step of the epoch is one that another step has read."""
+        """Whether this rank's micro-batch at a step of the epoch repeats one of another step."""
         return step * self.world_size + self.rank >= self._total
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -85,13 +87,13 @@ class MicroBatchSampler(Sampler):
 class UpdateLoader(DataLoader):
     """A DataLoader that tells every micro-batch how many items its whole optimizer update has.
 
-    It adds to a batch, from the `counts` that collating has put there:
+    It replaces the `counts` of a collated batch by
 
-        update  the sums of the counts over all micro-batches of the update, on all ranks. A count of 0 becomes 1: the sum over no
-                items is 0 whatever it is divided by. And has_gold, whether the update has any gold answer.
+        update  the sums of the counts over all micro-batches of the update, on all ranks (1 instead of 0, since a sum
+                over no items is 0 whatever it is divided by), and has_gold, whether the update has any gold answer
         spare   whether the micro-batch counts nothing, see `MicroBatchSampler`
 
-    Its position is none of Lightning's business: the sampler's `start` takes care of it.
+    Lightning neither stores nor restores its position: the sampler's `start` does that.
     """
 
     def __init__(
@@ -101,8 +103,8 @@ class UpdateLoader(DataLoader):
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
         **options: Any,
     ) -> None:
-        """`micro_batches` of one update on each rank; `sum_over_ranks` adds up a float64 vector of all ranks (None: one rank)."""
-        if options.get("num_workers"):  # a whole update is fetched while the one before it is computed
+        """`micro_batches`: per update on each rank; `sum_over_ranks`: adds up a float64 vector (None: one rank)."""
+        if options.get("num_workers"):  # fetch a whole update while the one before it is computed
             options["prefetch_factor"] = max(2, -(-micro_batches // options["num_workers"]))
         super().__init__(*args, **options)
         self.micro_batches, self.sum_over_ranks = micro_batches, sum_over_ranks
@@ -125,7 +127,7 @@ class UpdateLoader(DataLoader):
         return {name: value or 1.0 for name, value in sums.items()} | {"has_gold": sums["gold_tokens"] > 0}
 
     def state_dict(self) -> dict:
-        """Nothing to keep: the position is in the checkpoint (see distillation.run.training)."""
+        """Empty: the position is in the checkpoint (see distillation.run.training)."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:

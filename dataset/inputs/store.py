@@ -1,4 +1,4 @@
-"""Tensors that were made once, a file each, named by what they were made from."""
+"""Groups of tensors on disk, one file each, under names that say what they were computed from."""
 
 import struct
 import zlib
@@ -14,8 +14,8 @@ from utils import atomic_path
 class TensorStore:
     """A folder of small named groups of tensors, each with a checksum; what is damaged counts as missing.
 
-    Files appear whole or not at all, so processes may write side by side. They are not forced to the disk one by one: what a
-    power cut spoils fails its checksum and is made again.
+    Files appear whole or not at all, so several processes may write at the same time. They are not synced to the disk
+    one by one: a file that a power cut damaged fails its checksum and is computed again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,7 +31,7 @@ class TensorStore:
         return load(data[4:]) if whole else None
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep these tensors."""
+        """Store these tensors."""
         data = save({key: tensor.contiguous() for key, tensor in tensors.items()})
         with atomic_path(self._path(name), durable=False) as part:
             part.write_bytes(struct.pack("<I", zlib.crc32(data)) + data)

@@ -1,11 +1,11 @@
 """Furnished rooms, ray cast with numpy: what an RGB-D camera sees, with exact depth, object masks and 3D boxes.
 
-A room is a box with a handful of pieces of furniture from eight classes that differ in shape only. Colour is drawn from a
-random stream of its own after the geometry stands, so nothing in the depth image can tell it; each class has a favourite
-colour, and that prior is all that a depth-only model can know about colour.
+A room is a box with a few pieces of furniture of eight classes that differ in shape only. Colors are drawn from a
+random stream of their own after the geometry, so the depth image does not depend on them. Each class has a favorite
+color, and this prior is all that a depth-only model can know about color.
 
-Frames as in `dataset.sunrgbd`: camera x right, y down, z forward; the gravity frame has the same origin and no pitch. Rays
-have z = 1 in the camera frame, so that the ray parameter at a hit is the z-depth.
+Coordinate frames as in `dataset.sunrgbd.frames`: camera x right, y down, z forward; the gravity frame has the same
+origin and no pitch. Rays have z = 1 in the camera frame, so that the ray parameter at a hit is the z-depth.
 """
 
 from dataclasses import dataclass
@@ -26,23 +26,22 @@ COLORS = {
     "brown": (128, 76, 34),
 }
 
-# At 128 x 128 pixels; other sizes in proportion. A question about an object needs 1 % of the image, and two objects of a
-# class whose centres are closer than this are one object to a vision tower of this resolution.
-MIN_VISIBLE_PX = 170
-MIN_SAME_CLASS_PX = 18
+# Both at 128 x 128 pixels; scaled for other sizes.
+MIN_VISIBLE_PX = 170  # of an object: 1 % of the image, so that questions can be asked about it
+MIN_SAME_CLASS_PX = 18  # between the centres of two objects of a class; closer ones merge for a small vision tower
 MIN_VISIBLE_SHARE = 0.5  # of the pixels that the object would have alone in the room
 MIN_INSIDE_SHARE = 0.7  # of the object's bounding rectangle that lies inside the image
-MAX_REPEATS = 4  # of one class in a room
-GAP_M = 0.04
-_PARALLEL = 1e-6  # a ray component of exactly 0, parallel to a face, would divide by zero
+MAX_REPEATS = 4  # objects of one class in a room
+GAP_M = 0.04  # smallest distance between two objects, and between a wall and a piece with its back to it
+_PARALLEL = 1e-6  # smallest ray component; 0, for a ray parallel to a face, would be a division by zero
 
 _AGAINST_WALL = {"bed": 0.6, "sofa": 0.6, "cabinet": 0.8}  # share of candidates with the back to a wall
 _ALIGNED = ("bed", "sofa", "cabinet", "table")  # parallel to the walls
-_BACK_AWAY = ("bed", "sofa")  # a sofa seen from behind is just a box
-_ON_FURNITURE = ("lamp", "ball")
+_BACK_AWAY = ("bed", "sofa")  # never seen from behind, where a sofa is only a box
+_ON_FURNITURE = ("lamp", "ball")  # may stand on a piece of `_SUPPORTS` that is lower than `_SUPPORT_TOP_M`
 _SUPPORTS = ("table", "cabinet")
 _SUPPORT_TOP_M = 1.25
-_REPEATED = ("chair", "ball", "lamp", "bin", "table", "cabinet")  # a second bed or sofa rarely fits
+_REPEATED = ("chair", "ball", "lamp", "bin", "table", "cabinet")  # may occur twice; a second bed or sofa rarely fits
 _PLACING_ORDER = ("bed", "sofa", "cabinet", "table", "chair", "bin", "lamp", "ball")
 
 
@@ -50,14 +49,14 @@ _PLACING_ORDER = ("bed", "sofa", "cabinet", "table", "chair", "bin", "lamp", "ba
 class RoomStyle:
     """Distribution of rooms. Ranges are uniform; weights need not add up to 1."""
 
-    stream: int  # keeps the random numbers of two styles apart for equal seeds
+    stream: int  # gives two styles different random numbers for equal seeds
     object_counts: dict[int, float]  # number of objects -> weight
     scenes: dict[str, dict[str, float]]  # scene label -> class weights; the first class is always present
     repeats: dict[int, float]  # how often one class is repeated on purpose -> weight; others may repeat by chance
-    topped_share: float  # rooms that get a lamp or ball more to stand on furniture, which makes things above and below
-    stacked_share: float  # lamps and balls that stand on furniture when there is some
+    topped_share: float  # rooms with an additional lamp or ball to stand on furniture, so that things are above others
+    stacked_share: float  # lamps and balls that stand on furniture, if there is some
     favorite_colors: dict[str, str]
-    favorite_share: float  # P(favourite colour); the rest is uniform over the other colours
+    favorite_share: float  # P(favorite color); the rest is uniform over the other colors
     wall_colors: tuple[tuple[int, int, int], ...]
     floor_colors: tuple[tuple[int, int, int], ...]
     ambient: tuple[float, float]  # share of the light that reaches every surface
@@ -110,10 +109,16 @@ PRETRAIN_STYLE = RoomStyle(
     object_counts={2: 1, 3: 2, 4: 3, 5: 3, 6: 2, 7: 1},
     scenes={
         "idk": dict.fromkeys(("chair", "bed", "sofa", "table", "cabinet", "lamp", "bin", "ball"), 1.0),
-        "furniture_store": {"table": 1, "sofa": 1, "chair": 1.5, "bed": 1, "cabinet": 1, "lamp": 1, "bin": 1, "ball": 1},
-        "lobby": {"sofa": 1.5, "table": 1.5, "lamp": 1.5, "bin": 1.5, "chair": 1.5, "ball": 1, "cabinet": 1, "bed": 0.5},
+        "furniture_store": {
+            "table": 1, "sofa": 1, "chair": 1.5, "bed": 1, "cabinet": 1, "lamp": 1, "bin": 1, "ball": 1,
+        },
+        "lobby": {
+            "sofa": 1.5, "table": 1.5, "lamp": 1.5, "bin": 1.5, "chair": 1.5, "ball": 1, "cabinet": 1, "bed": 0.5,
+        },
         "study_space": {"cabinet": 2, "bed": 1, "chair": 2, "lamp": 2, "ball": 1, "bin": 1, "table": 2},
-        "recreation_room": {"ball": 2, "bin": 1.5, "lamp": 1.5, "bed": 1, "sofa": 1, "cabinet": 1, "chair": 1, "table": 1},
+        "recreation_room": {
+            "ball": 2, "bin": 1.5, "lamp": 1.5, "bed": 1, "sofa": 1, "cabinet": 1, "chair": 1, "table": 1,
+        },
     },
     repeats={1: 2, 2: 1, 3: 2, 4: 5},
     topped_share=0.4,
@@ -174,7 +179,7 @@ class View:
     scene: str
 
     def instances(self) -> list[Instance]:
-        """The objects as the annotations of a frame would give them."""
+        """The objects as instances, without the errors of annotations."""
         return [
             Instance(
                 noun=thing.noun,
@@ -199,7 +204,7 @@ def render_room(seed: int, *, style: RoomStyle = WORLD_STYLE, size: int = 128, c
         seed: decides everything; equal arguments give equal bytes.
         style: the distribution to draw from.
         size: width and height in pixels.
-        color_seed: draw light and colours from another stream; geometry and depth stay as they are.
+        color_seed: draw light and colors with another seed; geometry and depth stay the same.
     """
     geometry = np.random.default_rng([style.stream, seed, 0])
     appearance = np.random.default_rng([style.stream, seed if color_seed is None else color_seed, 1])
@@ -279,7 +284,7 @@ class _Box(NamedTuple):
 
 
 class _Frustum(NamedTuple):
-    """Upright, round, about the piece's own axis; `hollow` has no lid, so that one looks into it."""
+    """Upright and round about the piece's own axis; a `hollow` one is open at the top."""
 
     radius_bottom: float
     radius_top: float
@@ -356,7 +361,7 @@ def _weighted(weights: dict, rng: np.random.Generator):
 
 
 def _draw_nouns(style: RoomStyle, rng: np.random.Generator) -> tuple[str, list[str]]:
-    """A scene label and the classes to place, largest first, what may stand on furniture last."""
+    """A scene label and the classes to place, largest first, those that may stand on furniture last."""
     scene = list(style.scenes)[rng.integers(len(style.scenes))]
     weights = style.scenes[scene]
     count = _weighted(style.object_counts, rng)
@@ -383,7 +388,7 @@ def _draw_color(noun: str, style: RoomStyle, rng: np.random.Generator) -> str:
 
 
 def _shape(noun: str, scale: float, rng: np.random.Generator, *, stacked: bool) -> tuple[list, float, float, float]:
-    """Parts of one piece and its width, depth and height in metres, before it has a place."""
+    """Parts of one piece in its local frame, and its width, depth and height in metres."""
     return _SHAPES[noun](lambda low, high: scale * rng.uniform(low, high), stacked)
 
 
@@ -465,7 +470,7 @@ _SHAPES = {
 
 
 class _Canvas:
-    """The picture while the room is being furnished: nearest surface so far, and how much of each piece is visible."""
+    """The picture of a room while it is furnished: nearest surfaces so far, and the visible pixels of each piece."""
 
     def __init__(self, camera: _Camera, room: _Room, light: _Light):
         self.camera, self.room, self.light = camera, room, light
@@ -477,7 +482,7 @@ class _Canvas:
         self.min_px = MIN_VISIBLE_PX * (camera.size / 128) ** 2
 
     def add(self, place: _Place) -> bool:
-        """Draw the piece unless it, or one that stands already, would be too hidden."""
+        """Draw the piece unless too much of it or of an earlier piece would be hidden. Returns whether it was drawn."""
         window, depth_m, shade = _cast_place(place, self.camera, self.light)
         alone = int(np.count_nonzero(np.isfinite(depth_m)))
         nearer = depth_m < self.depth_m[window]
@@ -496,7 +501,11 @@ class _Canvas:
 
 
 def _place(noun: str, canvas: _Canvas, style: RoomStyle, rng: np.random.Generator, *, count: int = 64) -> None:
-    """Try to put one piece into the room: `count` candidate places, filtered cheaply, the first few drawn."""
+    """Try to put one piece into the room.
+
+    Of `count` random places those that fit are kept; the piece is drawn at the first of four where nothing is too
+    hidden.
+    """
     supports = [place for place in canvas.placed if place.noun in _SUPPORTS and place.height < _SUPPORT_TOP_M]
     stacked = bool(noun in _ON_FURNITURE and supports and rng.random() < style.stacked_share)
     parts, width, depth, height = _shape(noun, _uniform(rng, style.size_scale), rng, stacked=stacked)
@@ -739,7 +748,7 @@ _CASTS = {_Box: _cast_box, _Frustum: _cast_frustum, _Sphere: _cast_sphere}
 
 
 def _paint(canvas: _Canvas, colors: list[str], style: RoomStyle, rng: np.random.Generator) -> np.ndarray:
-    """Base colours times shade, floor boards, a little sensor noise. (H, W, 3) uint8."""
+    """Base colors times shade, floor boards, weak sensor noise. (H, W, 3) uint8."""
     wall = np.array(style.wall_colors[rng.integers(len(style.wall_colors))], np.float32)
     floor = np.array(style.floor_colors[rng.integers(len(style.floor_colors))], np.float32)
     below = (canvas.face == 1) & (canvas.camera.rays[1] > 0)

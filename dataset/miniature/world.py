@@ -2,10 +2,10 @@
 
     python dataset/miniature/world.py [--root DIR] [--train N] [--val N] [--test N] [--seed N]
 
-Folders, file formats, encodings and annotation layers follow the real data set, and so, in moderation, do its quirks:
-different stems for image and depth, collections two levels deeper, names with suffixes and synonyms, null objects, objects
-that fall apart into several polygons. Each sensor has its own noise and holes. Every room is seen once; the one to three
-frames of a recording stay in one split.
+Folders, file formats, encodings and annotation layers follow the real data set. So do its irregularities, in
+moderation: different stems for image and depth, collections two levels deeper, names with suffixes and synonyms, null
+objects, objects that consist of several polygons. Each sensor has its own noise and holes. Every frame shows another
+room; the one to three frames of a recording are in one split.
 """
 
 import sys
@@ -14,7 +14,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, data_root, locked, progress, run_script, source_digest, write_json  # first: loads .env
+from utils import (  # first: loads .env
+    UserError,
+    at_least,
+    data_root,
+    locked,
+    progress,
+    run_script,
+    source_digest,
+    write_json,
+)
 
 # isort: split
 import argparse
@@ -36,13 +45,15 @@ from scipy import ndimage
 from scipy.io import savemat
 
 from dataset.miniature.renderer import RoomObject, View, render_room
+from dataset.questions.csv_data import build_csv_data
 from dataset.sunrgbd.depth import encode_sunrgbd, unproject
 from dataset.sunrgbd.sensor_noise import hole_filled, sensor_noise
 
 TRAIN, VAL, TEST = 5000, 400, 600
 MARKER, UNFINISHED = "world.json", "unfinished.json"
-# Other code makes other rooms or other questions, so digests of these folders of dataset/ are part of a world's settings. A change
-# in the question code leaves the rooms as they are; after any other they are rendered again: two minutes of processor time.
+# Digests of these folders of dataset/ are part of a world's settings, since other code makes other rooms or questions.
+# After a change in QUESTION_CODE only the questions are made again; after one in ROOM_CODE the rooms are rendered
+# again, too, which takes two minutes of processor time.
 ROOM_CODE, QUESTION_CODE = ("miniature", "sunrgbd"), ("questions",)
 # Shares as in the real data set, where every collection but realsense/lg and realsense/sa occurs in every split.
 COLLECTIONS = {
@@ -64,8 +75,8 @@ SYNONYMS = {
     "ball": ("Ball", "ball2"),
 }
 SYNONYM_SHARE = 0.12
-NULL_SHARE = 0.1  # frames with a null among the 3D objects
-MIN_POLYGON_PX = 12  # a smaller sliver of an object is left out, as an annotator would
+NULL_SHARE = 0.1  # of the frames, with a null among the 3D objects
+MIN_POLYGON_PX = 12  # smaller parts of an object are left out, as annotators do
 JPEG_QUALITY = 92
 PNG_LEVEL = 1  # noise hardly compresses: the default level takes three times as long for 5 % less
 
@@ -86,14 +97,13 @@ def ensure_world(
 ) -> Path:
     """Build the world with its questions below `root` unless the same one is there already; returns `root`.
 
-    An interrupted build is continued. A world of other sizes, another seed or older code is replaced; when only the code of
-    the questions changed, they are asked again about the same rooms. Processes that call this together wait for each other.
+    An interrupted build is continued. A world of other sizes, another seed or older code is replaced. When only the
+    code of the questions has changed, they are made again for the same rooms. Processes that call this at the same time
+    wait for each other.
 
     Raises:
         UserError: `root` holds something that is not a miniature world, or a size is not positive.
     """
-    from dataset.questions.csv_data import build_csv_data  # here: that script imports this one for its --miniature flag
-
     root = root.resolve()
     codes = {name: source_digest(ROOT / "dataset" / name) for name in (*ROOM_CODE, *QUESTION_CODE)}
     rooms = {"train": train, "val": val, "test": test, "seed": seed, "code": [codes[name] for name in ROOM_CODE]}
@@ -116,7 +126,7 @@ def ensure_world(
 
 
 def _unfinished(root: Path, settings: dict) -> Path:
-    """The folder beside `root` in which the world grows, emptied unless it was begun with the same settings."""
+    """The folder beside `root` in which the world is built; emptied unless it was begun with the same settings."""
     part = root.with_name(f"{root.name}.part")
     if _settings(part / UNFINISHED) != settings:
         shutil.rmtree(part, ignore_errors=True)
@@ -129,7 +139,7 @@ def write_world(root: Path, *, train: int, val: int, test: int, seed: int, worke
     """Render and write the frames that are missing below `root`, and the official split file.
 
     The bytes depend on sizes and seed, not on the number of `workers` (processes; default: one per core). Room i of a
-    split is the same whatever the sizes.
+    split does not depend on the sizes.
 
     Raises:
         UserError: a size is not positive.
@@ -142,7 +152,7 @@ def write_world(root: Path, *, train: int, val: int, test: int, seed: int, worke
 
 
 def _settings(path: Path) -> dict:
-    """What a world was built with; empty when there is none, or none that can be read."""
+    """The settings that a world was built with; empty without a readable file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -164,7 +174,7 @@ def _plan(sizes: dict[str, int], seed: int) -> list[_Room]:
     rooms, numbers, recordings = [], Counter(), Counter()
     for rank, (split, count) in enumerate(sizes.items()):
         if count < 1:
-            raise UserError(f"--{split} {count}: at least one room is needed")
+            raise UserError(f"a world with {count} rooms for {split}: every split needs at least one")
         in_split = Counter()
         for i in range(count):
             collection = _collection(i)
@@ -184,7 +194,7 @@ def _collection(i: int) -> str:
 
 
 def _frame_path(collection: str, number: int, recording: int) -> str:
-    # The day is what tells recordings of kv2 and realsense apart, in the real tree as here.
+    # Recordings of kv2 and realsense differ by the day in their names, in the real tree as here.
     taken = datetime(2014, 1, 1, 9) + timedelta(days=recording, seconds=37 * (number % 600))
     names = {
         "kv1/NYUdata": f"NYU{number:04d}",
@@ -271,7 +281,7 @@ def _annotations(view: View, rng: np.random.Generator) -> dict[str, dict]:
 
 
 def _outlines(mask: np.ndarray) -> list[dict[str, list[int]]]:
-    """Outer contours of the connected parts through their border pixels, largest first: [{"x": [...], "y": [...]}]."""
+    """Outlines of the connected parts, through their border pixels, largest first: [{"x": [...], "y": [...]}]."""
     labels, _ = ndimage.label(mask)
     parts = [(labels[window] == label, window) for label, window in enumerate(ndimage.find_objects(labels), 1)]
     parts.sort(key=lambda part: -np.count_nonzero(part[0]))
@@ -281,14 +291,14 @@ def _outlines(mask: np.ndarray) -> list[dict[str, list[int]]]:
             break
         lines = contour_generator(z=np.pad(part, 1).astype(float)).lines(0.75)
         outer = max(lines, key=lambda line: np.ptp(line, axis=0).sum())
-        # A level above 0.5 rounds to the pixels inside; the padding shifted them by one.
+        # Contours at a level above 0.5 round to pixels inside the part; the padding shifted them by one.
         x, y = (np.rint(outer[:-1]).astype(int) - 1 + [columns.start, rows.start]).T.tolist()
         outlines.append({"x": x, "y": y})
     return outlines
 
 
 def _structure(view: View) -> dict[str, np.ndarray]:
-    """Floor and wall, which the annotators outlined as well."""
+    """Masks of floor and wall, which annotators outlined as well."""
     y_down = unproject(view.depth_m, view.intrinsics) @ view.tilt[1]
     room = view.object_ids < 0
     floor = room & (y_down > max(thing.y_max for thing in view.objects) - 0.02)
@@ -301,7 +311,7 @@ def _name_2d(noun: str, rng: np.random.Generator) -> str:
 
 
 def _name_3d(noun: str, mask: np.ndarray, parts: int) -> str:
-    """The 3D annotators marked what they could not see whole, and wrote `garbage_bin`."""
+    """The name in the 3D layers, where objects that are partly hidden have a suffix and a bin is a `garbage_bin`."""
     name = "garbage_bin" if noun == "bin" else noun
     if mask[[0, -1]].any() or mask[:, [0, -1]].any():
         return f"{name}:truncated"
@@ -333,16 +343,15 @@ def _write_split(root: Path, rooms: list[_Room]) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--root", type=Path, help="folder that will contain SUNRGBD/ (default: where --miniature looks)"
-    )
-    parser.add_argument("--train", type=int, default=TRAIN, help="rooms (default: %(default)s)")
-    parser.add_argument("--val", type=int, default=VAL, help="rooms (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=TEST, help="rooms (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another world (default: %(default)s)")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    add = parser.add_argument
+    add("--root", type=Path, help="folder that will contain SUNRGBD/ (default: the one that --miniature uses)")
+    add("--train", type=at_least(1), default=TRAIN, help="number of rooms to train on (default: %(default)s)")
+    add("--val", type=at_least(1), default=VAL, help="number of rooms to validate on (default: %(default)s)")
+    add("--test", type=at_least(1), default=TEST, help="number of rooms to test on (default: %(default)s)")
+    add("--seed", type=at_least(0), default=0, help="random seed of all rooms (default: %(default)s)")
+    add("--workers", type=at_least(1), help="number of processes that render rooms (default: one per core)")
     return parser.parse_args(argv)
 
 

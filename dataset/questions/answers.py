@@ -12,7 +12,7 @@ _NUMBER_WORDS = {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
-# Contractions are recognised without their apostrophe, unless that spells another word (its, were, well, id).
+# Contractions are also recognised without their apostrophe, except where that is another word (its, were, well, id).
 _CONTRACTIONS = {
     word.replace("'", ""): word
     for word in (
@@ -25,9 +25,9 @@ _CONTRACTIONS = {
 
 
 def normalise_answer(text: str) -> str:
-    """An answer without what does not change its meaning: case, articles, punctuation, apostrophes, number words.
+    """An answer in lower case, without articles and punctuation, with number words as digits and full contractions.
 
-    Points between digits stay, commas between digits go, every other mark separates words.
+    Points between digits stay, commas between digits are removed, every other mark separates words.
 
     Source: the answer processing described at https://visualqa.org/evaluation.html. Differs: a mark always becomes a
     space, where the published code joins or separates depending on the spaces around the other marks of the text.
@@ -42,7 +42,7 @@ def normalise_answer(text: str) -> str:
 
 
 def answer_items(text: str) -> frozenset[str]:
-    """The normalised things that an answer lists, separated by commas: one for most answers, none for a blank one.
+    """The normalised items of an answer, which commas separate: one for most answers, none for a blank one.
 
     A comma between digits belongs to a number.
     """
@@ -51,7 +51,7 @@ def answer_items(text: str) -> frozenset[str]:
 
 
 def exact_match(prediction: str, answer: str) -> bool:
-    """Whether both list the same things, in any order (see `answer_items`). An empty prediction is never right."""
+    """Whether both list the same items, in any order (see `answer_items`). An empty prediction is never right."""
     items = answer_items(prediction)
     return bool(items) and items == answer_items(answer)
 
@@ -67,6 +67,6 @@ def group_by(rows: Iterable[Row], column: str) -> dict[str, list[Row]]:
 
 
 def order_types(types: Iterable[str]) -> list[str]:
-    """Question types in their usual order, unknown ones behind in alphabetical order."""
+    """Question types in their usual order, then unknown ones in alphabetical order."""
     rank = {kind: position for position, kind in enumerate(QUESTION_TYPES)}
     return sorted(types, key=lambda kind: (rank.get(kind, len(rank)), kind))

@@ -1,6 +1,7 @@
-"""A selection of questions that cannot be answered without looking.
+"""Select questions that cannot be answered without the image.
 
-No answer is common among the questions of equal wording, of equal template and noun, or of equal type (see `_keys`).
+No answer may be too common among questions of the same wording, of the same template and noun, or of the same type (see
+`_keys`).
 """
 
 import itertools
@@ -14,14 +15,15 @@ import numpy as np
 from dataset.questions.rows import QUESTION_TYPES, Question, QuestionRow, question_rows
 from dataset.sunrgbd.frames import Frame
 
-# Balance: the largest share that one answer may have among questions that look alike, in a world of few nouns.
+# The largest share that one answer may have in a set of similar questions; less with many nouns (see `_answer_share`).
 ANSWER_SHARE = {
-    "Object Identification": 0.2, "Color Identification": 0.3, "Count": 0.35, "Direction": 0.26, "Proximity": 0.17, "Yes/No": 0.5,
+    "Object Identification": 0.2, "Color Identification": 0.3, "Count": 0.35,
+    "Direction": 0.26, "Proximity": 0.17, "Yes/No": 0.5,
 }  # fmt: skip
-ANSWER_EXCESS = 1.6  # how far an answer may exceed an equal share of its type's answers (see `_answer_share`)
-RARE_WORDING = 10  # candidates that a wording has on average; with fewer, its own cap holds little
-TYPE_EXCESS = 1.5  # how far a type may exceed an equal share of the questions
-TWINS_FROM = 4  # frames that keep so many questions keep "A relative to B" and "B relative to A" together
+ANSWER_EXCESS = 1.6  # an answer may have this many times an equal share of its type's answers (see `_answer_share`)
+RARE_WORDING = 10  # with fewer candidates per wording on average, capping each wording has little effect (see `_cap`)
+TYPE_EXCESS = 1.5  # a type may have this many times an equal share of the questions
+TWINS_FROM = 4  # a frame that keeps this many questions keeps "A relative to B" and "B relative to A" together
 
 
 def select_questions(
@@ -29,21 +31,22 @@ def select_questions(
 ) -> list[QuestionRow]:
     """Choose balanced questions of one split.
 
-    Frames take turns, each adding the question that is wanted most: of the rarest type, then of the rarest
-    template, with an answer that the same wording lacks so far. A question whose answer is already too common among those
-    that look like it (see `_keys`) waits until others made room for it, and stays out if they never do. Yes/No questions end up with as many yes as no for every single wording.
+    Frames take turns. Each adds the question that is needed most: of the rarest type so far, then of the rarest
+    template, then with the answer that its wording has least often. A question whose answer is already too common among
+    similar ones (see `_keys`) waits until others with other answers were added, and is left out if that never happens.
+    In the end every wording of a Yes/No question has as many yes as no.
 
     Args:
-        candidates: the split's frames and what `frame_candidates` found in them.
+        candidates: the split's frames, each with its questions from `frame_candidates`.
         seed: decides ties; the result depends on nothing else.
-        per_frame: questions that a frame keeps at most; None = as many as the balance allows.
+        per_frame: most questions of one frame; None = as many as the balance allows.
 
     Returns:
         Rows in the order of the frames.
     """
     rng = np.random.default_rng(seed)
     waiting = [[questions[i] for i in rng.permutation(len(questions))] for _, questions in candidates]
-    _even_out_yes_no(waiting, rng)  # what has no counterpart anywhere would only be dropped in the end
+    _even_out_yes_no(waiting, rng)  # questions without a counterpart would be dropped in the end anyway
     kept: list[list[Question]] = [[] for _ in candidates]
     tally = _Tally(list(itertools.chain.from_iterable(waiting)))
     twins = per_frame is None or per_frame >= TWINS_FROM
@@ -64,18 +67,18 @@ def select_questions(
     ]
 
 
-def select_unanswered(
+def select_unlabelled(
     candidates: Sequence[tuple[Frame, Sequence[Question]]], *, gold: Collection[str], seed: int, per_frame: int
 ) -> list[QuestionRow]:
-    """Further questions about frames, for a teacher to answer: their own answers are withheld and play no part in the choice.
+    """Further questions about frames, without their labels, for a teacher to answer.
 
-    So they are not balanced, as nothing can be whose answers nobody knows; types take turns within a frame.
+    The selection does not depend on the labels, so it cannot balance answers; within a frame, types take turns.
 
     Args:
-        candidates: frames and what `frame_candidates` found in them.
-        gold: ids of the questions that have a gold answer already.
+        candidates: frames, each with its questions from `frame_candidates`.
+        gold: ids of the labelled questions, which are left out.
         seed: decides which are kept.
-        per_frame: questions that a frame keeps at most.
+        per_frame: most questions of one frame.
 
     Returns:
         Rows with an empty answer, in the order of the frames.
@@ -94,26 +97,28 @@ def select_unanswered(
 
 
 def _keys(question: Question, sensor: str) -> Iterator[tuple]:
-    """The sets of questions that look alike, in each of which no answer may be common: from the type down to the wording.
+    """The sets of similar questions that a question belongs to, from its type down to its wording.
 
-    Most wordings of a large data set occur once or twice; what they give away is held by the coarser sets, such as all
-    questions where the lamp is. Colours are balanced as a whole only: that chairs are often brown is knowledge of the world.
+    In none of them may an answer be too common. Most wordings of a large data set occur once or twice, too rarely to be
+    balanced; the larger sets, such as all questions where the lamp is, limit what these give away. Colors are balanced
+    as a whole only: that chairs are often brown is knowledge of the world.
     """
     yield (question.type,)
     yield question.type, sensor
     if question.type != "Color Identification":
         yield question.type, question.template
-        for place, noun in enumerate(question.nouns):
-            yield question.template, place, noun
+        for position, noun in enumerate(question.nouns):
+            yield question.template, position, noun
         yield (question.text,)
 
 
 def _answer_share(kind: str, answers: Counter) -> float:
-    """The largest share that one answer may have among questions that look alike: ANSWER_SHARE, or less where answers are many.
+    """The largest share that one answer may have in a set of similar questions.
 
-    With fifty nouns the commonest answer of a type has a tenth of its questions. ANSWER_SHARE alone would then let a template
-    ("the farthest object": picture) or a noun ("closest to the sink": counter) tell twice as much as the type does. So an
-    answer is held to ANSWER_EXCESS times the equal share of as many answers as there effectively are. Colours are not.
+    This is ANSWER_SHARE or, where a type has many different answers, ANSWER_EXCESS / (effective number of answers).
+    With fifty nouns the most common answer of a type has a tenth of its questions. ANSWER_SHARE alone would then allow
+    twice that share for one template ("the farthest object": picture) or one noun ("closest to the sink": counter).
+    Colors have ANSWER_SHARE only.
 
     Source: the effective number is the inverse Simpson index, Hill 1973, Ecology 54:427, order 2.
     """
@@ -146,7 +151,11 @@ class _Tally:
             self.count[key, question.answer] += step
 
     def admits(self, question: Question, sensor: str) -> bool:
-        """Whether every set stays balanced; one question more than the exact share gets a set started."""
+        """Whether every set stays balanced with this question.
+
+        An answer may exceed its largest share of a set by up to one question, since the first question of a set always
+        exceeds it.
+        """
         if self.count[question.type, sensor] > TYPE_EXCESS / len(self.share) * self.count[sensor]:
             return False
         return all(
@@ -157,9 +166,10 @@ class _Tally:
     def _cap(self, question: Question, key: tuple) -> float:
         """The largest share that the question's answer may have in one of its sets.
 
-        Two nouns tell more than one: "picture" and "above the bed" each raise the odds of "above". Wordings that come back
-        often are held by a set of their own. Where they do not, each noun's set is held to the geometric mean of the answer's
-        share in the type and of the cap, so that both nouns together raise the answer up to the cap and not beyond.
+        A question with two nouns gives away more than each noun: "picture" and "above the bed" both make "above"
+        likelier. Where wordings are frequent, the set of each wording limits this. Where they are rare, each noun's set
+        is limited to the geometric mean of the answer's share in its type and the cap, so that both nouns together
+        raise the answer's share at most to the cap.
         """
         share, kind = self.share[question.type], (question.type,)
         if not self.rare_wordings or question.type != "Direction" or key[0] != question.template:
@@ -168,7 +178,7 @@ class _Tally:
         return min(share, math.sqrt(share * in_type))
 
     def next_questions(self, waiting: list[Question], sensor: str, *, room: int, twins: bool) -> list[Question]:
-        """The rarest question that is admitted, with its twin if wanted; empty when there is none or no room."""
+        """The rarest question that is admitted, with its twin if wanted; empty if none is admitted or without room."""
         admitted = [question for question in waiting if self.admits(question, sensor)] if room > 0 else []
         if not admitted:
             return []
@@ -181,7 +191,7 @@ class _Tally:
         return chosen
 
     def _rarity(self, question: Question, sensor: str) -> tuple[float, ...]:
-        """Sorts first what is most wanted: by type, then by template, then an answer that its wording lacks."""
+        """Sort key, lowest for the question that is needed most: by its type, its template, its answer."""
         share, wording = self.share[question.type], (question.text,)
         return (
             self.count[question.type, sensor],
@@ -192,13 +202,13 @@ class _Tally:
 
 
 def _even_out_yes_no(chosen: list[list[Question]], rng: np.random.Generator) -> None:
-    """Drop the surplus of yes or no of each wording, so that P(yes) is one half exactly."""
-    places: dict[str, dict[str, list[tuple[int, Question]]]] = {}
+    """Drop the surplus of yes or no of each wording, so that P(yes) is exactly one half."""
+    by_wording: dict[str, dict[str, list[tuple[int, Question]]]] = {}
     for index, questions in enumerate(chosen):
         for question in questions:
             if question.type == "Yes/No":
-                places.setdefault(question.text, {"yes": [], "no": []})[question.answer].append((index, question))
-    for answers in places.values():
+                by_wording.setdefault(question.text, {"yes": [], "no": []})[question.answer].append((index, question))
+    for answers in by_wording.values():
         even = min(map(len, answers.values()))
         for found in answers.values():
             for surplus in rng.permutation(len(found))[even:]:

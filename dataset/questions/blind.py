@@ -1,4 +1,7 @@
-"""Baselines that see no image: what the questions give away. Fitted on training rows, applied to val or test rows."""
+"""Baselines that see no image: they show what the questions alone give away.
+
+They are fitted on training rows and applied to val or test rows.
+"""
 
 import warnings
 from collections import Counter
@@ -15,15 +18,15 @@ from dataset.questions.rows import CAPTION_TYPE
 from utils import UserError
 
 Row = Mapping[str, Any]
-MAX_ITERATIONS = 20  # of L-BFGS; on DAQUAR 60 take twice as long and more, and answer half a point better
+MAX_ITERATIONS = 20  # of L-BFGS; on DAQUAR 60 take more than twice as long and answer half a point better
 
 
 def blind_predictions(train_rows: Sequence[Row], rows: Sequence[Row]) -> dict[str, list[str]]:
     """The answers of every blind baseline to `rows`, by its name, ready for `metrics.evaluate_rows(rows, blind=...)`.
 
     Args:
-        train_rows: question rows with Questions, Answers and Question_Type; only these are fitted on.
-        rows: question rows to answer; their Answers are never read.
+        train_rows: question rows with Questions, Answers and Question_Type, to fit the baselines on.
+        rows: question rows to answer; their Answers are not read.
 
     Raises:
         UserError: there are no training rows.
@@ -36,14 +39,14 @@ def blind_predictions(train_rows: Sequence[Row], rows: Sequence[Row]) -> dict[st
 
 
 def majority_per_type(train_rows: Sequence[Row], rows: Sequence[Row]) -> list[str]:
-    """The most common training answer of the row's question type; of all types where the type is new."""
+    """The most common training answer of the row's question type, or of all rows for a type without training rows."""
     overall = _most_common(train_rows)
     by_type = {kind: _most_common(group) for kind, group in group_by(train_rows, "Question_Type").items()}
     return [by_type.get(row["Question_Type"], overall) for row in rows]
 
 
 def question_text(train_rows: Sequence[Row], rows: Sequence[Row]) -> list[str]:
-    """The most common training answer to exactly the same question; where it is new, that of its type."""
+    """The most common training answer to exactly the same question, or of its type for a new question."""
     by_question: dict[tuple[str, str], list[Row]] = {}
     for row in train_rows:
         by_question.setdefault(_question_key(row), []).append(row)
@@ -57,10 +60,10 @@ def text_classifier(train_rows: Sequence[Row], rows: Sequence[Row]) -> list[str]
     predictions = majority_per_type(train_rows, rows)
     by_type = group_by(train_rows, "Question_Type")
     for kind in sorted({row["Question_Type"] for row in rows} & by_type.keys()):
-        places = [place for place, row in enumerate(rows) if row["Question_Type"] == kind]
-        answers = _fit_and_answer(by_type[kind], [rows[place]["Questions"] for place in places])
-        for place, answer in zip(places, answers, strict=True):
-            predictions[place] = answer
+        positions = [i for i, row in enumerate(rows) if row["Question_Type"] == kind]
+        answers = _fit_and_answer(by_type[kind], [rows[i]["Questions"] for i in positions])
+        for i, answer in zip(positions, answers, strict=True):
+            predictions[i] = answer
     return predictions
 
 
@@ -72,17 +75,17 @@ def blind_check(
     margin: float = 0.05,
     exempt: Collection[str] = ("Color Identification",),
 ) -> list[str]:
-    """Say where questions can be answered without an image, beyond what the distribution of answers allows.
+    """Find question types that can be answered without an image, better than the distribution of answers allows.
 
     Args:
         train_rows: rows to fit the baselines on.
         rows: val or test rows.
-        yes_no_limit: highest blind accuracy on Yes/No questions, which should be balanced.
-        margin: how far any other type may exceed its majority answer, as a share.
+        yes_no_limit: highest allowed blind accuracy on Yes/No questions, which should be balanced.
+        margin: by how much the blind accuracy on any other type may exceed that of its majority answer.
         exempt: types that are not checked. That chairs are often brown is knowledge of the world, not a leak.
 
     Returns:
-        One sentence for each violation; empty when the questions pass. Captions are not checked.
+        One sentence for each violation; empty when there is none. Captions are not checked.
     """
     scores = {name: _accuracy_per_type(rows, answers) for name, answers in blind_predictions(train_rows, rows).items()}
     majority = scores["majority_per_type"]
@@ -119,7 +122,7 @@ def _most_common(rows: Iterable[Row]) -> str:
     counts = Counter(map(_answer, rows))
     if not counts:
         raise UserError("training questions: there are no rows to fit the blind baselines on; prepare the train split")
-    return min(counts, key=lambda answer: (-counts[answer], answer))  # ties go to the alphabet, not to the row order
+    return min(counts, key=lambda answer: (-counts[answer], answer))  # ties by the alphabet, not by the order of rows
 
 
 def _ngrams(question: str) -> list[str]:
@@ -128,10 +131,10 @@ def _ngrams(question: str) -> list[str]:
 
 
 def _fit_and_answer(train_rows: Sequence[Row], questions: Sequence[str]) -> list[str]:
-    """Fit on one type's training rows, from zero and so deterministically, and answer `questions`.
+    """Fit on one type's training rows and answer `questions`. Deterministic, since the fit starts from zero weights.
 
-    A word seen once decides little and DAQUAR has thousands of them, so n-grams have to occur in two questions. The fit is
-    stopped early: that is why its warning is not passed on.
+    N-grams have to occur in two questions: DAQUAR has thousands of words that occur once, and they hardly matter. The
+    fit is stopped early on purpose, so its warning about that is silenced.
     """
     train_questions = [row["Questions"] for row in train_rows]
     counts = Counter(gram for question in train_questions for gram in set(_ngrams(question)))

@@ -1,7 +1,7 @@
-"""One true description per frame: the room, its objects with their numbers, their order from left to right, the nearest.
+"""One description per frame: the room, its objects and their numbers, their order from left to right, the nearest one.
 
-Captions give caption metrics something to score. They say only what is as clear as an answer has to be: the margins are those
-of `dataset.questions`.
+Captions are there for caption metrics. They state only what is as clear as an answer has to be, by the margins of
+`dataset.questions.generate`.
 """
 
 from collections import Counter
@@ -14,14 +14,15 @@ from dataset.questions.rows import CAPTION_TYPE, Question
 from dataset.sunrgbd.annotations import Instance
 
 CAPTION_QUESTION = "Describe the room."
-MAX_NOUNS = 6  # of the largest objects; a longer list is read by nobody
-ORDER_GAP = 0.08  # of the image width between the middles of two neighbours in "from left to right"
+MAX_NOUNS = 6  # nouns in a caption, those of the largest objects
+ORDER_GAP = 0.08  # smallest distance, in image widths, between the middles of two neighbours in "from left to right"
 
 
 def frame_caption(instances: Sequence[Instance], *, scene: str, unsure: Collection[str] = ()) -> Question | None:
     """A caption as the answer to `CAPTION_QUESTION`; None for a frame that shows no object.
 
-    "An office with two shelves, a chair and a box. From left to right: the chair, the box. The box is closest to the camera."
+    "An office with two shelves, a chair and a box. From left to right: the chair, the box. The box is closest to the
+    camera."
 
     Args:
         instances: the objects of the frame.
@@ -51,7 +52,7 @@ def frame_caption(instances: Sequence[Instance], *, scene: str, unsure: Collecti
 
 
 def _room(scene: str) -> str:
-    """The label of scene.txt as a noun with its article; `idk` and none at all are a room."""
+    """The label of scene.txt as a noun with its article; "A room" for `idk` or an empty label."""
     words = scene.replace("_", " ").strip().lower()
     return with_article(words if words not in ("", "idk") else "room").capitalize()
 
@@ -63,12 +64,12 @@ def _counted(noun: str, n: int, vague: Collection[str]) -> str:
 
 
 def _listed(parts: Sequence[str]) -> str:
-    """Parts of a list in words: commas between them, "and" before the last."""
+    """Parts joined by commas, the last one by "and"."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _left_to_right(things: Sequence[Instance]) -> list[str]:
-    """Nouns by the middle of their masks, the larger object staying where two are too close to say."""
+    """Nouns in the order of the middles of their masks; of two that are too close to order, only the larger one."""
     middles: list[tuple[float, str]] = []
     for thing in sorted(things, key=lambda thing: -int(thing.mask.sum())):
         middle = float(np.nonzero(thing.mask)[1].mean()) / thing.mask.shape[1]

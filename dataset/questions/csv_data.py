@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.questions.balance import ANSWER_SHARE, select_questions, select_unanswered
+from dataset.questions.balance import ANSWER_SHARE, select_questions, select_unlabelled
 from dataset.questions.captions import frame_caption
 from dataset.questions.generate import MARGINS, frame_candidates
 from dataset.questions.rows import (
@@ -26,22 +26,26 @@ from dataset.questions.rows import (
     write_questions,
 )
 from dataset.sunrgbd.annotations import Coverage, frame_nouns, frame_objects
-from dataset.sunrgbd.frames import Frame, find_frames, listed_split, missing_frames, read_rgb
+from dataset.sunrgbd.frames import Frame, ListedSplit, find_frames, listed_split, missing_frames, read_rgb
 from utils import UserError, progress, write_json
 
 SPLITS = ("train", "val", "test")
-UNKNOWN_LISTED, UNKNOWN_PRINTED = 100, 10  # of the most frequent names that are not in the noun table
+UNLABELLED = "train_unanswered"  # further questions about training frames, without labels; named like their file
+UNKNOWN_LISTED, UNKNOWN_PRINTED = 100, 10  # most frequent names that are not in the noun table
 VOCABULARY_FRAMES = 1000  # frames whose nouns may be asked about when they are absent
 
 
 class FrameReport(NamedTuple):
-    """What one frame gave: its candidate questions, or why it cannot be used."""
+    """What was read from one frame: its candidate questions, or why it cannot be used."""
 
     questions: list[Question]
     drops: Counter  # annotations that were left out, by reason
-    coverage: Coverage  # what the noun table knows of the outlines
-    failure: str  # empty when the frame can be used
-    caption: Question | None = None  # None where nothing is shown
+    coverage: Coverage  # which outlined objects the noun table knows
+    failure: str  # why the frame cannot be used; empty when it can
+    caption: Question | None = None  # None for a frame without objects
+
+
+Reports = Sequence[tuple[Frame, FrameReport]]
 
 
 def build_csv_data(
@@ -60,82 +64,105 @@ def build_csv_data(
         root: ROOT_DATA_DIR.
         seed: decides which questions are kept; the number of workers does not.
         workers: processes; default: one per core.
-        train_per_frame: questions per training frame at most; the published data set has one to two.
-        eval_per_frame: the same for val and test.
-        unanswered_per_frame: further questions per training frame at most, without answers.
+        train_per_frame: most questions per training frame; the published data set has one to two.
+        eval_per_frame: most questions per val or test frame.
+        unanswered_per_frame: most further questions per training frame, without labels.
         official_val: see `listed_split`.
 
     Returns:
-        What `questions.json` holds: version, seed, margins, the split's rule; questions per split, type and sensor;
-        what was left out and why.
+        The contents of `questions.json`: version, seed, margins, the split's rule; questions per split, type and
+        sensor; what was left out and why.
 
     Raises:
         UserError: no frame, no official split, or not a single question.
     """
     frames, unusable = find_frames(root)
-    whole = listed_split(root, frames, official_val=official_val)
-    split = whole.names
-    listed = [frame for frame in frames if frame.path in split]
-    reports = list(read_frames(listed, seed=seed, workers=workers))
-    usable = [(frame, report.questions) for frame, report in zip(listed, reports, strict=True) if not report.failure]
-    unusable += [(frame.path, report.failure) for frame, report in zip(listed, reports, strict=True) if report.failure]
-    captions = {name: [] for name in SPLITS}
-    for frame, report in zip(listed, reports, strict=True):
-        if report.caption:
-            captions[split[frame.path]] += question_rows(frame, [report.caption])
-    rows = {}
-    for number, name in enumerate(SPLITS):
-        candidates = [(frame, questions) for frame, questions in usable if split[frame.path] == name]
-        per_frame = train_per_frame if name == "train" else eval_per_frame
-        rows[name] = select_questions(candidates, seed=seed + number, per_frame=per_frame)
-        if name == "train":
-            gold = {row.id for row in rows[name]}
-            unanswered = select_unanswered(candidates, gold=gold, seed=seed, per_frame=unanswered_per_frame)
-    if not any(rows.values()):
-        raise UserError(f"{root / 'SUNRGBD'}: no question can be asked about its {len(usable)} usable frames")
+    split = listed_split(root, frames, official_val=official_val)
+    listed = [frame for frame in frames if frame.path in split.names]
+    reports = list(zip(listed, read_frames(listed, seed=seed, workers=workers), strict=True))
+    unusable += [(frame.path, report.failure) for frame, report in reports if report.failure]
+    per_frame = {"train": train_per_frame, "val": eval_per_frame, "test": eval_per_frame}
+    per_frame[UNLABELLED] = unanswered_per_frame
+    rows = _select_rows(reports, split.names, seed=seed, per_frame=per_frame)
+    if not any(rows[name] for name in SPLITS):
+        usable = sum(not report.failure for _, report in reports)
+        raise UserError(f"{root / 'SUNRGBD'}: no question can be asked about its {usable} usable frames")
+    captions = _caption_rows(reports, split.names)
     summary = {
         "generator_version": GENERATOR_VERSION,
         "seed": seed,
-        "per_frame": {
-            "train": train_per_frame,
-            "val": eval_per_frame,
-            "test": eval_per_frame,
-            "train_unanswered": unanswered_per_frame,
-        },
+        "per_frame": per_frame,
         "margins": MARGINS,
         "largest_answer_share": ANSWER_SHARE,
-        "split": {"rule": whole.rule, "listed_frames": dict(sorted(Counter(split.values()).items()))},
-        "frames": dict(Counter(split[frame.path] for frame, _ in usable)),
-        "frames_outside_the_official_split": len(frames) - len(listed),
-        "missing_frames": by_collection(missing_frames(root, frames, whole)),
-        "recordings_in_two_splits": _shared_recordings(listed, split),
-        "questions": {name: _counts(rows[name]) for name in SPLITS} | {"train_unanswered": _counts(unanswered)},
+        **_split_summary(root, frames, reports, split),
+        "questions": {name: _counts(found) for name, found in rows.items()},
         "captions": {name: len(captions[name]) for name in SPLITS},
-        "dropped_annotations": dict(sum((report.drops for report in reports), Counter()).most_common()),
-        "noun_table": _coverage(sum((report.coverage for report in reports), Coverage())),
+        "dropped_annotations": dict(sum((report.drops for _, report in reports), Counter()).most_common()),
+        "noun_table": _coverage(sum((report.coverage for _, report in reports), Coverage())),
         "unusable_frames": dict(sorted(unusable)),
     }
-    for name in SPLITS:
-        write_questions(questions_file(root, name), rows[name])
-        write_questions(captions_file(root, name), captions[name])
-    write_questions(unanswered_file(root), unanswered)
-    write_json(questions_file(root, "train").with_name("questions.json"), summary)
+    _write_files(root, rows, captions, summary)
     return summary
 
 
+def _select_rows(
+    reports: Reports, split: dict[str, str], *, seed: int, per_frame: dict[str, int]
+) -> dict[str, list[QuestionRow]]:
+    """The questions of each split in SPLITS, and those without labels under UNLABELLED."""
+    rows, candidates = {}, {}
+    for number, name in enumerate(SPLITS):
+        usable = [(frame, report) for frame, report in reports if not report.failure and split[frame.path] == name]
+        candidates[name] = [(frame, report.questions) for frame, report in usable]
+        rows[name] = select_questions(candidates[name], seed=seed + number, per_frame=per_frame[name])
+    gold = {row.id for row in rows["train"]}
+    rows[UNLABELLED] = select_unlabelled(candidates["train"], gold=gold, seed=seed, per_frame=per_frame[UNLABELLED])
+    return rows
+
+
+def _caption_rows(reports: Reports, split: dict[str, str]) -> dict[str, list[QuestionRow]]:
+    """The captions of each split; frames without one are left out."""
+    captions = {name: [] for name in SPLITS}
+    for frame, report in reports:
+        if report.caption:
+            captions[split[frame.path]] += question_rows(frame, [report.caption])
+    return captions
+
+
+def _split_summary(root: Path, frames: Sequence[Frame], reports: Reports, split: ListedSplit) -> dict[str, Any]:
+    """The part of `questions.json` about the split: its rule, its frames, missing ones, recordings in two splits."""
+    names = split.names
+    return {
+        "split": {"rule": split.rule, "listed_frames": dict(sorted(Counter(names.values()).items()))},
+        "frames": dict(Counter(names[frame.path] for frame, report in reports if not report.failure)),
+        "frames_outside_the_official_split": len(frames) - len(reports),
+        "missing_frames": by_collection(missing_frames(root, frames, split)),
+        "recordings_in_two_splits": _shared_recordings([frame for frame, _ in reports], names),
+    }
+
+
+def _write_files(
+    root: Path, rows: dict[str, list[QuestionRow]], captions: dict[str, list[QuestionRow]], summary: dict[str, Any]
+) -> None:
+    for name in SPLITS:
+        write_questions(questions_file(root, name), rows[name])
+        write_questions(captions_file(root, name), captions[name])
+    write_questions(unanswered_file(root), rows[UNLABELLED])
+    write_json(questions_file(root, "train").with_name("questions.json"), summary)
+
+
 def by_collection(paths: Sequence[str]) -> dict[str, int]:
-    """How many frame paths there are of each collection, such as `kv1/NYUdata`."""
+    """How many of these frame paths each collection has, such as `kv1/NYUdata`."""
     return dict(sorted(Counter("/".join(path.split("/")[1:3]) for path in paths).items()))
 
 
 def _shared_recordings(frames: Sequence[Frame], split: dict[str, str]) -> dict[str, int]:
-    """How many recordings (`Frame.group`) have frames in two splits: the official one separates frames, not always rooms."""
+    """How many recordings (`Frame.group`) have frames in two splits, which the official split does not rule out."""
     groups = {name: {frame.group for frame in frames if split[frame.path] == name} for name in SPLITS}
     return {f"{one} {other}": len(groups[one] & groups[other]) for one, other in combinations(SPLITS, 2)}
 
 
 def read_frames(frames: Sequence[Frame], *, seed: int, workers: int | None = None) -> Iterator[FrameReport]:
-    """One report per frame, in their order; pictures are read in `workers` processes and dropped there."""
+    """One report per frame, in their order. `workers` processes read the pictures, which do not leave them."""
     read = partial(read_frame_questions, seed=seed, vocabulary=_vocabulary(frames))
     label = "reading annotations"
     workers = workers or os.cpu_count() or 1
@@ -147,13 +174,13 @@ def read_frames(frames: Sequence[Frame], *, seed: int, workers: int | None = Non
 
 
 def _vocabulary(frames: Sequence[Frame]) -> list[str]:
-    """The nouns of evenly spaced frames: to ask for what no room of the data set has would give the answer away."""
+    """The nouns of evenly spaced frames, to ask about when absent. Other nouns would always have the answer "no"."""
     sample = frames[:: max(1, len(frames) // VOCABULARY_FRAMES)]
     return sorted(set().union(*map(frame_nouns, sample)))
 
 
 def read_frame_questions(frame: Frame, *, seed: int, vocabulary: Collection[str]) -> FrameReport:
-    """Read a frame's annotations and pictures and ask what can be asked."""
+    """Read a frame's annotations and RGB picture and generate its candidate questions and caption."""
     drops, coverage = Counter(), Coverage()
     digest = hashlib.sha256(frame.path.encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])  # independent of the other frames
@@ -167,7 +194,7 @@ def read_frame_questions(frame: Frame, *, seed: int, vocabulary: Collection[str]
 
 
 def _coverage(coverage: Coverage) -> dict[str, Any]:
-    """What share of the outlined objects and of their area has a noun; walls, floors and ceilings are counted apart."""
+    """The share of outlined objects, and of their area, that has a noun; walls, floors and ceilings do not count."""
     objects = {key: count for key, count in coverage.outlines.items() if key != "structure"}
     area = {key: share for key, share in coverage.area.items() if key != "structure"}
     return {

@@ -1,13 +1,13 @@
-"""DAQUAR: questions that people wrote about NYUv2 pictures, as an outside test of what was learned on SUN RGB-D.
+"""DAQUAR: questions that people wrote about NYUv2 pictures, an external test of what was learned on SUN RGB-D.
 
 The files are `ROOT_DATA_DIR/DAQUAR/qa.894.raw.{train,test}.txt`: a line with a question, then a line with its answers,
-joined by ", ". The picture stands at the end of the question ("what is on the desk in the image3 ?"); imageN is the NYUv2
-frame that SUN RGB-D keeps as `SUNRGBD/kv1/NYUdata/NYU000N`. DAQUAR's training questions are about 794 of the 1449 frames,
-its test questions about 653 others, and these lie in the training and the test half of SUN RGB-D's official split: what
-trains on the former has not seen the latter.
+joined by ", ". The picture is named at the end of the question ("what is on the desk in the image3 ?"); imageN is the
+NYUv2 frame that is `SUNRGBD/kv1/NYUdata/NYU000N` in SUN RGB-D. DAQUAR's training questions are about 794 of the 1449
+frames, all in the training half of SUN RGB-D's official split; its test questions are about 653 others, all in the test
+half. A model that was trained on SUN RGB-D's training half has therefore not seen DAQUAR's test pictures.
 
-Source: Malinowski and Fritz, A Multi-World Approach to Question Answering about Real-World Scenes based on Uncertain Input,
-NIPS 2014, https://arxiv.org/abs/1410.0210.
+Source: Malinowski and Fritz, A Multi-World Approach to Question Answering about Real-World Scenes based on Uncertain
+Input, NIPS 2014, https://arxiv.org/abs/1410.0210.
 """
 
 import re
@@ -26,11 +26,11 @@ PAGE = (
     "visual-turing-challenge/"
 )
 _QUESTION = re.compile(r"(?P<text>.*\S)\s*image\s?(?P<number>\d+)\s*\?")
-# What cannot end a question: without "in the image", "what object is in the image" would lose its sense.
+# The "in the" before "imageN" at the end of a question. It stays where the question needs it: "what object is in the".
 _TAIL = re.compile(r"(?<!\bis)(?<!\bare)(?<!\bthe)(?<!\bin)\s+in( the| this)?$")
-_COUNT = re.compile(r"how (many|any|man|manu)\b")  # with the file's slips of the pen
+_COUNT = re.compile(r"how (many|any|man|manu)\b")  # with the file's typing errors
 _COLOR_NAMES = "black blue brown gray green maroon orange pink purple red saffron sandal silver white yellow".split()
-# "the colour of the bed" asks for a colour; "the blue colour object" and "red in colour" only point at something.
+# "the color of the bed" asks for a color; "the blue color object" and "red in color" only point at something.
 _COLOR = re.compile(
     rf"(?<!\bin )({''.join(rf'(?<!{name} )' for name in _COLOR_NAMES)})\bcolou?rs?\b(?! (object|thing))"
 )
@@ -39,13 +39,13 @@ _NEEDS_COLOR = re.compile(r"\bcolou?r")
 
 @dataclass(frozen=True, slots=True)
 class DaquarQuestion:
-    """A question and its answers as DAQUAR has them, with the number of the picture taken out of the text."""
+    """A question and its answers as in DAQUAR's file, but without the number of the picture in the text."""
 
     id: str  # daquar_test_17: the 17th question of the test file
     question: str
     answer: str  # one or several things, joined by ", "; words of one thing by "_"
-    type: str  # Count, Color Identification, or Object Identification, which holds everything else
-    depth_answerable: bool  # False when the question is about colours; those that only name one to point at things stay
+    type: str  # Count, Color Identification, or Object Identification for everything else
+    depth_answerable: bool  # False for questions with the word color; one that only names a color ("the red cup") stays
     image: int  # 1 to LAST_IMAGE
 
     @property
@@ -55,23 +55,23 @@ class DaquarQuestion:
 
 
 def read_daquar(root: Path, split: str) -> list[DaquarQuestion]:
-    """The questions of DAQUAR's `train` or `test` split in the order of its file; the pictures are not looked at.
+    """The questions of DAQUAR's `train` or `test` split in the order of its file; no picture is opened.
 
     Args:
         root: the data root, with the folder DAQUAR in it.
         split: one of SPLITS.
 
     Raises:
-        UserError: the file is missing or unreadable, a line is malformed, or a picture's number is impossible; names file
-            and line.
+        UserError: the file is missing or unreadable, a line is malformed, or a picture's number is impossible; names
+            file and line.
     """
     path = root / "DAQUAR" / f"qa.894.raw.{split}.txt"
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except FileNotFoundError as error:
         raise UserError(
-            f"{path}: missing; download DAQUAR (Malinowski and Fritz, NIPS 2014) from its page at MPI Informatics, {PAGE}, "
-            f"and put qa.894.raw.train.txt and qa.894.raw.test.txt into {path.parent}"
+            f"{path}: missing; download DAQUAR (Malinowski and Fritz, NIPS 2014) from its page at MPI Informatics, "
+            f"{PAGE}, and put qa.894.raw.train.txt and qa.894.raw.test.txt into {path.parent}"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); download it again") from error
@@ -109,7 +109,7 @@ def _parse(question: str, answer: str, *, number: int, split: str, where: str) -
 
 
 def _without_number(text: str) -> str:
-    """A question up to its last "imageN" -> without that place, or with "image" where the sentence needs it."""
+    """A question up to its last "imageN" -> a question without "in the imageN", or with "image" where it is needed."""
     shortened = _TAIL.sub("", text)
     kept = shortened if shortened != text else f"{text} image"
     kept = re.sub(r"\b(in|of|on) image\b", r"\1 the image", re.sub(r"image\s?\d+", "image", kept))
@@ -123,17 +123,17 @@ def _question_type(question: str) -> str:
 
 
 def match_frames(root: Path, questions: Sequence[DaquarQuestion]) -> tuple[list[QuestionRow], int]:
-    """Test questions with the pictures of the tree, and how many of the asked frames the tree does not have.
+    """Find the pictures of DAQUAR's test questions in the tree.
 
     Args:
         root: the data root.
         questions: of DAQUAR's test split.
 
     Returns:
-        Rows in the order of the questions, without those about frames that are not there, and the number of these frames.
+        Rows in the order of the questions, without those about missing frames, and the number of missing frames.
 
     Raises:
-        UserError: none of the frames is there, one is damaged, or the official split trains or validates on one.
+        UserError: all frames are missing, one is damaged, or the official split has one for training or validation.
     """
     paths = sorted({question.frame_path for question in questions})
     frames = {path: read_frame(root, path) for path in paths if (root / path).is_dir()}
@@ -146,7 +146,8 @@ def match_frames(root: Path, questions: Sequence[DaquarQuestion]) -> tuple[list[
     if leaked := [path for path in frames if split.get(path, "test") != "test"]:
         raise UserError(
             f"{leaked[0]}: allsplit.mat puts this frame of DAQUAR's test questions into {split[leaked[0]]} "
-            f"({len(leaked)} such frames); what was trained on it cannot be tested on it: restore the official SUNRGBDtoolbox"
+            f"({len(leaked)} such frames); what was trained on it cannot be tested on it: "
+            "restore the official SUNRGBDtoolbox"
         )
 
     rows = [_row(question, frames[question.frame_path]) for question in questions if question.frame_path in frames]

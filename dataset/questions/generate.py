@@ -1,6 +1,6 @@
-"""Instances -> everything that can be asked about a frame with one clear answer.
+"""Instances -> all questions about a frame that have one clear answer.
 
-The same generator serves SUN RGB-D and the miniature world; `dataset.questions.balance` selects from what it asks.
+The same generator serves SUN RGB-D and the miniature world; `dataset.questions.balance` selects from its questions.
 """
 
 import itertools
@@ -14,12 +14,12 @@ from dataset.questions.rows import Question
 from dataset.sunrgbd.annotations import Instance, mask_box
 from dataset.sunrgbd.nouns import asked_nouns, nouns
 
-# What makes an answer clear. Lengths in metres between centres, in the gravity frame.
+# Margins that make an answer clear. Lengths are in metres, between centres of objects, in the gravity frame.
 MIN_AREA_SHARE = 0.005  # of the image; smaller objects are neither asked about nor counted
-LARGEST_RATIO = 1.3  # largest visible area against the next noun's
-CLOSEST_GAP_M, CLOSEST_RATIO = 0.3, 1.1  # depth of the closest (farthest) object against the next noun's
-DIRECTION_MIN_M, DIRECTION_RATIO = 0.25, 1.6  # the dominant axis, and how far it exceeds the other two
-PROXIMITY_GAP_M, PROXIMITY_RATIO = 0.25, 1.35  # distance of the farther object against the nearer one's
+LARGEST_RATIO = 1.3  # largest visible area / that of the next noun
+CLOSEST_GAP_M, CLOSEST_RATIO = 0.3, 1.1  # depth of the closest (farthest) object, compared with the next noun's
+DIRECTION_MIN_M, DIRECTION_RATIO = 0.25, 1.6  # offset along the dominant axis; its ratio to the other two axes
+PROXIMITY_GAP_M, PROXIMITY_RATIO = 0.25, 1.35  # distance of the farther object, compared with the nearer one's
 COLOR_MIN_SHARE = 0.6  # of the object's pixels
 MAX_COUNT = 6
 MARGINS = {
@@ -28,7 +28,7 @@ MARGINS = {
     "proximity_gap_m": PROXIMITY_GAP_M, "proximity_ratio": PROXIMITY_RATIO, "color_min_share": COLOR_MIN_SHARE,
     "max_count": MAX_COUNT,
 }  # fmt: skip
-MAX_CANDIDATES = 12  # per kind of question and frame: crowded frames would have hundreds
+MAX_CANDIDATES = 12  # per kind of question and frame; crowded frames would have hundreds
 _LARGEST = "What is the largest object in the image?"
 _CLOSEST = "What is the closest object to the camera?"
 _FARTHEST = "What is the farthest object from the camera?"
@@ -62,14 +62,15 @@ def frame_candidates(
 ) -> list[Question]:
     """All questions about a frame that have one clear answer, not yet balanced.
 
-    "The chair" needs a frame with exactly one chair. Nothing is asked about a noun that is `unsure`, or that has an instance
-    too small to be seen. Data sets do not annotate everything, so "no" means: no annotator named it, or anything like it.
+    "The chair" needs a frame with exactly one chair. Nothing is asked about a noun that is `unsure`, or that has an
+    instance too small to be seen. Not every object is annotated, so the answer "no" means that no annotator named such
+    an object or a similar one.
 
     Args:
         instances: the objects of the frame.
-        rgb: (H, W, 3) uint8, aligned with the masks; None leaves out colours.
+        rgb: (H, W, 3) uint8, aligned with the masks; None leaves out questions about colors.
         rng: picks MAX_CANDIDATES questions of a kind where there are more.
-        unsure: nouns of which the frame may hold more than `instances` shows.
+        unsure: nouns of which the frame may have more than `instances` has.
         vocabulary: nouns to ask about when they are absent; None = the whole noun table.
 
     Returns:
@@ -80,7 +81,7 @@ def frame_candidates(
     counts = Counter(thing.noun for thing in shown if not thing.contested)
     unique = [thing for thing in shown if counts[thing.noun] == 1 and thing.noun not in vague]
     placed = [thing for thing in unique if np.isfinite(thing.center_m).all()]
-    # Where nothing is outlined nobody looked, or all of it has unknown names: that is no reason to call a thing absent.
+    # Without a known object the frame was not annotated, or all names are unknown. Then nothing can be called absent.
     absent = _absent(counts.keys() | vague, asked_nouns() if vocabulary is None else vocabulary) if counts else []
     kinds = [
         _identification(shown),
@@ -131,12 +132,12 @@ def plural(noun: str) -> str:
 
 
 def countable(noun: str) -> bool:
-    """Whether there can be two of it. Of a mass noun, such as soap, the table says so with an equal plural."""
+    """Whether there can be two of it. In the noun table a mass noun, such as soap, is its own plural."""
     return plural(noun) != noun
 
 
 def with_article(noun: str) -> str:
-    """The noun with "a" or "an" in front, a mass noun alone."""
+    """The noun with "a" or "an" in front; a mass noun without."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" if countable(noun) else noun
 
 
@@ -146,13 +147,13 @@ def _only(things: Sequence[Instance], noun: str) -> Instance | None:
 
 
 def _absent(present: Collection[str], vocabulary: Collection[str]) -> list[str]:
-    """Nouns of the vocabulary that a frame does not show, nor anything that an annotator may have called the same."""
-    lookalikes = {other for noun in present for other in nouns().get(noun, {}).get("similar", ())}
+    """Nouns of the vocabulary that a frame does not have, nor a noun that annotators may have used instead."""
+    similar = {other for noun in present for other in nouns().get(noun, {}).get("similar", ())}
     return [
         noun
         for noun in vocabulary
         if noun not in present
-        and noun not in lookalikes
+        and noun not in similar
         and not set(nouns().get(noun, {}).get("similar", ())) & set(present)
     ]
 
@@ -172,15 +173,16 @@ def _identification(shown: Sequence[Instance]) -> list[tuple[Question, ...]]:
 
 
 def clearly_closest(shown: Sequence[Instance], *, farthest: bool = False) -> Instance | None:
-    """The object nearest to the camera (farthest from it), None unless all depths are known and it stands out."""
+    """The object nearest to the camera (farthest from it); None when a depth is unknown or none is clearly first."""
     depths = [-thing.depth_m if farthest else thing.depth_m for thing in shown]
     return _clear_first(shown, depths, ratio=CLOSEST_RATIO, gap=CLOSEST_GAP_M) if np.isfinite(depths).all() else None
 
 
 def _clear_first(things: Sequence[Instance], values: Sequence[float], *, ratio: float, gap: float) -> Instance | None:
-    """The thing with the smallest value, if the first of another noun is `ratio` times and `gap` away from it.
+    """The thing with the smallest value, if the first one of another noun differs by a factor `ratio` and by `gap`.
 
-    Values of one sign; negative ones rank by the largest size. None without a second noun, or where its own is contested.
+    All values have the same sign; with negative ones the thing of largest magnitude comes first. None without a second
+    noun, or when the first thing's noun is contested.
     """
     order = sorted(range(len(things)), key=values.__getitem__)
     rivals = [i for i in order if things[i].noun != things[order[0]].noun]
@@ -199,18 +201,18 @@ def _color(thing: Instance, rgb: np.ndarray) -> Question | None:
 
 
 def color_name(pixels: np.ndarray, *, white: float = 255.0) -> str | None:
-    """The colour that at least COLOR_MIN_SHARE of the pixels have, None without one.
+    """The color that at least COLOR_MIN_SHARE of the pixels have; None without one.
 
     Args:
         pixels: (n, 3) uint8 RGB of one object.
-        white: what the brightest part of the picture reaches, 1 to 255.
+        white: value of the brightest part of the picture, 1 to 255.
     """
     sampled = pixels[:: max(1, len(pixels) // 4000)]
     hue, saturation, value = rgb_to_hsv(sampled / 255).T
     degrees = hue * 360
     dark = value < 0.18
     neutral = ~dark & (saturation < 0.2)
-    # Shading and exposure only darken, so the lit part tells white from gray, measured against the brightest part of the room.
+    # Shading only darkens, so white is told from gray by the object's bright part, relative to the picture's brightest.
     shade = "white" if neutral.any() and np.quantile(value[neutral], 0.8) > 0.65 * white / 255 else "gray"
     names = np.select(
         [
@@ -233,7 +235,7 @@ def color_name(pixels: np.ndarray, *, white: float = 255.0) -> str | None:
 
 
 def direction(a: Instance, b: Instance) -> str | None:
-    """Where a is relative to b for the viewer (in front = nearer to the camera); None when no axis dominates."""
+    """Where a is relative to b for the viewer ("in front" = nearer to the camera); None when no axis dominates."""
     offset = a.center_m - b.center_m
     axis = int(np.abs(offset).argmax())
     first, second = np.sort(np.abs(offset))[:0:-1]
@@ -256,8 +258,8 @@ def _directions(placed: Sequence[Instance]) -> list[tuple[Question, ...]]:
 def _relations(placed: Sequence[Instance]) -> list[tuple[Question, ...]]:
     """Yes/No twins: "Is the A above the B?" and "Is the B above the A?".
 
-    A pair of nouns is always asked about in the same one of the two directions of an axis, above or below, so that a wording
-    comes back in other frames with the other answer: without that it could not be balanced.
+    For each axis a pair of nouns always gets the same one of the two words, say "above" and never "below". The same
+    wording then occurs in other frames with the other answer, which balancing needs.
     """
     pairs = []
     for a, b in itertools.combinations(placed, 2):
@@ -273,9 +275,9 @@ def _relations(placed: Sequence[Instance]) -> list[tuple[Question, ...]]:
 
 
 def _nearest(placed: Sequence[Instance], shown: Sequence[Instance]) -> list[tuple[Question, ...]]:
-    """Ask for the object that is closest to a unique one; every object of the frame is an option."""
+    """Ask for the object that is closest to a unique one; the answer may be any object of the frame."""
     if not all(np.isfinite(thing.center_m).all() for thing in shown):
-        return []  # the one of unknown place may be the closest
+        return []  # an object at an unknown position may be the closest
     questions = []
     for target in placed:
         others = [thing for thing in shown if thing is not target]
@@ -289,8 +291,9 @@ def _nearest(placed: Sequence[Instance], shown: Sequence[Instance]) -> list[tupl
 def _comparisons(placed: Sequence[Instance]) -> list[tuple[Question, ...]]:
     """Yes/No twins: "Is the A closer to the X than the B is?" and the same with A and B swapped.
 
-    Asked as "Which is closer, A or B?" half of the answers could be guessed from the text, far more than from any other
-    question of its type; as twins the guess is worth what it is worth in all Yes/No questions.
+    "Which is closer, A or B?" would name both answers: half of them could be guessed from the text, far more than in
+    other questions about proximity. As a Yes/No question it can also be guessed half of the time, like all of that
+    type.
     """
     pairs = []
     for x in placed:
@@ -312,9 +315,10 @@ def _distance(a: Instance, b: Instance) -> float:
 
 
 def _surfaces_agree(x: Instance, near: Instance, far: Instance) -> bool:
-    """Whether the boxes' surfaces name the same nearer object as their centres do; True where a box is missing.
+    """Whether `near` is also the nearer one by the gap between the boxes' surfaces; True where a box is missing.
 
-    A ball may touch one end of a bed whose centre is far away: both readings of "closer" have to give the same answer.
+    A ball may touch one end of a bed whose centre is far away. "Closer" by surfaces and by centres has to give the same
+    answer.
     """
     if x.size_m is None or near.size_m is None or far.size_m is None:
         return True

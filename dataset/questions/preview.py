@@ -1,4 +1,4 @@
-"""A page to look at: frames with their objects drawn, their depth, and every question with its answer."""
+"""An HTML page that shows frames with their objects drawn, their depth, and every question with its answer."""
 
 import base64
 import html
@@ -23,7 +23,7 @@ body { font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 1200px; color: #2
 img { width: 100% }
 table { border-collapse: collapse }
 td, th { padding: 2px 12px 2px 0; text-align: left; vertical-align: top }
-td.colour { color: #777 }
+td.color { color: #777 }
 h2 { font-size: 17px; margin: 2em 0 0.3em }
 """
 
@@ -48,9 +48,10 @@ def write_preview(path: Path, root: Path, rows: Sequence[QuestionRow], *, n_fram
     parts = [
         _section(read_frame(root, name), by_frame[name]) for name in progress(chosen, total=len(chosen), label="frames")
     ]
-    page = f"<!DOCTYPE html><html><head><meta charset='utf-8'><title>SUN RGB-D questions</title><style>{STYLE}</style></head>"
+    head = f"<meta charset='utf-8'><title>SUN RGB-D questions</title><style>{STYLE}</style>"
+    page = f"<!DOCTYPE html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
     with atomic_path(path) as part:
-        part.write_text(f"{page}<body>{''.join(parts)}</body></html>\n", encoding="utf-8")
+        part.write_text(page, encoding="utf-8")
 
 
 def _section(frame: Frame, rows: Sequence[QuestionRow]) -> str:
@@ -58,15 +59,16 @@ def _section(frame: Frame, rows: Sequence[QuestionRow]) -> str:
     picture = base64.b64encode(draw_frame(frame, instances)).decode()
     caption = frame_caption(instances, scene=frame.scene, unsure=unsure)
     lines = "".join(
-        f"<tr><td>{html.escape(row.type)}</td><td{'' if row.depth_answerable else ' class=colour'}>"
+        f"<tr><td>{html.escape(row.type)}</td><td{'' if row.depth_answerable else ' class=color'}>"
         f"{html.escape(row.question)}</td><td>{html.escape(row.answer)}</td></tr>"
         for row in sorted(rows, key=lambda row: row.type)
     )
     notes = [caption.answer] if caption else []
     notes += [f"Perhaps more than drawn: {', '.join(sorted(unsure))}."] if unsure else []
     return (
-        f"<h2>{html.escape(frame.path)} ({html.escape(frame.scene)})</h2><img src='data:image/png;base64,{picture}' alt=''>"
-        f"<p>{html.escape(' '.join(notes))}</p><table><tr><th>Type</th><th>Question</th><th>Answer</th></tr>{lines}</table>"
+        f"<h2>{html.escape(frame.path)} ({html.escape(frame.scene)})</h2>"
+        f"<img src='data:image/png;base64,{picture}' alt=''><p>{html.escape(' '.join(notes))}</p>"
+        f"<table><tr><th>Type</th><th>Question</th><th>Answer</th></tr>{lines}</table>"
     )
 
 
@@ -77,15 +79,15 @@ def draw_frame(frame: Frame, instances: Sequence[Instance]) -> bytes:
     left, right = figure.subplots(1, 2)
     left.imshow(rgb)
     for number, thing in enumerate(instances):
-        colour = colormaps["tab10"](number % 10)
-        left.contour(thing.mask, levels=[0.5], colors=[colour], linewidths=2)
-        row, column = (int(np.median(places)) for places in np.nonzero(thing.mask))
+        color = colormaps["tab10"](number % 10)
+        left.contour(thing.mask, levels=[0.5], colors=[color], linewidths=2)
+        row, column = (int(np.median(indices)) for indices in np.nonzero(thing.mask))
         label = f"{thing.noun} {thing.depth_m:.2f} m" if np.isfinite(thing.depth_m) else thing.noun
         side = "left" if column < 0.15 * rgb.shape[1] else "right" if column > 0.85 * rgb.shape[1] else "center"
-        box = {"facecolor": "black", "alpha": 0.6, "pad": 2, "edgecolor": colour}
+        box = {"facecolor": "black", "alpha": 0.6, "pad": 2, "edgecolor": color}
         left.text(column, row, label, color="white", size=9, ha=side, va="center", bbox=box)
-    colours = colormaps["viridis"].with_extremes(bad="#B0B0B0")
-    shown = right.imshow(np.ma.masked_equal(depth_m, 0), cmap=colours, vmin=0, interpolation="nearest")
+    colors = colormaps["viridis"].with_extremes(bad="#B0B0B0")
+    shown = right.imshow(np.ma.masked_equal(depth_m, 0), cmap=colors, vmin=0, interpolation="nearest")
     figure.colorbar(shown, ax=right, label="Distance (m); grey: no measurement", fraction=0.04, pad=0.02)
     for axis in (left, right):
         axis.set_axis_off()

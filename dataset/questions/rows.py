@@ -1,4 +1,4 @@
-"""Questions and the files that hold them: one row per question, checked on reading; rows by image, subsets, withheld labels."""
+"""Questions and their files: one row per question, checked on reading; rows by image, subsets, withheld labels."""
 
 import csv
 import hashlib
@@ -16,7 +16,7 @@ GENERATOR_VERSION = 1
 QUESTION_TYPES = (
     "Object Identification", "Color Identification", "Count", "Direction", "Proximity", "Yes/No",
 )  # fmt: skip
-CAPTION_TYPE = "Caption"  # of descriptions, which have files of their own and are not counted as right or wrong
+CAPTION_TYPE = "Caption"  # type of descriptions, which have files of their own and are not scored as right or wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +26,12 @@ class Question:
     text: str
     answer: str
     type: str  # one of QUESTION_TYPES
-    template: str  # the text before its nouns were filled in
+    template: str  # the text without its nouns
     nouns: tuple[str, ...] = ()  # in the order of the text
-    depth_answerable: bool = True  # False when only the colour image shows it
+    depth_answerable: bool = True  # False when only RGB shows the answer
     pair: str = ""  # equal for a question and its twin with the roles swapped
-    target_box: tuple[int, int, int, int] | None = (
-        None  # x0, y0, x1, y1 in pixels of the object in question, x1, y1 exclusive
-    )
+    # Pixel box x0, y0, x1, y1 of the object that the question is about; x1 and y1 are exclusive.
+    target_box: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +53,13 @@ class QuestionRow:
 
 # Question file column -> field of QuestionRow; the first six are required and come in this order.
 COLUMNS = {
-    "Question_Id": "id", "Questions": "question", "Answers": "answer", "Image_Path": "image_path", "Depth_Path": "depth_path",
-    "Question_Type": "type", "depth_answerable": "depth_answerable", "sensor": "sensor", "scene": "scene",
-    "pair_id": "pair_id", "target_box": "target_box",
+    "Question_Id": "id", "Questions": "question", "Answers": "answer",
+    "Image_Path": "image_path", "Depth_Path": "depth_path", "Question_Type": "type",
+    "depth_answerable": "depth_answerable", "sensor": "sensor", "scene": "scene", "pair_id": "pair_id",
+    "target_box": "target_box",
 }  # fmt: skip
 REQUIRED_COLUMNS = tuple(COLUMNS)[:6]
-# The control tokens of LLaVA-OneVision's tokenizer. As part of a question they would be read as such: another image, another turn.
+# The control tokens of LLaVA-OneVision's tokenizer. In a question's text they would add an image or start another turn.
 CONTROL_TOKENS = ("<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
@@ -92,12 +92,12 @@ def questions_file(root: Path, split: str) -> Path:
 
 
 def captions_file(root: Path, split: str) -> Path:
-    """`csv_data/{train,val,test}_captions.csv`: a description of each frame, apart from what is trained on and counted."""
+    """`csv_data/{train,val,test}_captions.csv`: a description of each frame, for caption metrics only."""
     return root / "SUNRGBD" / "csv_data" / f"{split}_captions.csv"
 
 
 def unanswered_file(root: Path) -> Path:
-    """`csv_data/train_unanswered.csv`: questions about training images whose Answers are left empty, for the teacher."""
+    """`csv_data/train_unanswered.csv`: questions about training images with empty Answers, for a teacher."""
     return root / "SUNRGBD" / "csv_data" / "train_unanswered.csv"
 
 
@@ -121,17 +121,18 @@ def _cell(value: object) -> str:
     return "" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def read_questions(path: Path, *, root: Path | None = None, answered: bool = True) -> list[QuestionRow]:
+def read_questions(path: Path, *, root: Path | None = None, labelled: bool = True) -> list[QuestionRow]:
     """Read a question file; columns after the required six may be missing.
 
     Args:
-        path: a CSV file as `write_questions` makes it; a byte order mark and CRLF line ends do no harm.
-        answered: every row must have an answer; False: none may, as `select_unanswered` makes them.
-        root: the data root; given, every picture that the file names must exist below it, where its frame has it.
+        path: a CSV file as `write_questions` makes it; a byte order mark and CRLF line ends are accepted.
+        root: the data root. If given, every picture of the file must exist below it, in the folders of one frame.
+        labelled: True: every row must have an answer. False: no row may have one, as in `unanswered_file`.
 
     Raises:
         UserError: a required column or value is missing, an id occurs twice, a question or an answer contains a control
-            token, a picture is missing, belongs to another frame, or its path leaves the data root; names file and line.
+            token, a picture is missing, belongs to another frame, or its path leaves the data root; names file and
+            line.
     """
     rows, lines = [], {}
     try:
@@ -141,7 +142,7 @@ def read_questions(path: Path, *, root: Path | None = None, answered: bool = Tru
             if missing:
                 raise UserError(f"{path}:1: required column {', '.join(missing)} is missing")
             for cells in reader:
-                row = _parse(cells, where=f"{path}:{reader.line_num}", answered=answered)
+                row = _parse(cells, where=f"{path}:{reader.line_num}", labelled=labelled)
                 if row.id in lines:
                     raise UserError(
                         f"{path}:{reader.line_num}: Question_Id {row.id} is already in line {lines[row.id]}"
@@ -159,13 +160,13 @@ def read_questions(path: Path, *, root: Path | None = None, answered: bool = Tru
     return rows
 
 
-def _parse(cells: dict[str, str | None], *, where: str, answered: bool) -> QuestionRow:
+def _parse(cells: dict[str, str | None], *, where: str, labelled: bool) -> QuestionRow:
     values = {field: (cells.get(column) or "").strip() for column, field in COLUMNS.items()}
     for column in REQUIRED_COLUMNS:
-        if not values[COLUMNS[column]] and (answered or column != "Answers"):
+        if not values[COLUMNS[column]] and (labelled or column != "Answers"):
             raise UserError(f"{where}: {column} is empty")
-    if values["answer"] and not answered:
-        raise UserError(f"{where}: Answers must be empty in a file of unanswered questions, got {values['answer']!r}")
+    if values["answer"] and not labelled:
+        raise UserError(f"{where}: Answers must be empty in a file of unlabelled questions, got {values['answer']!r}")
     for column in ("Questions", "Answers"):
         found = [token for token in CONTROL_TOKENS if token in values[COLUMNS[column]]]
         if found:
@@ -194,11 +195,11 @@ def _check_pictures(path: Path, rows: Sequence[QuestionRow], lines: dict[str, in
         if (row.image_path, row.depth_path) in seen:
             continue
         image, depth = PurePosixPath(row.image_path), PurePosixPath(row.depth_path)
-        # Pictures are read from these two folders, which hold one file each: a row must not promise another one.
+        # Pictures are read from these two folders, which hold one file each; a row must not name any other file.
         if image.parent.name != "image" or depth.parent != image.parent.with_name("depth"):
             raise UserError(
-                f"{path}:{lines[row.id]}: Image_Path and Depth_Path must lie in image/ and depth/ of one frame, got {image} and "
-                f"{depth}; hole-filled depth is chosen with --depth_source bfx"
+                f"{path}:{lines[row.id]}: Image_Path and Depth_Path must lie in image/ and depth/ of one frame, "
+                f"got {image} and {depth}; hole-filled depth is chosen with --depth_source bfx"
             )
         seen.add((row.image_path, row.depth_path))
         for picture in (row.image_path, row.depth_path):
@@ -220,7 +221,7 @@ def group_by_image(rows: list[QuestionRow]) -> list[list[QuestionRow]]:
 
 
 def subset_of_images(rows: list[QuestionRow], share: float, *, seed: int) -> list[QuestionRow]:
-    """The rows of a random `share` of the images; a smaller share of the same seed is contained in a larger one.
+    """The rows of a random `share` of the images. With the same seed, a larger share contains a smaller one.
 
     Raises:
         UserError: the share is not in (0, 1].
@@ -236,7 +237,7 @@ def subset_of_images(rows: list[QuestionRow], share: float, *, seed: int) -> lis
 
 
 def withhold_labels(rows: list[QuestionRow], share: float, *, seed: int) -> list[QuestionRow]:
-    """The rows with gold answers for a random `share` of them only; what a smaller share keeps, a larger one keeps too.
+    """All rows, of which a random `share` keeps its labels. With the same seed, a larger share contains a smaller one.
 
     Raises:
         UserError: the share is not in (0, 1].

@@ -1,9 +1,10 @@
-"""Tolerant SUN RGB-D annotations -> instances per frame.
+"""SUN RGB-D annotations -> instances per frame, tolerant of damaged files.
 
 A frame carries up to five annotation layers that were drawn by hand at different times. Two are used: the polygons
 (`annotation2Dfinal`, else `annotation`) say which pixels belong to an object, and the boxes (`annotation2D3D`, else
-`annotation3Dfinal`, `annotation3D`) say where it stands in the room. Layers do not share object numbers and the files are
-full of slips, so polygon and box are joined by noun and place, and whatever cannot be read is counted and left out.
+`annotation3Dfinal`, `annotation3D`) say where it stands in the room. Layers do not share object numbers and the files
+are full of mistakes, so a polygon and a box are joined when their nouns are equal and they overlap. Whatever cannot be
+read is counted and left out.
 """
 
 import json
@@ -28,21 +29,25 @@ POLYGON_LAYERS = ("annotation2Dfinal", "annotation")
 BOX_LAYERS = ("annotation2D3D", "annotation3Dfinal", "annotation3D")
 BOX_EXTENT_M = (0.05, 5.0)  # the longest extent of a credible box
 MIN_BOX_IOU = 0.3  # between a mask's bounding box and the rectangle of the 3D box it is joined with
-CONTESTED_IOU = 0.5  # between the box of a mask and a rectangle of another noun that no mask of that noun explains
+# A mask is contested when its bounding box overlaps the rectangle of a 3D box more than this, although that box has
+# another noun: the two layers then disagree about what the object is. Boxes that were joined with a mask of their noun
+# do not count.
+CONTESTED_IOU = 0.5
 SAME_RECTANGLE_SHARE = 0.7  # a polygon lies in a rectangle when this share of its pixels does
 DUPLICATE_IOU = 0.7  # two polygons of one noun that overlap more outline the same object twice
-DUPLICATE_BOX_IOU = 0.5  # the same of two 3D boxes, measured on their extents
+DUPLICATE_BOX_IOU = 0.5  # two 3D boxes of one noun that overlap more are the same object twice
 ERODE_PX_AT_560 = 3  # polygon borders mix fore- and background; scaled with the image width, at least 1
-MIN_DEPTH_SHARE = 0.0008  # of the image, measured inside the eroded mask: 200 pixels of 561x427
-MIN_DEPTH_VALID = 0.3  # of the eroded mask
-MAX_CUTS = 16  # characters taken out of one broken JSON file
+# A median depth needs valid pixels inside the eroded mask: this share of the image (200 pixels of 561x427) ...
+MIN_DEPTH_SHARE = 0.0008
+MIN_DEPTH_VALID = 0.3  # ... and this share of the eroded mask
+MAX_CUTS = 16  # characters that may be cut out of a broken JSON file to make it readable
 
 
 @dataclass(frozen=True, eq=False)
 class Instance:
     """One object that is visible in a frame.
 
-    Positions are in the gravity frame of `dataset.sunrgbd`: metres from the camera, x right, y down, z forward.
+    Positions are in the gravity frame of `dataset.sunrgbd.frames`: metres from the camera, x right, y down, z forward.
     """
 
     noun: str  # canonical, singular, lower case: "night stand"
@@ -50,23 +55,23 @@ class Instance:
     depth_m: float  # median z-depth inside the eroded mask; nan when too few pixels were measured
     center_m: np.ndarray  # (3,) centre of the 3D box, else of the unprojected mask; nan when unknown
     size_m: np.ndarray | None  # (3,) extents of the 3D box along x, y, z of the gravity frame; None without a box
-    contested: bool = False  # the 3D layer calls what stands there something else: no answer may be this noun
+    contested: bool = False  # the 3D layer has another noun at this place, so this noun must not be an answer
 
 
 @dataclass
 class Coverage:
-    """How much of what annotators outlined has a name of the noun table; by kind: "known", "unknown", "structure".
+    """How many of the outlined objects have a name that the noun table knows.
 
-    Structure are walls, floors, ceilings and their borders. Groups are known though they are no instances; an object without a
-    name is unknown.
+    The keys are "known", "unknown" and "structure": walls, floors, ceilings and their borders. Groups count as known
+    although they are no instances; an object without a name is unknown.
     """
 
-    outlines: Counter = field(default_factory=Counter)
-    area: Counter = field(default_factory=Counter)  # inside the pictures, which have an area of 1 each
-    unknown_names: Counter = field(default_factory=Counter)  # by their letters: outlines
+    outlines: Counter = field(default_factory=Counter)  # number of outlines
+    area: Counter = field(default_factory=Counter)  # their area; a whole picture has 1
+    unknown_names: Counter = field(default_factory=Counter)  # letters of an unknown name -> number of outlines
 
     def add(self, name: str, area: float, *, times: int = 1) -> None:
-        """Count an outline, or several of no area; the name is empty where there is none."""
+        """Count one outline of this `area`, or several (`times`) without one; an outline without a name has ""."""
         noun = canonical_noun(name)
         kind = "unknown" if noun is None else "known" if noun in asked_nouns() else "structure"
         self.outlines[kind] += times
@@ -94,11 +99,11 @@ class _Outline(NamedTuple):
 
 
 def read_annotation(path: Path, drops: Counter | None = None) -> dict:
-    """Read one index.json, repairing the slips that occur in the data set: stray backslashes, line breaks inside values, junk.
+    """Read one index.json and repair the damage that some files have: stray backslashes and characters, line breaks.
 
     Args:
         path: the file.
-        drops: counts it when it was repaired, for then something may be lost.
+        drops: a file that had to be repaired is counted here, since part of it may be lost.
 
     Raises:
         UserError: the file is missing or beyond repair.
@@ -118,7 +123,7 @@ def read_annotation(path: Path, drops: Counter | None = None) -> dict:
 
 
 def _parse_json(text: str, cuts: int) -> tuple[Any, str]:
-    """(value, "") or (None, what is wrong), after cutting out up to `cuts` characters where parsing stopped."""
+    """(value, "") or (None, the error), after cutting out up to `cuts` characters where parsing stopped."""
     reason = ""
     for _ in range(cuts + 1):
         try:
@@ -132,7 +137,7 @@ def _parse_json(text: str, cuts: int) -> tuple[Any, str]:
 
 
 def frame_instances(frame: Frame, drops: Counter | None = None) -> list[Instance]:
-    """The annotated objects of a frame that the noun table knows, however small; see `frame_objects`."""
+    """The annotated objects of a frame that the noun table knows, of any size; see `frame_objects`."""
     return frame_objects(frame, drops)[0]
 
 
@@ -141,18 +146,19 @@ def frame_objects(
 ) -> tuple[list[Instance], frozenset[str]]:
     """The instances of a frame, and the nouns of which there may be more than the instances show.
 
-    Each polygon is an instance. Polygons of one `objects` entry are usually several objects ('books' on two shelves); only
-    when they lie in the rectangle of one 3D box are they one object, cut in two by something in front of it. A noun is unsure
-    when an outline is a group ('chairs'), is missing or cannot be drawn, when an unknown name hints at it ('chairback'), or when
-    a 3D box has no outline of that noun.
+    Each polygon is an instance. Polygons of one `objects` entry are usually several objects ('books' on two shelves).
+    They are one object, divided by something in front of it, only when they lie in the rectangle of one 3D box. A noun
+    is unsure when an outline is a group ('chairs'), is missing or cannot be drawn, when an unknown name hints at it
+    ('chairback'), or when a 3D box has no outline of that noun.
 
     Args:
-        frame: its depth file is read, the hole-filled one only where the measured one is too sparse.
-        drops: counts what was left out, by reason. Every polygon of the layer that was read is an instance or in one of them.
-        coverage: counts what the noun table knows.
+        frame: its depth file is read, the hole-filled one only where the raw one has too few valid pixels.
+        drops: counts what was left out, by reason. Every polygon of the layer is either part of an instance or counted
+            here.
+        coverage: counts the outlines whose name the noun table knows.
 
     Returns:
-        instances in the order of the polygons, and the unsure nouns.
+        The instances in the order of the polygons, and the unsure nouns.
 
     Raises:
         UserError: the depth image cannot be used, or no polygon layer can be read though there is one.
@@ -184,7 +190,7 @@ def _is_called_otherwise(outline: _Outline, boxes: list[_Box]) -> bool:
 
 
 def frame_nouns(frame: Frame) -> set[str]:
-    """The nouns that a frame's polygon layer names; empty without a readable one. Cheap: no picture is opened."""
+    """The nouns that a frame's polygon layer names; empty without a readable layer. Fast: no picture is opened."""
     try:
         layer = _first_layer(frame, POLYGON_LAYERS, Counter())
     except UserError:
@@ -193,10 +199,12 @@ def frame_nouns(frame: Frame) -> set[str]:
 
 
 def _first_layer(frame: Frame, layers: tuple[str, ...], drops: Counter) -> tuple[str, dict] | None:
-    """The first layer that names objects, and in a layer of polygons has one, as (layer, annotation); None when none does.
+    """The first usable layer as (layer, annotation); None without one.
+
+    A usable layer names at least one object, and a layer of polygons has at least one polygon.
 
     Raises:
-        UserError: none does, and one of them cannot be read.
+        UserError: no layer is usable, and one of them cannot be read.
     """
     failure = None
     for layer in layers:
@@ -218,7 +226,10 @@ def _first_layer(frame: Frame, layers: tuple[str, ...], drops: Counter) -> tuple
 
 
 def _polygons(annotation: dict) -> Iterator[tuple[int, dict]]:
-    """(index into `objects`, polygon) of the only frame. What is not a polygon is an empty one, what has no index gets -1."""
+    """(index into `objects`, polygon) of the annotation's only frame.
+
+    An item that is no polygon comes as an empty one; a polygon without an index comes with -1.
+    """
     first = _items(annotation.get("frames")).get(0)
     polygons = first.get("polygon") if isinstance(first, dict) else None
     for item in _items(polygons).values():
@@ -228,7 +239,10 @@ def _polygons(annotation: dict) -> Iterator[tuple[int, dict]]:
 
 
 def _items(value: Any) -> dict[int, Any]:
-    """Elements of a JSON array by index. Arrays were also written as objects with numbered keys, and one element as itself."""
+    """Elements of a JSON array by index.
+
+    Some files have an object with numbered keys in place of the array, or its only element without the array.
+    """
     if isinstance(value, dict):
         numbered = all(re.fullmatch("0|[1-9][0-9]{0,8}", key) for key in value)
         return {int(key): item for key, item in value.items()} if numbered else {0: value}
@@ -236,7 +250,7 @@ def _items(value: Any) -> dict[int, Any]:
 
 
 def _names(annotation: dict) -> dict[int, str]:
-    """Index -> name of the entries in `objects` that have one; nulls and other slips are passed over."""
+    """Index -> name of the entries in `objects` that have one; nulls and other mistakes are skipped."""
     entries = _items(annotation.get("objects"))
     named = {index: entry["name"] for index, entry in entries.items() if isinstance(entry, dict) and "name" in entry}
     return {index: name for index, name in named.items() if isinstance(name, str)}
@@ -279,9 +293,9 @@ def _named(names: Iterable[str]) -> set[str]:
 
 
 def _hinted(names: Iterable[str], outlined: set[str]) -> set[str]:
-    """Nouns of which there may be more under another name: 'chairback', and a carpet may be a rug.
+    """Nouns of which the frame may have more under another name: 'chairback', or a rug that was called a carpet.
 
-    A 'doorhandle' says only that there is a door, which is known where one is outlined.
+    The name of an accessory ('doorhandle') hints only at one door, so it says nothing new where a door is outlined.
     """
     hinted: set[str] = set()
     for name in names:
@@ -299,7 +313,8 @@ def _rasterise(polygon: dict, shape: tuple[int, int]) -> np.ndarray | None:
     x, y = (_numbers(polygon.get(axis)) for axis in "xy")
     length = min(len(x), len(y))
     points = np.stack([x[:length], y[:length]], axis=1)
-    # Points run outside the picture by design; far outside they are slips that would overflow the rasteriser.
+    # Outlines of objects at the border run outside the picture; points far outside are mistakes and would overflow the
+    # rasteriser.
     points = points[np.isfinite(points).all(axis=1) & (np.abs(points) < 10 * max(shape)).all(axis=1)]
     if len(np.unique(points, axis=0)) < 3:
         return None
@@ -319,7 +334,7 @@ def _boxes(frame: Frame, shape: tuple[int, int], drops: Counter) -> list[_Box]:
     try:
         layer = _first_layer(frame, BOX_LAYERS, drops)
     except UserError:
-        return []  # counted; without boxes the positions come from the depth image
+        return []  # counted in `drops`; positions then come from the depth image
     if layer is None:
         return []
     name, annotation = layer
@@ -381,7 +396,7 @@ def _extent(polygon: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
 def _project(corners_m: np.ndarray, frame: Frame, shape: tuple[int, int]) -> np.ndarray | None:
     camera = corners_m @ frame.tilt  # rows of tilt.T @ p
     if (camera[:, 2] < 0.1).any():
-        return None  # reaches behind the camera: its rectangle would say nothing
+        return None  # a box that reaches behind the camera has no meaningful rectangle
     u, v, _ = frame.intrinsics @ (camera / camera[:, 2:]).T
     return _bounds(u, v, shape)
 
@@ -402,12 +417,16 @@ def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def _merge_split_objects(outlines: list[_Outline], boxes: list[_Box], drops: Counter) -> list[_Outline]:
-    """Join the polygons of one `objects` entry that lie in the rectangle of one 3D box of their noun."""
+    """Join the polygons of one `objects` entry that lie in the rectangle of one 3D box of their noun.
+
+    A rectangle that contains all polygons of the entry has precedence: a smaller rectangle around one piece may belong
+    to another object of the same noun.
+    """
     merged: dict[Any, _Outline] = {}
     for order, outline in enumerate(outlines):
         siblings = [other for other in outlines if other.entry == outline.entry]
         home = None
-        if len(siblings) > 1:  # a like object's smaller rectangle may cover one piece; that of the whole goes first
+        if len(siblings) > 1:
             home = _home(siblings, boxes)
             home = _home([outline], boxes) if home is None else home
         key = (outline.entry, home) if home is not None else (outline.entry, "alone", order)
@@ -419,7 +438,7 @@ def _merge_split_objects(outlines: list[_Outline], boxes: list[_Box], drops: Cou
 
 
 def _home(outlines: list[_Outline], boxes: list[_Box]) -> int | None:
-    """Index of the smallest rectangle of the outlines' noun that contains each of them."""
+    """Index of the box with the smallest rectangle that contains all outlines and has their noun; None without one."""
     inside = []
     for index, box in enumerate(boxes):
         x0, y0, x1, y1 = box.rectangle
@@ -463,14 +482,14 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class _Depths:
-    """The measured depth of a frame and, read only when it is needed, the hole-filled one."""
+    """The raw depth of a frame and the hole-filled one, which is read only when it is needed."""
 
     def __init__(self, frame: Frame, measured_m: np.ndarray):
         self.frame = frame
         self.measured_m = measured_m
 
     def median(self, mask: np.ndarray) -> float:
-        """Median metres inside the eroded mask; nan when neither image has enough measurements there."""
+        """Median depth in metres inside the eroded mask; nan when neither image has enough valid pixels there."""
         x0, y0, x1, y1 = mask_box(mask)
         window = np.s_[y0:y1, x0:x1]
         radius = max(1, round(ERODE_PX_AT_560 * mask.shape[1] / 560))

@@ -1,21 +1,21 @@
-"""Fill the noun table with the spellings that annotators used, and say what the table covers.
+"""Fill the noun table with the spellings that annotators used, and print what the table covers.
 
-SUN RGB-D's names are free text: "woodenchair", "chiar", "chair2". People write the table's nouns with their plurals, `aliases`,
-`unclear` and `similar` names; this script adds, as `found`, the spellings in lists of raw names that follow from them: a known
-name behind words of colour, material, size or place, before "of" something, or with one slip of the pen. It proposes, a
-person looks at the diff of the table, and what is wrong goes into the noun's `not`: "chain" is no chair. Names of two nouns are
-proposed for neither.
+SUN RGB-D's names are free text: "woodenchair", "chiar", "chair2". A person writes the table's nouns with their plurals,
+`aliases`, `unclear` and `similar` names. From lists of raw names this script adds the spellings that follow from these,
+as `found`: a known name behind words of color, material, size or place, a known name before "of" something, or a known
+name with one typo. A spelling that would fit two nouns is added to neither. A person then reads the diff of the table
+and puts what is wrong into the noun's `not`: "chain" is no chair.
 
-Reads   dataset/nouns.json and lists of raw names: .json (an array, or an object whose keys they are), .csv (the column
-        Name_6585, as in tables of the toolbox's label names), or a name per line
+Reads   dataset/sunrgbd/nouns.json and lists of raw names: .json (an array of names, or an object with names as keys),
+        .csv (the column Name_6585, as in tables of the toolbox's label names), or a text file with a name per line;
         with --frequencies a .csv of names (class) and the number of frames that have them (scene_frequency)
-Writes  dataset/nouns.json
+Writes  dataset/sunrgbd/nouns.json
 
     python dataset/sunrgbd/build_nouns.py names.json names.csv
-    python dataset/sunrgbd/build_nouns.py --check names.json names.csv    # write nothing, fail when the table would change
-    python dataset/sunrgbd/build_nouns.py --frequencies frames.csv    # only print which share of the used names has a noun
+    python dataset/sunrgbd/build_nouns.py --check names.json names.csv  # write nothing, fail if the table would change
+    python dataset/sunrgbd/build_nouns.py --frequencies frames.csv      # print which share of the used names has a noun
 
-The table that comes with this repository was made from the 14,424 names of Yannick947/data_generator_sunrgbd
+The table of this repository was made from the 14,424 names of Yannick947/data_generator_sunrgbd
 (raw_to_cleaned_names.json) and the 6,113 names of the toolbox's segmentation labels, in this order.
 """
 
@@ -41,16 +41,17 @@ from dataset.sunrgbd.nouns import NOUN_TABLE, letters, nouns, spellings
 
 Table = dict[str, dict[str, Any]]
 FIELDS = ("plural", "aliases", "found", "not", "unclear", "similar", "asked")
+# Words of color, material, size, place and use that annotators put in front of a noun.
 QUALIFIERS = tuple(
-    "black white blue red green yellow brown grey gray orange pink purple dark silver gold wood wooden metal plastic glass "
-    "leather steel iron small big large little tiny long tall low short round circular square left right front back rear middle "
-    "center centre corner upper lower top bottom another other second first third single double old new empty open closed "
-    "office kitchen school student classroom library bathroom bedroom decorative framed rolling wheeled portable digital electric "
-    "folded hanging mounted rectangular rounded rectangle ceramic stainless beige tan maroon rolled cement concrete partial hallway "
-    "store lab side".split()
+    "black white blue red green yellow brown grey gray orange pink purple dark silver gold wood wooden metal plastic "
+    "glass leather steel iron small big large little tiny long tall low short round circular square left right front "
+    "back rear middle center centre corner upper lower top bottom another other second first third single double old "
+    "new empty open closed office kitchen school student classroom library bathroom bedroom decorative framed rolling "
+    "wheeled portable digital electric folded hanging mounted rectangular rounded rectangle ceramic stainless beige "
+    "tan maroon rolled cement concrete partial hallway store lab side".split()
 )
-SLIP_LETTERS = 5  # shorter names are one letter away from too many others
-HEADS_SHOWN = 40
+TYPO_LETTERS = 5  # letters that a name must have to be recognised with a typo; shorter ones resemble too many words
+HEADS_SHOWN = 40  # last words, or names, that are printed
 
 
 def read_names(path: Path) -> list[str]:
@@ -75,14 +76,14 @@ def read_names(path: Path) -> list[str]:
 
 
 def with_found(table: Table, names: Iterable[str]) -> Table:
-    """The table with `found` made anew from raw names; what it held before plays no part."""
+    """The table with `found` computed from raw names; what `found` held before has no influence."""
     bare = {noun: {key: value for key, value in entry.items() if key != "found"} for noun, entry in table.items()}
     known = spellings(bare)
     singular = {spelling: noun for spelling, (noun, group) in known.items() if not group}
-    slips = _slips(singular)
+    typos = _typos(singular)
     found: dict[str, set[str]] = {noun: set() for noun in bare}
     for key in {letters(name) for name in names} - known.keys():
-        noun = _behind_qualifiers(key, singular) or _full_of(key, singular) or _with_one_slip(key, slips)
+        noun = _behind_qualifiers(key, singular) or _full_of(key, singular) or _with_one_typo(key, typos)
         if noun and key not in bare[noun].get("not", ()):
             found[noun].add(key)
     filled = {noun: {**entry, "found": sorted(found[noun])} for noun, entry in bare.items()}
@@ -101,35 +102,35 @@ def _behind_qualifiers(key: str, singular: dict[str, str]) -> str | None:
 
 
 def _full_of(key: str, singular: dict[str, str]) -> str | None:
-    """The noun of `bottleofketchup`, which is a bottle whatever is in it."""
+    """The noun of `bottleofketchup`: the part before "of"."""
     return next(
         (singular[key[:i]] for i in range(len(key) - 3, 2, -1) if key[:i] in singular and key[i : i + 2] == "of"), None
     )
 
 
-def _slips(singular: dict[str, str]) -> dict[str, set[str]]:
-    """Name less one letter -> the nouns of which it may be a rest."""
-    slips: dict[str, set[str]] = {}
+def _typos(singular: dict[str, str]) -> dict[str, set[str]]:
+    """Name without one letter -> the nouns whose names it may come from."""
+    typos: dict[str, set[str]] = {}
     for spelling, noun in singular.items():
-        if len(spelling) >= SLIP_LETTERS:
+        if len(spelling) >= TYPO_LETTERS:
             for rest in _less_one(spelling):
-                slips.setdefault(rest, set()).add(noun)
-    return slips
+                typos.setdefault(rest, set()).add(noun)
+    return typos
 
 
 def _less_one(key: str) -> set[str]:
-    """The word and what is left without one of its letters, apart from the first, which is seldom wrong."""
+    """The word itself, and the word without one of its letters. The first letter stays: it is seldom wrong."""
     return {key} | {key[:i] + key[i + 1 :] for i in range(1, len(key))}
 
 
-def _with_one_slip(key: str, slips: dict[str, set[str]]) -> str | None:
-    """The only noun of which the key is a name with one letter left out, added, exchanged or moved.
+def _with_one_typo(key: str, typos: dict[str, set[str]]) -> str | None:
+    """The only noun of which the key is a name with one letter missing, added, replaced or moved; else None.
 
-    Not with an s at its end: that is a plural, or a slip in one.
+    None for a key that ends in s, too: that is a plural, or a mistake in one.
     """
-    if len(key) < SLIP_LETTERS - 1 or key.endswith("s"):
+    if len(key) < TYPO_LETTERS - 1 or key.endswith("s"):
         return None
-    near = set().union(*(slips.get(rest, ()) for rest in _less_one(key)))
+    near = set().union(*(typos.get(rest, ()) for rest in _less_one(key)))
     return near.pop() if len(near) == 1 else None
 
 
@@ -143,7 +144,7 @@ def read_frequencies(path: Path) -> dict[str, int]:
     """Name -> the number of frames that have it.
 
     Raises:
-        UserError: the file cannot be read, lacks a column, or a number is none; names the row.
+        UserError: the file cannot be read, lacks a column, or has something else in place of a number; names the row.
     """
     frames: dict[str, int] = {}
     try:
@@ -163,7 +164,7 @@ def read_frequencies(path: Path) -> dict[str, int]:
 
 
 def weighed_coverage(frames: dict[str, int]) -> Coverage:
-    """What the shipped table knows of the pairs of frame and name; they have no area."""
+    """The coverage of all pairs of frame and name by this repository's table; pairs have no area."""
     coverage = Coverage()
     for name, n in frames.items():
         coverage.add(name, 0.0, times=n)
@@ -171,7 +172,10 @@ def weighed_coverage(frames: dict[str, int]) -> Coverage:
 
 
 def print_weighed_coverage(frames: dict[str, int]) -> None:
-    """Print which share of the pairs of frame and name has a noun, room parts apart, and the most frequent other names."""
+    """Print which share of the pairs of frame and name has a noun, and the most frequent names without one.
+
+    Parts of the room are counted apart.
+    """
     coverage = weighed_coverage(frames)
     known, unknown, structure = (coverage.outlines[kind] for kind in ("known", "unknown", "structure"))
     share = f"{known / (known + unknown):.1%} of {known + unknown:,}" if known + unknown else "none"
@@ -183,7 +187,7 @@ def print_weighed_coverage(frames: dict[str, int]) -> None:
 
 
 def print_coverage(table: Table, lists: dict[Path, list[str]]) -> None:
-    """Print which share of each list's names the table knows, and the words on which most of the others end."""
+    """Print which share of each list's names the table knows, and the most frequent last words of the others."""
     known = spellings(table)
     print(f"{len(table)} nouns, {sum(not group for _, group in known.values()):,} spellings")
     for path, names in lists.items():
@@ -199,22 +203,26 @@ def print_coverage(table: Table, lists: dict[Path, list[str]]) -> None:
 
 
 def _words(names: Iterable[str]) -> Collection[str]:
-    """Words that stand alone in some name, or last in one that has several."""
+    """The last words of all names."""
     return {words[-1] for name in names if (words := re.findall("[a-z]{3,}", name.lower()))}
 
 
 def _head(key: str, words: Collection[str]) -> str:
-    """The longest of the words that a longer name ends in, else the name: `papertoweldispenser` is a dispenser."""
+    """The longest of the words that the name ends in, else the name: `papertoweldispenser` is a dispenser."""
     return next((key[i:] for i in range(1, len(key) - 2) if key[i:] in words), key)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lists", type=Path, nargs="*", metavar="LIST", help="file with raw names")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when the table would change")
-    parser.add_argument(
-        "--frequencies", type=Path, metavar="FILE", help="only print which share of the used names has a noun"
+    add = parser.add_argument
+    add("lists", type=Path, nargs="*", metavar="LIST", help="file with raw names, see above for the formats")
+    add("--check", action="store_true", help="write nothing, and fail if the lists would change the table")
+    add(
+        "--frequencies",
+        type=Path,
+        metavar="FILE",
+        help="write nothing; print which share of the names in this table of names and frames has a noun",
     )
     args = parser.parse_args(argv)
     if bool(args.lists or args.check) == bool(args.frequencies):

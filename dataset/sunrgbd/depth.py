@@ -8,7 +8,7 @@ from PIL import Image
 from dataset.sunrgbd.frames import UNREADABLE
 from utils import UserError
 
-MIN_DEPTH_M, MAX_DEPTH_M = 0.3, 8.0  # fixed range of every encoding; the toolbox clips at 8 m as well
+MIN_DEPTH_M, MAX_DEPTH_M = 0.3, 8.0  # range of every encoding; the toolbox clips at 8 m as well
 
 
 def decode_depth(raw: np.ndarray) -> np.ndarray:
@@ -46,7 +46,8 @@ def read_depth(path: Path) -> np.ndarray:
             mode, raw = image.mode, np.asarray(image)
     except UNREADABLE as error:
         raise UserError(f"{path}: depth image cannot be read ({error})") from error
-    # Pillow opens 16-bit grey PNGs as I;16 (older ones as I); anything else lost the depth on its way here.
+    # Pillow opens 16-bit grey PNGs as I;16 (older versions as I). A file in another mode holds no 16-bit depth any
+    # more.
     if mode not in ("I;16", "I;16B", "I"):
         raise UserError(f"{path}: expected a 16-bit depth PNG, found mode {mode} ({8 * raw.dtype.itemsize}-bit)")
     depth_m = decode_depth(raw.astype(np.uint16))

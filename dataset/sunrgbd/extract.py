@@ -1,8 +1,9 @@
 """Unpack the official archives, SUNRGBD.zip and SUNRGBDtoolbox.zip, into the data root.
 
-Everything that an archive promises is checked before anything is written: the names (none may leave the folder), the kinds of
-entries, and the room on the disk. The files then grow in `<root>/.SUNRGBD.part/`, which becomes `<root>/SUNRGBD/` when the last
-one is there. The same call continues an interrupted one: files with the right size and checksum are kept.
+An archive's table of contents is checked before anything is written: the names (none may lead out of the folder), the
+kinds of entries, and the space on the disk. The files are then written into `<root>/.SUNRGBD.part/`, which is renamed
+to `<root>/SUNRGBD/` after the last one. The same call continues an interrupted one: files with the right size and
+checksum are kept.
 """
 
 import fcntl
@@ -20,10 +21,10 @@ from pathlib import Path
 
 from utils import UserError, progress
 
-BLOCK = 4096  # bytes: a file takes whole blocks of the disk, which counts when most files are small
+BLOCK = 4096  # bytes: a file takes whole blocks of the disk, which matters when most files are small
 CHUNK = 2**20  # bytes read at a time
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# What the parser of a damaged archive stumbles over, besides OSError.
+# Errors that zipfile raises for a damaged archive, besides OSError.
 DAMAGE = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, LookupError, OverflowError, NotImplementedError,
 )  # fmt: skip
@@ -33,14 +34,16 @@ def extract_archives(archives: Mapping[str, Path], root: Path) -> None:
     """Unpack zip archives into `root`, each whole or not at all.
 
     Args:
-        archives: the folder that each archive holds and that appears in `root`, and the archive:
-            `{"SUNRGBD": Path("SUNRGBD.zip"), "SUNRGBDtoolbox": Path("SUNRGBDtoolbox.zip")}`. What an archive holds beside that
-            folder is left out, and so are empty folders and what macOS and Windows leave behind (`__MACOSX`, `.DS_Store`).
+        archives: name of the folder inside an archive, which will appear in `root` -> path of the archive:
+            `{"SUNRGBD": Path("SUNRGBD.zip"), "SUNRGBDtoolbox": Path("SUNRGBDtoolbox.zip")}`. Files outside of that
+            folder are left out, as are empty folders and the files that macOS and Windows add (`__MACOSX`,
+            `.DS_Store`).
         root: the data root, a folder that exists.
 
     Raises:
-        UserError: a folder of that name is there already; a file is not a zip archive, lacks that folder, is damaged, or has an
-            entry that is unsafe, a link, encrypted or there twice; the disk has no room; another process unpacks there.
+        UserError: a folder of that name exists already; a file is not a zip archive, lacks that folder, is damaged, or
+            has an entry that is unsafe, a link, encrypted or there twice; the disk is too full; another process unpacks
+            there.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; make it, or correct ROOT_DATA_DIR or --root")
@@ -55,21 +58,22 @@ def extract_archives(archives: Mapping[str, Path], root: Path) -> None:
             part = _part(root, top)
             try:
                 _unpack(archive, files[top], part)
-                os.sync()  # contents before the name: a power cut must not leave a whole-looking folder of empty files
+                os.sync()  # before the rename, so that a power cut cannot leave a complete folder with empty files
                 part.rename(root / top)
             except OSError as error:
                 raise UserError(f"{part}: {error}; what is unpacked is kept and the same command continues") from error
 
 
 def _part(root: Path, top: str) -> Path:
-    """Where the folder `top` grows."""
+    """Where the folder `top` is written until it is complete."""
     return root / f".{top}.part"
 
 
 def _refuse_existing(target: Path, path: Path) -> None:
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(
-            f"{target} is there already: leave out the flag for {path.name} to use it as it is, or move it away to unpack again"
+            f"{target} is there already: leave out the flag for {path.name} to use it as it is, or move it away "
+            "to unpack again"
         )
 
 
@@ -101,7 +105,11 @@ def _open(path: Path) -> zipfile.ZipFile:
 
 
 def _wanted_files(archive: zipfile.ZipFile, top: str) -> dict[str, zipfile.ZipInfo]:
-    """Path below the folder `top` -> entry, of everything to be unpacked; raises UserError for an archive that is not safe."""
+    """Path below the folder `top` -> entry, for all files to unpack.
+
+    Raises:
+        UserError: the archive is not safe to unpack, has no such folder, or holds a file twice.
+    """
     files: dict[str, zipfile.ZipInfo] = {}
     beside: Counter = Counter()
     for entry in archive.infolist():
@@ -137,7 +145,7 @@ def _folders(names: Iterable[str]) -> set[str]:
 
 
 def _safe_parts(entry: zipfile.ZipInfo, archive: zipfile.ZipFile) -> list[str]:
-    """The folders and the name of an entry; raises UserError for one that no honest archive of pictures has."""
+    """The folders and the name of an entry; raises UserError for an entry that is not safe to unpack."""
     name = entry.orig_filename  # `filename` ends at a zero byte
     parts = [part for part in name.split("/") if part not in ("", ".")]
     kind = stat.S_IFMT(entry.external_attr >> 16)
@@ -160,7 +168,7 @@ def _is_junk(parts: list[str]) -> bool:
 
 
 def _check_room(root: Path, archives: Mapping[str, Path], files: Mapping[str, Mapping[str, zipfile.ZipInfo]]) -> None:
-    """Say how much each archive needs; raises UserError when the disk cannot hold all of them."""
+    """Print how much space each archive needs; raises UserError when the disk cannot hold all of them."""
     missing = 0
     for top, entries in files.items():
         part = _part(root, top)
@@ -205,7 +213,7 @@ def _unpack(archive: zipfile.ZipFile, files: Mapping[str, zipfile.ZipInfo], part
 
 
 def _remove_others(part: Path, files: Mapping[str, zipfile.ZipInfo]) -> None:
-    """Remove what this archive does not hold: a call with another one may have begun the folder."""
+    """Remove files that this archive does not hold: an earlier call with another archive may have written them."""
     for folder, subfolders, names in os.walk(part):
         links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
         for name in names + links:
@@ -223,7 +231,7 @@ def _crc32(path: Path) -> int:
 
 
 def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> None:
-    """Unpack one file. zipfile reads no more than the declared size and compares the checksum at its end."""
+    """Unpack one file. zipfile reads at most the declared size and checks the checksum at the end."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with archive.open(entry) as packed, open(path, "wb") as target:
@@ -233,6 +241,6 @@ def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> None
             raise EOFError(f"{size} bytes instead of {entry.file_size}")
     except DAMAGE as error:
         raise UserError(
-            f"{archive.filename}: {entry.filename} is damaged ({error or 'it ends too early'}); download the archive again. "
-            "What is unpacked is kept"
+            f"{archive.filename}: {entry.filename} is damaged ({error or 'it ends too early'}); download the archive "
+            "again. What is unpacked is kept"
         ) from error

@@ -1,12 +1,12 @@
 """Find the frames of a SUN RGB-D tree: image and depth files, sensor, camera, tilt, scene, official split.
 
-The tree is `ROOT_DATA_DIR/SUNRGBD/<sensor>/<collection>/.../<frame>/`; `xtion/sun3ddata` is two levels deeper than the other
-collections, so frames are recognised by their `image/` or `depth/` folder and not by their place in the tree. The official split is
-`ROOT_DATA_DIR/SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat` (Song et al., CVPR 2015); `official_split.txt.xz` holds the same
-split for a tree without the toolbox.
+The tree is `ROOT_DATA_DIR/SUNRGBD/<sensor>/<collection>/.../<frame>/`. `xtion/sun3ddata` is two levels deeper than the
+other collections, so frames are recognised by their `image/` or `depth/` folder and not by their depth in the tree. The
+official split is `ROOT_DATA_DIR/SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat` (Song et al., CVPR 2015);
+`official_split.txt.xz` holds the same split for a tree without the toolbox.
 
-Coordinates: the camera frame is x right, y down, z forward, in metres; the gravity frame is the camera frame with the tilt
-removed, `p_gravity = tilt @ p_camera`.
+Coordinates: the camera frame is x right, y down, z forward, in metres; the gravity frame is the camera frame with the
+tilt removed, `p_gravity = tilt @ p_camera`.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from utils import UserError, atomic_path
 OFFICIAL_LIST = Path(__file__).with_name("official_split.txt.xz")  # made by `write_official_list`
 SENSORS = ("kv1", "kv2", "realsense", "xtion")
 VAL_SHARE = 0.1  # of the official training half
-B3DO_BLOCK = 25  # consecutive numbers that are held to be of one room
+B3DO_BLOCK = 25  # consecutive numbers that are taken to show one room
 UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a damaged picture
 _DAY = re.compile(r"(\d{4})[-_](\d{2})[-_](\d{2})")
 _ANCHOR = re.compile(r"(?:^|/)((?:kv1|kv2|realsense|xtion)/.*)$")
@@ -44,7 +44,7 @@ class Frame:
     path: str  # SUNRGBD/kv1/b3dodata/img_0063
     image_path: str
     depth_path: str  # raw depth, 16-bit words
-    depth_bfx_path: str | None  # holes filled; 16-bit words as well, but of some 250 distinct levels
+    depth_bfx_path: str | None  # depth with filled holes; 16-bit words as well, but with only some 250 distinct values
     intrinsics: np.ndarray  # (3, 3), pixels of the cropped image
     tilt: np.ndarray  # (3, 3) rotation, camera to gravity frame
     scene: str
@@ -61,11 +61,12 @@ class Frame:
 
 
 def frame_group(path: str) -> str:
-    """The recording of a frame: place and scan of sun3d, the day of the other xtion, kv2 and realsense, else the frame.
+    """The recording that a frame belongs to.
 
-    Frames of one recording may show the same room. Training and validation share none, unless the toolbox's own
-    validation frames are asked for: then 4 days of kinect2data. The official test half does share: 55 recordings, 44 of
-    them SUN3D scans, have frames in it and in the training half.
+    For xtion/sun3ddata this is place and scan, for the rest of xtion, kv2 and realsense the collection's day, for kv1
+    the single frame. Frames of one recording may show the same room. Training and validation have no recording in
+    common; with the toolbox's own validation frames (--official_val) they share 4 days of kinect2data. The official
+    test half and the training half have 55 recordings in common, 44 of them SUN3D scans.
     """
     parts = path.split("/")
     collection, name = "/".join(parts[1:3]), parts[-1]
@@ -77,7 +78,7 @@ def frame_group(path: str) -> str:
 
 
 def find_frames(root: Path) -> tuple[list[Frame], list[tuple[str, str]]]:
-    """All usable frames below `root/SUNRGBD`, sorted by path, and the unusable ones with the reason.
+    """All usable frames below `root/SUNRGBD`, sorted by path, and the unusable ones with their reasons.
 
     Returns:
         frames, and `(frame path, reason)` for every folder that looks like a frame but cannot be used.
@@ -98,25 +99,26 @@ def find_frames(root: Path) -> tuple[list[Frame], list[tuple[str, str]]]:
 
 
 def _frame_folders(top: Path) -> list[Path]:
-    """The folders that look like a frame, sorted; every real folder once, though links may lead to it or in a circle.
+    """The folders with an `image/` or `depth/` folder, sorted, each listed once, however many links lead to it.
 
-    Links are followed last, so that a frame has its name in the tree and not that of a link to it.
+    Links, which may also form a circle, are followed last, so that a frame is listed under its own path and not under a
+    link's.
     """
-    found, starts, seen = [], [top], set()
-    while starts:
+    found, tops, seen = [], [top], set()
+    while tops:
         links = []
-        for start in starts:
+        for start in tops:
             for folder, subfolders, _ in os.walk(start):
-                place = os.stat(folder)
-                if (place.st_dev, place.st_ino) in seen:
+                status = os.stat(folder)
+                if (status.st_dev, status.st_ino) in seen:
                     subfolders.clear()
                     continue
-                seen.add((place.st_dev, place.st_ino))
+                seen.add((status.st_dev, status.st_ino))
                 if not {"image", "depth"}.isdisjoint(subfolders):  # a frame; one that lacks either is unusable
                     subfolders.clear()
                     found.append(Path(folder))
                 links += [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
-        starts = sorted(links)
+        tops = sorted(links)
     return sorted(found)
 
 
@@ -143,7 +145,7 @@ def read_frame(root: Path, path: str) -> Frame:
 
 
 def _check_sizes(frame: Frame) -> None:
-    """Pixels of image and depth belong together by their place. Only the headers of the files are read."""
+    """Image and depth must have the same size, since their pixels correspond. Reads only the headers of the files."""
     image, *depths = (frame.root / path for path in (frame.image_path, frame.depth_path, frame.depth_bfx_path) if path)
     sizes = [_header_size(path) for path in (image, *depths)]
     for path, size in zip(depths, sizes[1:], strict=True):
@@ -153,7 +155,7 @@ def _check_sizes(frame: Frame) -> None:
 
 
 def _header_size(path: Path) -> tuple[int, int] | None:
-    """Width and height of a picture; None for a damaged one, of which whoever reads its pixels complains."""
+    """Width and height of a picture; None for a damaged one, which is reported when its pixels are read."""
     with suppress(*UNREADABLE), Image.open(path) as picture:
         return picture.size
     return None
@@ -194,7 +196,7 @@ def _intrinsics(path: Path) -> np.ndarray:
 
 
 def _tilt(folder: Path) -> np.ndarray:
-    """The rotation of the last extrinsics file, as the official reader takes it; upright when there is none."""
+    """The rotation of the last extrinsics file, which the official reader takes, too; the identity without a file."""
     files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
     return _matrix(files[-1], 3, 4)[:, :3] if files else np.eye(3)
 
@@ -207,7 +209,7 @@ def _scene(path: Path) -> str:
 
 
 def official_split(root: Path, frames: list[Frame], *, official_val: bool = False) -> dict[str, str]:
-    """`frame path -> train | val | test` of these frames by `listed_split`; frames it does not list are left out.
+    """`frame path -> train | val | test` by `listed_split`, for those of these frames that it lists.
 
     Raises:
         UserError: as `listed_split`.
@@ -217,28 +219,28 @@ def official_split(root: Path, frames: list[Frame], *, official_val: bool = Fals
 
 
 class ListedSplit(NamedTuple):
-    """A split of a whole data set, whatever is on this disk."""
+    """A split of a whole data set, with frames that may be missing from this disk."""
 
     names: dict[str, str]  # frame path -> train | val | test
-    rule: str  # how training and validation were told apart, in words
+    rule: str  # how training and validation were separated, in words
 
 
 def listed_split(root: Path, frames: list[Frame], *, official_val: bool = False) -> ListedSplit:
     """The split of the data set that these frames are from.
 
-    SUN RGB-D: test is the official half of the toolbox's allsplit.mat (5,050 frames), validation a tenth of the other
-    half (5,285) that shares no room with the rest, see `validation_tenth`. A tree without allsplit.mat is split by the
-    list that comes with this repository, which is the same one, provided that most of its frames are in the list. An
-    allsplit.mat of other frames, such as the miniature world's, decides on validation itself by its `trainvalsplit`.
+    SUN RGB-D: test is the official half of the toolbox's allsplit.mat (5,050 frames). Validation is a tenth of the
+    other half (5,285) that shares no room with the rest, see `validation_tenth`. Without allsplit.mat the same split is
+    read from this repository's list, provided that at least half of the frames are in it. An allsplit.mat of other
+    frames, such as the miniature world's, decides on validation itself by its `trainvalsplit`.
 
     Args:
         root: ROOT_DATA_DIR.
-        frames: of this tree.
-        official_val: train and val are the toolbox's `trainvalsplit` (2,666 and 2,619 frames) for SUN RGB-D as well.
+        frames: the frames of this tree.
+        official_val: take the toolbox's `trainvalsplit` (2,666 and 2,619 frames) as train and val of SUN RGB-D, too.
 
     Raises:
-        UserError: the file is unreadable, lacks a `trainvalsplit` that is asked for, or is missing from a tree of other
-            frames.
+        UserError: the file is unreadable, lacks the `trainvalsplit` that `official_val` needs, or is missing from a
+            tree of other frames.
     """
     path = root / "SUNRGBDtoolbox" / "traintestSUNRGBD" / "allsplit.mat"
     official = read_official_list()
@@ -261,7 +263,7 @@ def listed_split(root: Path, frames: list[Frame], *, official_val: bool = False)
 
 def _check_known(path: Path, frames: list[Frame], official: dict[str, str]) -> None:
     known = sum(frame.path.removeprefix("SUNRGBD/") in official for frame in frames)
-    # Other data in this layout reuses names such as kv1/NYUdata/NYU0001, so a few that match prove nothing.
+    # Other data sets in this layout reuse names such as kv1/NYUdata/NYU0001, so a few known names prove nothing.
     if 2 * known < len(frames):
         raise UserError(
             f"{path} is missing, and the official split names only {known} of the {len(frames)} frames; "
@@ -270,7 +272,7 @@ def _check_known(path: Path, frames: list[Frame], official: dict[str, str]) -> N
 
 
 def missing_frames(root: Path, frames: list[Frame], listed: ListedSplit) -> list[str]:
-    """Paths that the split lists and the tree of these frames does not have, not even as an unusable folder."""
+    """Paths of listed frames that are not in the tree, not even as an unusable folder."""
     absent = listed.names.keys() - {frame.path for frame in frames}
     return sorted(path for path in absent if not (root / path).is_dir())
 
@@ -278,13 +280,13 @@ def missing_frames(root: Path, frames: list[Frame], listed: ListedSplit) -> list
 def validation_tenth(training: Collection[str]) -> set[str]:
     """The frames to validate on: whole rooms (`frame_rooms`), as near to a tenth of each sensor as its rooms allow.
 
-    Rooms are taken in the order of a hash of their names: first, in every collection, each that still fits into its
-    tenth; then the same for sensors, whose collections may have no room that is small enough, and one more room when
-    that brings a sensor nearer to its tenth. A room that several sensors saw is never taken. The result depends on
-    nothing but `training`.
+    Rooms are tried in the order of a hash of their names. First, every collection takes each room that still fits into
+    its tenth. Then every sensor does the same, since some collections have no room that is small enough, and takes one
+    more room when that brings it nearer to its tenth. Rooms that several sensors recorded are never taken. The result
+    depends only on `training`.
 
     Args:
-        training: all names of the training half, such as `kv1/b3dodata/img_0063`, whether they are on this disk or not.
+        training: all names of the training half, such as `kv1/b3dodata/img_0063`, also of frames that are not on disk.
     """
     rooms: dict[str, list[str]] = defaultdict(list)
     for name, room in frame_rooms(training).items():
@@ -308,27 +310,28 @@ def validation_tenth(training: Collection[str]) -> set[str]:
 
 
 def frame_rooms(training: Collection[str]) -> dict[str, str]:
-    """`name -> room` of the training half: what frames that may show one room have in common.
+    """`name -> room` of the training half; frames with the same entry may show one room.
 
-    The data set names few rooms (scene.txt has their kinds). What counts as one, never narrower than `frame_group`:
+    The data set does not say which room a frame shows (scene.txt has only the kind of room). These groups stand for
+    rooms; none of them divides a recording (`frame_group`):
 
     - xtion/sun3ddata: the place, with all of its scans.
     - Frames named by a date (kv2, realsense, xtion_align_data): the day, in all collections. On 2014-12-18 align_kv2,
       xtion_align_data and realsense/shr were recorded side by side.
-    - kv1/NYUdata: a run of numbers without a gap in the training half. NYUv2 is numbered scene by scene and was divided
-      by scene (Silberman et al., ECCV 2012), so that a run between two test frames holds whole scenes.
-    - kv1/b3dodata: `B3DO_BLOCK` consecutive numbers. Its rooms are not known; neighbours are likely to show one.
+    - kv1/NYUdata: consecutive numbers of the training half. NYUv2 is numbered scene by scene and was divided into
+      training and test by scene (Silberman et al., ECCV 2012), so the numbers between two test frames are whole scenes.
+    - kv1/b3dodata: `B3DO_BLOCK` consecutive numbers. Its rooms are not known; neighbouring frames probably show one.
     """
     nyu = {number for name in training if (number := _number(name, "kv1/NYUdata/NYU")) is not None}
-    starts, rooms = sorted(number for number in nyu if number - 1 not in nyu), {}
+    firsts, rooms = sorted(number for number in nyu if number - 1 not in nyu), {}
     for name in sorted(training):
-        place = "/".join(name.split("/")[:3])
-        if place.startswith("xtion/sun3ddata/"):
-            rooms[name] = place
+        folder = "/".join(name.split("/")[:3])
+        if folder.startswith("xtion/sun3ddata/"):
+            rooms[name] = folder
         elif day := _DAY.search(name.rsplit("/", 1)[-1]):
             rooms[name] = "-".join(day.groups())
         elif (number := _number(name, "kv1/NYUdata/NYU")) is not None:
-            rooms[name] = f"kv1/NYUdata/{starts[bisect(starts, number) - 1]}"
+            rooms[name] = f"kv1/NYUdata/{firsts[bisect(firsts, number) - 1]}"
         elif (number := _number(name, "kv1/b3dodata/img_")) is not None:
             rooms[name] = f"kv1/b3dodata/{number // B3DO_BLOCK}"
         else:
@@ -342,12 +345,12 @@ def _number(name: str, prefix: str) -> int | None:
 
 
 def _toolbox_split(path: Path) -> dict[str, str]:
-    """`kv1/b3dodata/img_0063 -> train | val | test` of an allsplit.mat; without a `trainvalsplit` nothing is val."""
+    """`kv1/b3dodata/img_0063 -> train | val | test` of an allsplit.mat; without a `trainvalsplit` no frame is val."""
     try:
         mat = loadmat(path, squeeze_me=True)
         train, test = (_split_paths(mat[key]) for key in ("alltrain", "alltest"))
         val = _split_paths(mat["trainvalsplit"]["val"].item()) if "trainvalsplit" in mat else set()
-    except Exception as error:  # a damaged file can end in any error of the parser: zlib's, numpy's, MatReadError
+    except Exception as error:  # the parser raises many kinds for a damaged file: zlib's, numpy's, MatReadError
         raise UserError(
             f"{path}: the official split cannot be read ({error}); unpack SUNRGBDtoolbox.zip there"
         ) from error
@@ -361,11 +364,12 @@ def read_official_list() -> dict[str, str]:
 
 
 def write_official_list(allsplit: Path | str, path: Path = OFFICIAL_LIST) -> None:
-    """Make the list that comes with this repository from the toolbox's allsplit.mat (Song et al., CVPR 2015).
+    """Make this repository's list from the toolbox's allsplit.mat (Song et al., CVPR 2015).
 
-    One line per frame, such as `train kv1/NYUdata/NYU0003`, sorted and compressed: 44 KB. From the root of the repository:
+    One line per frame, such as `train kv1/NYUdata/NYU0003`, sorted and compressed: 44 KB. From the root of the
+    repository:
 
-        python -c "from dataset.sunrgbd import write_official_list; write_official_list('path/to/allsplit.mat')"
+        python -c "from dataset.sunrgbd.frames import write_official_list as w; w('path/to/allsplit.mat')"
     """
     lines = sorted(f"{split} {name}\n" for name, split in _toolbox_split(Path(allsplit)).items())
     with atomic_path(path) as part:

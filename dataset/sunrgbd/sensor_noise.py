@@ -1,14 +1,14 @@
 """Sensor noise and missing measurements on depth in metres, where 0 means "not measured".
 
-Pure functions: each takes depth (H, W) float32 and returns a new array; randomness comes from the numpy Generator that is
-handed in. A pixel without measurement never gets one. Widths are shares of the image width, so that a 128-pixel frame and
-a 640-pixel frame suffer alike.
+Pure functions: each takes depth (H, W) float32 and returns a new array; random numbers come from the numpy Generator
+that is passed in. Only `fill_holes` and `hole_filled` give a value to a pixel without measurement. Widths are shares of
+the image width, so that frames of 128 and of 640 pixels lose equal shares.
 """
 
 import numpy as np
 from scipy import ndimage
 
-JUMP = 0.06  # relative depth step between neighbours that counts as an object's edge; our choice
+JUMP = 0.06  # relative depth step between neighbouring pixels that counts as an object's edge; our choice
 FOCAL_PER_WIDTH = 0.93  # focal length over image width of the four sensors, 0.92 to 0.95 in SUN RGB-D's intrinsics
 BASELINE_M = 0.075  # between projector and camera of the Kinect v1
 
@@ -16,15 +16,15 @@ BASELINE_M = 0.075  # between projector and camera of the Kinect v1
 def axial_noise(depth_m: np.ndarray, rng: np.random.Generator, *, strength: float = 1.0) -> np.ndarray:
     """Gaussian noise that grows with the square of the distance, sigma = 0.0012 + 0.0019 (z - 0.4)^2 metres.
 
-    Source: Nguyen, Izadi, Lovell 2012, "Modeling Kinect sensor noise", for the Kinect v1 seen head-on; the extra term for
-    grazing angles is left out. `strength` scales sigma.
+    Source: Nguyen, Izadi, Lovell 2012, "Modeling Kinect sensor noise", for the Kinect v1 seen head-on; the extra term
+    for grazing angles is left out. `strength` scales sigma.
     """
     sigma = strength * (0.0012 + 0.0019 * (depth_m - 0.4) ** 2)
     return _keep_holes(depth_m, depth_m + sigma * rng.standard_normal(depth_m.shape, dtype=np.float32))
 
 
 def constant_noise(depth_m: np.ndarray, rng: np.random.Generator, *, sigma_m: float) -> np.ndarray:
-    """Gaussian noise of one size at all distances, as a time-of-flight camera has it to a first approximation."""
+    """Gaussian noise of the same size at all distances: a first approximation of a time-of-flight camera."""
     return _keep_holes(depth_m, depth_m + np.float32(sigma_m) * rng.standard_normal(depth_m.shape, dtype=np.float32))
 
 
@@ -44,8 +44,8 @@ def disparity_quantise(depth_m: np.ndarray, rng: np.random.Generator, *, strengt
 def contour_shadows(depth_m: np.ndarray) -> np.ndarray:
     """Drop what the projector of a structured-light sensor cannot reach: background just left of a nearer object.
 
-    With disparity in pixels, a pixel lies in shadow when one k columns to the right is at least k pixels of disparity nearer.
-    The geometry is that of any projector beside a camera; that the shadow falls on the left is the Kinect v1's arrangement.
+    A pixel lies in shadow when, for some k, the disparity k columns to its right is at least k pixels larger. This
+    holds for any projector beside a camera; in the Kinect v1 the shadow is on the left.
     """
     width = depth_m.shape[1]
     disparity = FOCAL_PER_WIDTH * width * BASELINE_M / np.where(depth_m > 0, depth_m, np.inf)
@@ -60,7 +60,7 @@ def edge_holes(
 ) -> np.ndarray:
     """Drop a `share` of the pixels closer than `width` (of the image width) to a depth edge."""
     edges = depth_edges(depth_m)
-    if not edges.any():  # the distance to nothing is not defined
+    if not edges.any():  # without edges there is no distance to them
         return depth_m.copy()
     distance = ndimage.distance_transform_edt(~edges)
     lost = (distance <= width * depth_m.shape[1]) & (rng.random(depth_m.shape) < share)
@@ -68,7 +68,7 @@ def edge_holes(
 
 
 def flying_pixels(depth_m: np.ndarray, rng: np.random.Generator, *, share: float = 0.5) -> np.ndarray:
-    """Mix fore- and background on a `share` of the edge pixels, where a time-of-flight pixel receives both."""
+    """Mix fore- and background depth on a `share` of the edge pixels, where a time-of-flight pixel receives both."""
     nearest = ndimage.minimum_filter(np.where(depth_m > 0, depth_m, np.inf), size=3)
     farthest = ndimage.maximum_filter(depth_m, size=3)
     flying = depth_edges(depth_m) & (depth_m > 0) & (rng.random(depth_m.shape) < share)
@@ -121,16 +121,17 @@ def depth_edges(depth_m: np.ndarray) -> np.ndarray:
 def sensor_noise(depth_m: np.ndarray, sensor: str, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
     """What one of the four SUN RGB-D sensors would have measured.
 
-    kv1 and xtion project a pattern: noise and quantisation grow with z^2, objects cast shadows. kv2 measures time of flight:
-    nearly constant noise, flying pixels at edges. realsense loses large areas and everything beyond about 4.5 m. The laws
-    are the ones cited at the functions; the shares and widths are our choice, set so that kv1 and kv2 lose 10 to 30 % of
-    the pixels as the real frames do (13 to 38 %).
+    kv1 and xtion project a pattern: noise and quantisation grow with z^2, and objects cast shadows. kv2 measures time
+        of
+    flight: nearly constant noise, and flying pixels at edges. realsense loses large areas and everything beyond about
+    4.5 m. The formulas are those cited at the functions. The shares and widths are our choice: kv1 and kv2 lose 10 to
+    30 % of the pixels with them, close to the real frames (13 to 38 %).
 
     Args:
         depth_m: (H, W) float32 exact depth.
         sensor: `kv1`, `kv2`, `realsense` or `xtion`.
         rng: source of all randomness.
-        strength: scales noise and the size of holes; 0 leaves only the sensor's range, its edges and its quantisation.
+        strength: scales noise and the area of holes; at 0 the sensor's range, its shadows and its quantisation remain.
 
     Raises:
         ValueError: unknown sensor.
@@ -156,7 +157,7 @@ def sensor_noise(depth_m: np.ndarray, sensor: str, rng: np.random.Generator, str
 
 
 def augment_depth(depth_m: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A light, random dose of extra noise and holes for training, on top of what the sensor did."""
+    """Weak noise and small holes of random strength for training, in addition to those of the sensor."""
     depth_m = axial_noise(depth_m, rng, strength=rng.uniform(0, 1))
     depth_m = edge_holes(depth_m, rng, share=rng.uniform(0, 0.4))
     return blob_holes(depth_m, rng, share=rng.uniform(0, 0.08))
@@ -178,8 +179,8 @@ def fill_holes(depth_m: np.ndarray) -> np.ndarray:
 def hole_filled(depth_m: np.ndarray) -> np.ndarray:
     """The `depth_bfx` picture: holes filled, then 256 equal steps between the frame's nearest and farthest depth.
 
-    The real pictures have 242 to 246 distinct values; theirs are filled by a cross-bilateral filter, ours by the nearest
-    neighbour.
+    The real pictures have 242 to 246 distinct values. Their holes were filled by a cross-bilateral filter; here each
+    gets the value of its nearest neighbour.
     """
     filled = fill_holes(depth_m)
     low = filled.min()
@@ -188,5 +189,5 @@ def hole_filled(depth_m: np.ndarray) -> np.ndarray:
 
 
 def _keep_holes(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    # A measurement stays one: 1 mm is the smallest depth that the 16-bit files can tell from a hole.
+    # A measured pixel must not become a hole: 1 mm is the smallest depth above 0 that the 16-bit files can store.
     return np.where(before > 0, np.maximum(after, 0.001), 0).astype(np.float32)

@@ -65,7 +65,7 @@ class FeatureDistillation(pl.LightningModule):
         gold, n = batch["teacher"]["gold"], batch["update"]  # n: items of the whole optimizer update
 
         ce = answer_cross_entropy(logits=logits[gold], targets=targets[gold]) / n["gold_tokens"]
-        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=batch["teacher"]["measured"])
+        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=batch["teacher"]["valid_share"])
         patch = patch / n["patches"]
         distance = hidden_state_loss(student=self.hidden_map(hidden), teacher=batch["teacher"]["hidden"])
         distance = distance / n["answer_tokens"]

@@ -80,7 +80,7 @@ def test_questions_per_image_caps_and_takes_turns(world, processor):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("size", [23, 60])
 def test_order_is_a_function_of_position(world_size, size):
-    """Resuming at any step yields exactly the rest; ranks take equally many steps and share the images of one process out."""
+    """Resuming at any step yields exactly the rest; ranks take equally many steps and divide one process's images."""
     ranks = [
         MicroBatchSampler(ImageOrder(23, seed=1, shuffle=True, size=size), 4, rank=r, world_size=world_size)
         for r in range(world_size)
@@ -130,7 +130,7 @@ def test_cached_pictures_are_the_pictures(world, processor, tmp_path, image_toke
             torch.equal(a, b) for a, b in zip(*(batch["student_images"].values() for batch in batches), strict=True)
         )
         pictures = [data.train[0, 2]["picture"] for data in (plain, cached)]
-        return torch.equal(pictures[0].measured, pictures[1].measured)
+        return torch.equal(pictures[0].valid_share, pictures[1].valid_share)
 
     assert same()
     files = sorted(cache.store.folder.rglob("*.tensors"))

@@ -101,11 +101,11 @@ def test_the_seed_decides_and_the_number_of_workers_does_not(tree):
     assert set(first) == splits | {"train_unanswered.csv", "questions.json"}
 
 
-def test_unanswered_questions_are_further_ones_about_training_images(tree):
+def test_unlabelled_questions_are_further_ones_about_training_images(tree):
     summary = build_csv_data(tree, seed=3, workers=1, unanswered_per_frame=5)
     folder = tree / "SUNRGBD" / "csv_data"
     gold = read_questions(folder / "train_dataset.csv", root=tree)
-    further = read_questions(folder / "train_unanswered.csv", root=tree, answered=False)
+    further = read_questions(folder / "train_unanswered.csv", root=tree, labelled=False)
     assert further and not any(row.answer for row in further)
     assert not {row.id for row in further} & {row.id for row in gold}
     assert {row.image_path for row in further} <= {frame.image_path for frame in find_frames(tree)[0]}
@@ -116,7 +116,7 @@ def test_unanswered_questions_are_further_ones_about_training_images(tree):
     with pytest.raises(UserError, match="train_unanswered.csv:2: Answers is empty"):
         read_questions(folder / "train_unanswered.csv")
     with pytest.raises(UserError, match="train_dataset.csv:2: Answers must be empty"):
-        read_questions(folder / "train_dataset.csv", answered=False)
+        read_questions(folder / "train_dataset.csv", labelled=False)
 
 
 def test_a_frame_does_not_depend_on_the_others(tree):
@@ -209,7 +209,10 @@ def test_nothing_to_ask_is_an_error(tree):
     "flags",
     [
         ["--workers", "0"],
+        ["--preview", "0"],
         ["--train_per_frame", "0"],
+        ["--eval_per_frame", "0"],
+        ["--unanswered_per_frame", "-1"],
         ["--seed", "-1"],
         ["--miniature", "--root", "x"],
         ["--miniature", "--sunrgbd_zip", "x.zip"],
@@ -219,10 +222,10 @@ def test_nothing_to_ask_is_an_error(tree):
         ["--official_val", "--blind_check"],
     ],
 )
-def test_wrong_flags_are_refused(flags):
+def test_wrong_flags_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as error:
         parse_args(flags)
-    assert error.value.code == 2
+    assert error.value.code == 2 and flags[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def zipped(tree, folder):
@@ -337,7 +340,10 @@ def test_preview_and_blind_check_of_files_that_are_there(tree, capsys, monkeypat
         UserError, match=r"too few questions to judge; the largest type has \d+ in val, .*200 are needed"
     ):
         main(parse_args(["--root", str(tree), "--blind_check"]))
-    assert "none of them" not in (printed := capsys.readouterr().out) and "not judged, too few questions: Co" in printed
+    assert (
+        "no type of question can" not in (printed := capsys.readouterr().out)
+        and "not judged, too few questions: Co" in printed
+    )
     assert {path: path.read_bytes() for path in before} == before
     monkeypatch.setattr(prepare_sunrgbd, "BLIND_CHECK_LEAST", 1)
     for name in ("train", "val", "test"):  # the wording tells the answer
@@ -345,7 +351,7 @@ def test_preview_and_blind_check_of_files_that_are_there(tree, capsys, monkeypat
             replace(r, answer="no" if "shelf" in r.question else "yes", type="Yes/No") for r in leaky_rows(tree, name)
         ]
         write_questions(questions_file(tree, name), rows)
-    with pytest.raises(UserError, match="without looking"):
+    with pytest.raises(UserError, match="without the image"):
         main(parse_args(["--root", str(tree), "--blind_check"]))
     assert "Yes/No" in capsys.readouterr().out
 
@@ -373,11 +379,12 @@ def annotated(samples, tmp_path_factory):
 @pytest.mark.parametrize("per_frame", [(), ("--train_per_frame", "10", "--eval_per_frame", "10")])
 def test_real_annotations_pass_the_blind_check(annotated, per_frame, capsys, monkeypatch):
     root, reports = annotated
-    monkeypatch.setattr(prepare_sunrgbd, "read_frames", lambda frames, **_: iter(reports))
+    monkeypatch.setattr(csv_data, "read_frames", lambda frames, **_: iter(reports))
     main(
         parse_args(["--root", str(root), "--official_val", *per_frame])
     )  # the tenth has too few questions here to be judged
     main(parse_args(["--root", str(root), "--blind_check"]))
     printed = capsys.readouterr().out
+    assert "no judged type can be answered without the image" in printed
     judged = "judged, 200 questions or more: Count, Direction, Object Identification, Proximity, Yes/No"
     assert all(f"{name}: {judged}" in printed.replace("Color Identification, ", "") for name in ("val", "test"))

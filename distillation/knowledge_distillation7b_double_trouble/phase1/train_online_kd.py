@@ -59,7 +59,7 @@ class VisionAlignment(pl.LightningModule):
         patches = self.teacher.standardize(overview_patches(self.student, batch["student_images"]))
         teacher_patches, n = self.teacher.patches(batch), batch["update"]  # n: items of the whole optimizer update
 
-        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=batch["teacher"]["measured"])
+        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=batch["teacher"]["valid_share"])
         patch = patch / n["patches"]
         contrastive, hits, candidates = info_nce(
             queries=patches.mean(1), **self.teacher.memory_bank(batch), temperature=self.args.contrastive_temperature
@@ -73,7 +73,7 @@ class VisionAlignment(pl.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         patches = self.teacher.standardize(overview_patches(self.student, batch["student_images"]))
-        weights = batch["teacher"]["measured"]
+        weights = batch["teacher"]["valid_share"]
         distance = patch_cosine(student=patches, teacher=self.teacher.patches(batch), weights=weights)
         n = batch["counts"]["patches"] or 1e-6  # a batch without depth counts for nothing
         self.log("val/patch_cosine", 1 - distance / n, batch_size=n, sync_dist=True)

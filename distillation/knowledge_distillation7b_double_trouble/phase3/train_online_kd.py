@@ -90,7 +90,7 @@ class JointDistillation(pl.LightningModule):
         divergence = DIVERGENCES[self.args.divergence]
         kl = divergence(student_logits=logits, teacher_logits=calibrated, temperature=self.args.temperature)
         kl = kl / n["answer_tokens"]
-        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=batch["teacher"]["measured"])
+        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=batch["teacher"]["valid_share"])
         patch = patch / n["patches"]
         contrastive, hits, candidates = info_nce(
             queries=patches.mean(1), **self.teacher.memory_bank(batch), temperature=self.args.contrastive_temperature

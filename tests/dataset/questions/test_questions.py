@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dataset.questions.balance import ANSWER_SHARE, TYPE_EXCESS, select_questions, select_unanswered
+from dataset.questions.balance import ANSWER_SHARE, TYPE_EXCESS, select_questions, select_unlabelled
 from dataset.questions.blind import blind_check
 from dataset.questions.generate import color_name, direction, frame_candidates
 from dataset.questions.rows import (
@@ -57,7 +57,8 @@ def random_room(rng):
     ("offset", "answer"),
     [
         ((1, 0, 0), "right"), ((-1, 0.2, 0.5), "left"), ((0, 1, 0.3), "below"), ((0.1, -0.8, 0), "above"),
-        ((0, 0, 1), "behind"), ((0.2, 0.1, -0.5), "in front"), ((0.2, 0, 0), None), ((1, 0, 0.7), None), ((0.5, 0.5, 0.5), None),
+        ((0, 0, 1), "behind"), ((0.2, 0.1, -0.5), "in front"), ((0.2, 0, 0), None), ((1, 0, 0.7), None),
+        ((0.5, 0.5, 0.5), None),
     ],
 )  # fmt: skip
 def test_direction_is_the_dominant_axis_of_the_gravity_frame(offset, answer):
@@ -247,7 +248,10 @@ def leaky():
 
 
 def blind_accuracy(rows):
-    """Per type: (accuracy of the best answer per wording, of one answer per type), learned on half of the images, scored on the rest."""
+    """Per type: accuracy of the best answer per wording, and of one answer per type.
+
+    Both are learned on half of the images and scored on the rest.
+    """
     counts = defaultdict(Counter)
     first_half = set(sorted({row.image_path for row in rows})[::2])
     for row in (row for row in rows if row.image_path in first_half):
@@ -314,7 +318,10 @@ def test_balance_holds_for_nouns_in_their_place(leaky):
 
 @pytest.fixture(scope="module")
 def furnished():
-    """Rooms of fifty nouns, some far more common than others, as in real annotations: each has its usual height and company."""
+    """Rooms of fifty nouns, some far more common than others, as in real annotations.
+
+    Each noun has its usual height and usual neighbours.
+    """
     rng, frames = np.random.default_rng(4), []
     names = [f"noun{i:02d}" for i in range(50)]
     odds = 1 / np.arange(3, 53)
@@ -369,7 +376,7 @@ def test_pair_ids_stand_for_pairs_that_are_complete(leaky):
         assert first.image_path == second.image_path and first.answer != second.answer
 
 
-def test_what_is_left_unanswered_does_not_depend_on_the_answers():
+def test_the_choice_of_unlabelled_questions_does_not_depend_on_the_answers():
     """The same questions with all answers exchanged: the same choice, or the answers would shine through."""
 
     def asked(answer):
@@ -377,12 +384,12 @@ def test_what_is_left_unanswered_does_not_depend_on_the_answers():
         return [(frame(i), [Question(f"{kind} {k}?", answer, kind, "t") for kind, k in kinds]) for i in range(5)]
 
     options = dict(gold=(), seed=1, per_frame=7)
-    chosen = select_unanswered(asked("a"), **options)
-    assert chosen == select_unanswered(asked("b"), **options) != select_unanswered(asked("a"), **options | {"seed": 2})
+    chosen = select_unlabelled(asked("a"), **options)
+    assert chosen == select_unlabelled(asked("b"), **options) != select_unlabelled(asked("a"), **options | {"seed": 2})
     per_type = Counter((row.image_path, row.type) for row in chosen)
     assert len(chosen) == 35 and max(per_type.values()) == 2 and not any(row.answer for row in chosen)
     gold = {row.id for row in chosen}
-    assert not gold & {row.id for row in select_unanswered(asked("a"), **options | {"gold": gold})}
+    assert not gold & {row.id for row in select_unlabelled(asked("a"), **options | {"gold": gold})}
 
 
 def test_selection_of_nothing_is_empty():
@@ -423,12 +430,15 @@ def test_bom_crlf_quotes_and_missing_columns_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("Answers", " ", "Answers is empty"), ("Question_Id", "", "Question_Id is empty"), ("Question_Id", "a", "already in line 2"),
+        ("Answers", " ", "Answers is empty"), ("Question_Id", "", "Question_Id is empty"),
+        ("Question_Id", "a", "already in line 2"),
         ("Image_Path", "/etc/passwd", "stay inside"), ("Depth_Path", "a/../../b.png", "stay inside"),
-        ("Image_Path", "C:\\x.jpg", "stay inside"), ("depth_answerable", "yes", "0 or 1"), ("target_box", "1 2 3", "four"),
-        ("Image_Path", "a/image/none.jpg", "does not exist"), ("Depth_Path", "a/depth_bfx/c.png", "of one frame.*--depth_source"),
+        ("Image_Path", "C:\\x.jpg", "stay inside"), ("depth_answerable", "yes", "0 or 1"),
+        ("target_box", "1 2 3", "four"), ("Image_Path", "a/image/none.jpg", "does not exist"),
+        ("Depth_Path", "a/depth_bfx/c.png", "of one frame.*--depth_source"),
         ("Depth_Path", "z/depth/c.png", "of one frame"), ("Image_Path", "a/fullres/b.jpg", "of one frame"),
-        ("Questions", "Is <image> it?", "Questions contains <image>"), ("Answers", "no<|im_end|>", r"Answers contains <\|im_end\|>"),
+        ("Questions", "Is <image> it?", "Questions contains <image>"),
+        ("Answers", "no<|im_end|>", r"Answers contains <\|im_end\|>"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_named(tmp_path, column, value, message):

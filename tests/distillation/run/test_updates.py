@@ -89,7 +89,7 @@ def distance(found, expected):
 
 @pytest.mark.parametrize(("name", "fraction"), CASES)
 def test_an_update_does_not_depend_on_its_micro_batches(name, fraction, places, tiny_folder, tiny_teacher):
-    """32 images at once, by 8, by 2 and one by one, then 7 that are left: the same gradient, also where labels are few."""
+    """32 images at once, by 8, by 2 and one by one, then the last 7: the same gradient, also with few labels."""
     few = () if name == "phase1" else ("--label_fraction", fraction)
     for batch_size, accumulate in ((32, 1), *CUTS):
         more = cut(batch_size, accumulate, f"b{batch_size}")
@@ -190,7 +190,7 @@ def test_epochs_differ_in_order_augmentation_and_questions(workers, places, tiny
 
 def test_teacher_questions_take_turns(places, forty_rooms, tiny_folder, tiny_teacher):
     """Every further question about an image is read before one is read again, gold ones come in every epoch."""
-    further = {row.id: row.image_path for row in read_questions(unanswered_file(forty_rooms), answered=False)}
+    further = {row.id: row.image_path for row in read_questions(unanswered_file(forty_rooms), labelled=False)}
     argv = drop(argv_of("logit", tiny_folder, tiny_teacher), "--max_epochs")
     epochs = seen_by("logit", [*argv, "--max_epochs", "3", *cut(8, 2, "t")])
     asked = {}
