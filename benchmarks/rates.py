@@ -37,7 +37,8 @@ from functools import cache
 from typing import Any
 
 from benchmarks import reproduce
-from benchmarks.reproduce import ASK, ASKING_PHASES, FEATURES, JOINT, LABELS_ONLY, LOGITS, RGB_STUDENT, Stage, Task
+from benchmarks.processes import Task, run_side_by_side
+from benchmarks.reproduce import ASK, ASKING_PHASES, FEATURES, JOINT, LABELS_ONLY, LOGITS, RGB_STUDENT, Stage
 
 SEED = 0
 FACTOR = 2.0
@@ -324,8 +325,8 @@ def main(args: argparse.Namespace) -> None:
     if unfinished.is_file():
         restore_records(json.loads(unfinished.read_text(encoding="utf-8")), searches)
     try:
-        while tasks := [task for one in searches.values() for task in one.tasks()]:
-            reproduce.run_side_by_side(tasks, args.jobs)
+        while waiting := [[task] for one in searches.values() for task in one.tasks()]:
+            run_side_by_side(waiting, args.jobs, finish_running=True)
     finally:
         with suppress(UserError):  # records of another search: that error is on its way already
             write_json(unfinished, [record for one in searches.values() for record in one.records()])

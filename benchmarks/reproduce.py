@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from utils import (  # first: loads .env
     UserError,
-    core_shares,
+    available_cores,
     data_root,
     duration,
     git_commit,
@@ -45,12 +45,10 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
@@ -58,6 +56,7 @@ import numpy as np
 import torch
 
 from benchmarks.answers import Answers, digest, pack, unpack
+from benchmarks.processes import Task, run_side_by_side
 from dataset.inputs.processor import load_processor, save_processor
 from dataset.questions.answers import exact_match
 from dataset.questions.blind import blind_predictions
@@ -172,15 +171,6 @@ COMPARISONS = (  # what is asked, the arm with it, the arm without it
 )
 FULL_LABEL_SEEDS = 3
 MOST_JOBS = 4  # unless asked for more: each takes a GiB
-
-
-@dataclass(frozen=True)
-class Task:
-    """A command of this repository that runs beside others, on its share of the cores."""
-
-    title: str
-    command: tuple[str, ...]  # what stands behind `python`
-    log: Path  # gets what it prints
 
 
 @dataclass(frozen=True)
@@ -349,53 +339,6 @@ def corrected_share(metrics: Path) -> float | None:
     return mean(map(float, found)) if (found := [value for value in logged if value]) else None
 
 
-def run_side_by_side(waiting: Sequence[Task], jobs: int) -> None:
-    """Run tasks, `jobs` at a time, each in a process with its own share of this machine's cores.
-
-    Raises:
-        UserError: a task failed; the others that were running are finished first. Names the file with what it printed.
-    """
-    shares = core_shares(jobs)
-    started, total, left, running, failed = time.monotonic(), len(waiting), list(waiting), {}, None
-    try:
-        while running or (left and not failed):
-            for place in [] if failed else range(jobs):
-                if left and place not in running:
-                    task = left.pop(0)
-                    running[place] = task, start_process(task, shares[place])
-            time.sleep(1)
-            for place, (task, process) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[place]
-                failed = failed or (task if process.returncode else None)
-                done, spent = total - len(left) - len(running), time.monotonic() - started
-                print(
-                    f"{task.title}: {'FAILED' if process.returncode else 'done'}; {done} of {total} in {duration(spent)}, about "
-                    f"{duration(spent / done * (total - done))} left",
-                    flush=True,
-                )
-    finally:  # Ctrl-C: a task that was interrupted starts again in the next call
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.wait()
-    if failed:
-        raise UserError(f"{failed.title}: training failed, see {failed.log}; what is finished is kept")
-
-
-def start_process(task: Task, cores: Sequence[int]) -> subprocess.Popen:
-    """A task's process on these cores; its output goes into a file."""
-    task.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(task.log, "w", encoding="utf-8") as output:
-        return subprocess.Popen(
-            [sys.executable, *task.command],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            preexec_fn=partial(os.sched_setaffinity, 0, cores),  # before torch counts them
-        )
-
-
 def scores_of(runs: Sequence[Mapping[str, Any]], arm: str, fraction: float) -> dict[int, dict[str, float]]:
     """An arm's accuracies by seed."""
     return {run["seed"]: run["scores"] for run in runs if (run["arm"], run["fraction"]) == (arm, fraction)}
@@ -527,7 +470,7 @@ def report(study: Study) -> str:
 
 def add_study_args(parser: argparse.ArgumentParser) -> None:
     """The flags of every study: how many processes, and where they write."""
-    cores = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    cores = 1 if torch.cuda.is_available() else len(available_cores())
     folder = ROOT / "benchmarks" / "reproduce"
     parser.add_argument(
         "--jobs", type=int, default=min(cores, MOST_JOBS), help="runs at a time, each with its share of the cores"
@@ -653,7 +596,8 @@ def main(args: argparse.Namespace) -> None:
             write_json(job.record_path(args.work), run_arm(job, args.work))
         return
     jobs = study(args.seeds)
-    run_side_by_side([job.task(args.work) for job in jobs if read_record(job, args.work) is None], args.jobs)
+    waiting = [[job.task(args.work)] for job in jobs if read_record(job, args.work) is None]
+    run_side_by_side(waiting, args.jobs, finish_running=True)
     found = collect(jobs, args.work)
     found.answers.save(args.output / "answers.npz")
     write_json(args.output / "runs.json", found.records)

@@ -109,8 +109,8 @@ def study(tmp_path, monkeypatch):
             write_json(reproduce.logs_of(folder) / "run.json", {"lr": 1, "best": "", metric: score})
         return folder
 
-    def run_here(tasks, jobs):
-        for task in tasks:
+    def run_here(chains, jobs, *, finish_running):
+        for (task,) in chains:
             rates.main(rates.parse_args(task.command[1:]))
 
     def call(*flags):
@@ -119,7 +119,7 @@ def study(tmp_path, monkeypatch):
 
     monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(reproduce, "run_once", train)
-    monkeypatch.setattr(reproduce, "run_side_by_side", run_here)
+    monkeypatch.setattr(rates, "run_side_by_side", run_here)
     monkeypatch.setattr(reproduce, "student_start", lambda work, seed: work)
     return SimpleNamespace(trained=trained, call=call, out=tmp_path / "out", work=tmp_path / "work")
 
@@ -156,21 +156,21 @@ def test_the_whole_search(study, monkeypatch):
 
 def test_an_interrupted_search_goes_on_elsewhere(study, monkeypatch):
     """From the unfinished records alone: what has a record is not trained again, but for what later phases start from."""
-    run_all, done = reproduce.run_side_by_side, []
+    run_all, done = rates.run_side_by_side, []
 
-    def run_some(tasks, jobs):
-        for task in tasks:
+    def run_some(chains, jobs, *, finish_running):
+        for chain in chains:
             if len(done) == 60:
                 raise KeyboardInterrupt
-            done.append(task.title)
-            run_all([task], jobs)
+            done.append(chain[0].title)
+            run_all([chain], jobs, finish_running=finish_running)
 
-    monkeypatch.setattr(reproduce, "run_side_by_side", run_some)
+    monkeypatch.setattr(rates, "run_side_by_side", run_some)
     with pytest.raises(KeyboardInterrupt):
         study.call()
     assert len(json.loads((study.out / rates.UNFINISHED).read_text(encoding="utf-8"))) == 60
     shutil.rmtree(study.work)
-    monkeypatch.setattr(reproduce, "run_side_by_side", run_all)
+    monkeypatch.setattr(rates, "run_side_by_side", run_all)
     before = {name for _, name, _ in study.trained}
     del study.trained[:]
     systems = study.call()["systems"]

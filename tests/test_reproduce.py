@@ -6,19 +6,22 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import reproduce
+from benchmarks import processes, reproduce
 from benchmarks.answers import Answers
+from benchmarks.processes import Task, run_side_by_side
 from benchmarks.reproduce import CONTROL, Job, Study
 from dataset.questions.blind import blind_predictions
 from dataset.questions.rows import QUESTION_TYPES, csv_cells, questions_file, read_questions
 from distillation.models import MINIATURE_STUDENT, load_model
 from evaluation.metrics import evaluate_rows
-from utils import UserError, write_json
+from utils import UserError, core_shares, write_json
 
 N_ROOMS = 200
 COLUMNS = ("By depth", "Overall", *QUESTION_TYPES)
@@ -181,46 +184,77 @@ def test_every_command_line_is_one_that_its_script_takes():
                 assert "--teacher_checkpoint" in reproduce.stage_flags(stage, Job(name, 1.0, 3))
 
 
-def test_arms_run_side_by_side_on_cores_of_their_own(tmp_path, monkeypatch):
-    """Every arm once, no more than asked for at a time, each on its share of the cores; a failure names its log."""
-    tasks, cores = [job.task(tmp_path) for job in reproduce.study(2)], sorted(os.sched_getaffinity(0))
+def test_variants_run_side_by_side_on_cores_of_their_own(tmp_path, monkeypatch, capfd):
+    """Every variant once, no more than asked for at a time, each on its share of the cores; a failure names its log."""
+    tasks, cores = [job.task(tmp_path) for job in reproduce.study(2)], os.sched_getaffinity(0)
     running, most, seen = set(), 0, []
+    together = threading.Barrier(3)  # the first three wait for each other
 
     class Process:
+        stdout = None
         returncode = None
 
-        def __init__(self, task, share):
+        def __init__(self, task):
             nonlocal most
             running.add(task)
             most, self.task = max(most, len(running)), task
-            seen.append((task, tuple(share)))
+            seen.append((task, tuple(os.sched_getaffinity(0))))
 
-        def poll(self):
+        def wait(self):
+            if self.task in tasks[:3]:
+                together.wait(timeout=30)
+            elif self.task != failing:
+                time.sleep(0.02)
             self.returncode = int(self.task == failing)
             running.discard(self.task)
-            return self.returncode
 
-    monkeypatch.setattr(reproduce, "start_process", Process)
-    monkeypatch.setattr(reproduce.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(processes, "start_process", Process)
     failing = None
-    reproduce.run_side_by_side(tasks, 3)
+    run_side_by_side([[task] for task in tasks], 3, finish_running=True)
     assert most == 3 and not running
-    assert [task for task, _ in seen] == tasks
-    assert {core for _, share in seen for core in share} == set(cores)
+    assert len(seen) == len(tasks) and {task for task, _ in seen} == set(tasks)
+    assert {core for _, share in seen for core in share} == cores
+    assert {share for _, share in seen} == set(map(tuple, core_shares(3)))
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == len(tasks) and re.search(
+        rf"done; {len(tasks)} of {len(tasks)} in 0:0\d, about 0:00 left", lines[-1]
+    )
     failing, seen[:] = tasks[4], []
-    with pytest.raises(UserError, match=rf"{tasks[4].title}: training failed, see {tasks[4].log}"):
-        reproduce.run_side_by_side(tasks, 3)
+    with pytest.raises(
+        UserError, match=rf"{tasks[4].title} failed with exit code 1: see {tasks[4].log}; what is finished"
+    ):
+        run_side_by_side([[task] for task in tasks], 3, finish_running=True)
     assert not running and len(seen) < len(tasks)
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == len(seen) and [f"{tasks[4].title}: FAILED" in line for line in lines].count(True) == 1
 
 
-def test_the_process_of_an_arm_is_pinned_before_it_counts_its_cores(tmp_path, monkeypatch):
-    """The real process, its output in the arm's file: here of a stand-in that prints its cores and command line."""
-    script = tmp_path / "arm.py"
+def test_a_failure_in_the_study_lets_what_runs_come_to_its_end(tmp_path):
+    """Real processes: the second ends after the first has failed, the third never starts."""
+    codes = {
+        "breaks": "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)\nraise SystemExit(3)",
+        "goes_on": "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(2); print('whole')",
+        "never": "print('ran')",
+    }
+    tasks = []
+    for name, code in codes.items():
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+        command = (str(tmp_path / f"{name}.py"), str(tmp_path / "started"))
+        tasks.append(Task(name, command, tmp_path / "logs" / f"{name}.txt"))
+    with pytest.raises(UserError, match="breaks failed with exit code 3: see .*breaks.txt"):
+        run_side_by_side([[task] for task in tasks], 2, finish_running=True)
+    assert tasks[1].log.read_text(encoding="utf-8") == "whole\n" and not tasks[2].log.exists()
+
+
+def test_the_process_of_a_variant_is_pinned_before_it_counts_its_cores(tmp_path, monkeypatch):
+    """The real process, its output in the variant's file: here of a stand-in that prints its cores and command line."""
+    script = tmp_path / "variant.py"
     script.write_text("import os, sys; print(sorted(os.sched_getaffinity(0)), sys.argv[1:])", encoding="utf-8")
     monkeypatch.setattr(reproduce, "__file__", str(script))
     task = Job(reproduce.CONTROL, 0.1, 3).task(tmp_path)
     core = max(os.sched_getaffinity(0))
-    assert reproduce.start_process(task, [core]).wait() == 0
+    monkeypatch.setattr(processes, "core_shares", lambda n: [[core]])
+    run_side_by_side([[task]], 1)
     printed = task.log.read_text(encoding="utf-8")
     assert printed.startswith(f"[{core}] ['--arm', 'label-only', '--fraction', '0.1', '--seed', '3', '--work'")
 
@@ -278,8 +312,8 @@ def test_finished_arms_are_kept_and_other_flags_are_refused(tmp_path, monkeypatc
         write_json(output / "metrics.json", metrics)
         return metrics
 
-    def run_here(tasks, jobs):
-        for task in tasks:
+    def run_here(chains, jobs, *, finish_running):
+        for (task,) in chains:
             reproduce.main(reproduce.parse_args(task.command[1:]))
 
     monkeypatch.setattr(reproduce, "run_once", train)
