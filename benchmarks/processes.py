@@ -60,7 +60,7 @@ def run_side_by_side(chains: Sequence[Sequence[Task]], jobs: int, *, finish_runn
 
 @contextmanager
 def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM raises SystemExit in the block, as Ctrl-C raises KeyboardInterrupt; by default Python ends on the spot."""
+    """SIGTERM raises SystemExit in the block, as Ctrl-C raises KeyboardInterrupt; by default it ends Python at once."""
 
     def leave(number: int, frame: object) -> NoReturn:
         sys.exit(128 + number)
@@ -86,7 +86,7 @@ class _Runner:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def run_chain(self, chain: Sequence[Task]) -> None:
-        """Run one task after the other on the cores of this thread. When one fails, tell the other threads and raise."""
+        """Run one task after the other on the cores of this thread. When one fails, stop the others and raise."""
         try:
             for task in chain:
                 self.run(task)

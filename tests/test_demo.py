@@ -45,7 +45,7 @@ def test_steps_are_pinned_and_say_who_they_are(tmp_path, monkeypatch, capfd):
 
 
 def test_chains_run_side_by_side_and_their_tasks_one_after_the_other(tmp_path):
-    """Each of the two waits for the other: one after the other they would wait for ever. What follows finds the first."""
+    """Each of the two waits for the other: in turn they would wait for ever. What follows finds what the first made."""
     meet = (
         "import pathlib, sys, time\nown, other = map(pathlib.Path, sys.argv[1:]); own.touch()\n"
         "while not other.exists(): time.sleep(0.05)"
@@ -72,7 +72,7 @@ def test_a_failing_step_is_named_and_stops_the_others(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
 def test_a_signal_stops_all_processes(tmp_path, number, exit_code):
-    """The parent of two that would sleep for a minute gets the signal: both are gone when it ends, and a third never starts."""
+    """Two processes sleep when their parent gets the signal: both are gone when it ends, and a third never starts."""
     sleep = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
     for name in ("one", "two", "three"):
         (tmp_path / f"{name}.py").write_text(sleep, encoding="utf-8")

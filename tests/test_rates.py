@@ -72,7 +72,9 @@ def test_the_message_of_a_run_that_diverged_is_known():
 
 
 def test_every_system_is_searched_from_its_own_rates_on_command_lines_that_its_script_takes(tmp_path):
-    used = {stage.system for stages in (reproduce.ARMS | reproduce.FULL_LABEL_ARMS).values() for stage in stages}
+    used = {
+        stage.system for stages in (reproduce.VARIANTS | reproduce.FULL_LABEL_VARIANTS).values() for stage in stages
+    }
     assert used == STAGES.keys()
     assert start_of(STAGES["feature-based"]) == {"lr": 2.5e-4, "vision_lr": 2.5e-4, "map_lr": 2.5e-4}
     assert start_of(STAGES["phase 1"]) == {"vision_lr": 1e-3} and start_of(STAGES["phase 2"]) == {"lr": 1e-3}
@@ -87,7 +89,7 @@ def test_every_system_is_searched_from_its_own_rates_on_command_lines_that_its_s
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """`rates.main` whose trainings take no time: their scores follow from the rates. Returns what was trained, and a call."""
+    """`rates.main` with trainings that take no time, whose scores follow from the rates: what was trained, a call."""
     best = {"lr": 5e-4, "vision_lr": 1e-3, "map_lr": 2.5e-4}
     trained = []
 
@@ -155,7 +157,7 @@ def test_the_whole_search(study, monkeypatch):
 
 
 def test_an_interrupted_search_goes_on_elsewhere(study, monkeypatch):
-    """From the unfinished records alone: what has a record is not trained again, but for what later phases start from."""
+    """With the unfinished records alone: what has one is not trained again, except what later phases start from."""
     run_all, done = rates.run_side_by_side, []
 
     def run_some(chains, jobs, *, finish_running):
@@ -195,7 +197,8 @@ def test_records_of_another_search_are_refused(study):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--jobs", "0"], "--jobs 0: give at least 1"),
+        (["--jobs", "0"], "argument --jobs: 0: give at least 1"),
+        (["--subset_percentage", "1.5"], "argument --subset_percentage: 1.5: give a share above 0 and at most 1"),
         (["--system", "joint"], "give both"),
         (["--system", "joint", "--rates", "lr=1e-3"], "joint has lr, vision_lr; give each"),
         (["--system", "phase 1", "--rates", "vision_lr"], "give NAME=VALUE"),
