@@ -589,9 +589,9 @@ def introduction(seconds: float) -> str:
     trl = f"TRL's own function, {version('trl')}." if find_spec("trl") else "TRL: the formula, `trl` is not installed."
     return (
         f"`make bench`, {date.today()}, commit {git_commit()}, {len(available_cores())} core(s) of "
-        f"{platform.machine()}, {duration(seconds)} in all. Ratios to the original loop; medians. All variants "
-        f"have the same weights and the same loss to {LOSS_TOLERANCE:g}. {QUESTIONS} questions per image, {IMAGES} images per "
-        f"step, tower frozen, forward and backward. {trl}"
+        f"{platform.machine()}, {duration(seconds)} in all. Ratios to the original loop; medians. All variants have "
+        f"the same weights and the same loss to {LOSS_TOLERANCE:g}. {QUESTIONS} questions per image, {IMAGES} images "
+        f"per step, tower frozen, forward and backward. {trl}"
     )
 
 
