@@ -1,4 +1,4 @@
-"""Plumbing that every script shares: the .env file, user errors, progress lines, atomic files, checkpoint reading.
+"""Plumbing that every script shares: the .env file, user errors, progress lines, atomic files, number flags, cores.
 
 Import this module before pytorch_lightning or transformers: huggingface_hub reads its environment variables once, when
 it is first imported, and this module puts the variables of `.env` in place.
@@ -110,7 +110,7 @@ def hf_token() -> str | None:
 class ProgressLine:
     """Says how far a long job is and how long it will take.
 
-    A terminal sees one line that is redrawn; anything else (a log file, a pipe) sees a plain line every `every_s`
+    A terminal gets one line that is redrawn; anything else (a log file, a pipe) gets a plain line every `every_s`
     seconds.
     """
 
@@ -165,10 +165,10 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed onto `path` when the block succeeds; nothing half-written stays.
+    """Yield a temporary path beside `path` and rename it to `path` when the block succeeds; nothing half-written stays.
 
-    Durable files survive a power cut right after; that costs milliseconds, many files that can be made again do
-    without.
+    A `durable` file survives a power cut right after. That costs milliseconds, which many files that can be made again
+    need not pay.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -204,13 +204,13 @@ def sha256(path: Path) -> str:
 def source_digest(folder: Path, *, without: Collection[str] = (), subfolders: bool = True) -> str:
     """Digest of the code in a folder: the names and bytes of its Python files and tables.
 
-    What was made by this code and kept is named by it, so that no other code takes it for its own. Whole folders count,
-    because a list of files forgets the one that is split off from them later.
+    Files that this code makes and keeps have the digest in their names, so that changed code does not use them. It
+    covers whole folders, because a list of files would miss those that are split off later.
 
     Args:
         folder: its subfolders count when there are Python files in them. Models and rendered worlds have none and are
             not read.
-        without: names of files that what is kept does not depend on.
+        without: names of files that the kept files do not depend on.
         subfolders: False for the files of this folder alone.
     """
     digest, waiting = hashlib.sha256(), [folder]
@@ -236,7 +236,7 @@ def checksummed_path(path: Path) -> Iterator[Path]:
     with atomic_path(path) as part:
         yield part
         digest = sha256(part)
-        # Gone before the rename: the old digest beside the new file would condemn it if a kill came in between.
+        # Removed before the rename: killed in between, the old digest beside the new file would call it damaged.
         checksum_path(path).unlink(missing_ok=True)
     with atomic_path(checksum_path(path)) as part:
         part.write_text(digest + "\n", encoding="utf-8")
@@ -250,9 +250,9 @@ def matches_checksum(path: Path) -> bool | None:
 
 @contextmanager
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Processes that need the same files in this folder wait for each other instead of making them twice.
+    """Hold a lock on a folder: processes that need the same files in it wait for each other and make them only once.
 
-    Any number may hold it `shared`; one that wants it alone waits for them.
+    Any number of processes may hold a `shared` lock at a time; one that is not shared waits for all of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -269,7 +269,7 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def at_least(minimum: int | float, *, below: float = math.inf) -> Callable[[str], int | float]:
-    """An argparse type: a number that is `minimum` or more, and `below` a limit; whole where the minimum is an int."""
+    """An argparse type: a number of at least `minimum` and less than `below`; a whole one where `minimum` is an int."""
 
     def number(text: str) -> int | float:
         value = _number(text, type(minimum))
@@ -304,7 +304,7 @@ def _number(text: str, kind: type) -> int | float:
 
 
 def available_cores() -> list[int]:
-    """The numbers of the cores that this process may use: all, where the system cannot restrict them (macOS)."""
+    """The numbers of the cores that this process may use; all cores where the system cannot restrict them (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
@@ -319,7 +319,8 @@ def use_cores(cores: Collection[int]) -> None:
 def core_shares(n: int) -> list[list[int]]:
     """The cores that this process may use, shared out to `n` jobs; where there are too few, jobs share one.
 
-    Small models leave most of a machine idle, and two processes that both want all cores wait for each other instead.
+    Small models leave most of a machine idle, so jobs run side by side; two that both use all cores would slow each
+    other down.
     """
     cores = available_cores()
     return [cores[i::n] or [cores[i % len(cores)]] for i in range(n)]
@@ -332,7 +333,7 @@ def peak_memory(who: int = resource.RUSAGE_SELF) -> int:
 
 
 def git_commit() -> str:
-    """The commit of this checkout with `-dirty` behind it when files differ from it; `unknown` outside a checkout."""
+    """The commit of this checkout, with `-dirty` at its end when files differ from it; `unknown` outside a checkout."""
     with suppress(OSError, subprocess.CalledProcessError):
         describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()

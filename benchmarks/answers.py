@@ -1,7 +1,7 @@
-"""Which test questions every run of the study got right, and what follows: differences with intervals.
+"""Which test questions every run of the study answered right, and the differences and intervals that follow from it.
 
-A question takes a bit per run, so the answers of all runs are a file of some 100 KB beside runs.json: enough to draw every
-interval again without a model.
+A question takes one bit per run, so the answers of all runs are a file of some 100 KB beside runs.json. From it every
+interval can be computed again without a model.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ Interval = tuple[float, float, float]  # value, low, high; points
 
 @dataclass(frozen=True)
 class Answers:
-    """Right and wrong answers of systems to the same questions.
+    """Which of the same questions each of several runs answered right.
 
     Attributes:
         questions: digest of the questions' ids in their order.
         clusters: (N,) number of each question's recording.
-        kinds: (N,) its type.
-        by_depth: (N,) whether depth can answer it.
-        right: name of a run -> (N,) whether it was right.
+        kinds: (N,) type of each question.
+        by_depth: (N,) whether depth can answer the question.
+        right: name of a run -> (N,) whether its answer was right.
     """
 
     questions: str
@@ -82,7 +82,7 @@ class Answers:
         """Mean accuracies of K systems, (K,), and their bootstrap draws, (B, K), over seeds and recordings.
 
         Args:
-            systems: of each system the runs in every seed, the same seeds in the same order for all.
+            systems: names of each system's runs, one per seed; the same seeds in the same order for all systems.
             column: `By depth`, `Overall` or a question type.
         """
         chosen = self.by_depth if column == "By depth" else np.ones_like(self.by_depth)
@@ -92,7 +92,7 @@ class Answers:
         return values.mean((1, 2)), crossed_bootstrap(values, self.clusters[chosen].tolist())
 
     def difference(self, ours: Sequence[str], theirs: Sequence[str], column: str) -> Interval:
-        """Points by which runs are above others of the same seeds, with the 95 % interval."""
+        """Points by which our runs are above theirs, which have the same seeds, with the 95 % interval."""
         means, draws = self.means([ours, theirs], column)
         low, high = percentile_interval(draws[:, 0] - draws[:, 1])
         return 100 * float(means[0] - means[1]), 100 * low, 100 * high
@@ -105,7 +105,7 @@ class Answers:
 
 
 def digest(results: Results) -> str:
-    """Of the ids of the answered questions, in their order."""
+    """Digest of the ids of the answered questions, in their order."""
     return hashlib.sha256("\n".join(row["Question_Id"] for row in results.rows).encode()).hexdigest()[:16]
 
 
@@ -115,5 +115,5 @@ def pack(right: Sequence[bool]) -> str:
 
 
 def unpack(text: str, n: int) -> np.ndarray:
-    """(n,) bool again."""
+    """What `pack` packed: (n,) bool."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=n).astype(bool)

@@ -1,21 +1,25 @@
-"""What distilling and scoring one question costs: the usual loops against ours, on the same weights, with the same loss.
+"""What distilling and scoring one question costs: the usual loops against ours, with the same weights and loss.
 
-Training, several questions per image, tower frozen (phase 2): every arm computes cross-entropy + KL(teacher || student) on the
-answer tokens.
-    original       the loop of the first public implementation: teacher in every step, all logits, LoCa and both losses over every
-                   token
-    TRL            the same with the loss of TRL's GKD, which masks before it adds up; its own code where `trl` is installed
-    online         ours with the teacher in memory: logits at answer tokens only, and of the last layer what they need
-    online packed  + all questions of an image behind one image prefix, and the images of a step together: --teacher online
+Training, several questions per image, tower frozen (as in phase 2). Every variant computes cross-entropy +
+KL(teacher || student) on the answer tokens:
+    original       the loop of the first public implementation: teacher in every step, all logits, LoCa and both losses
+                   over every token
+    TRL            the same with the loss of TRL's GKD, which masks before it adds up; its own code where `trl` is
+                   installed
+    online         ours with the teacher in memory: logits at answer tokens only, and of the last layer only what these
+                   need
+    online packed  + all questions of an image behind one image prefix, and the images of a step together:
+                   --teacher online
     cached         ours with the teacher's hidden states stored, question by question
     packed         cached and packed: what the scripts do
-    cached vision  + what the frozen tower sees stored: --vision_cache
+    cached vision  + the features of the frozen tower stored: --vision_cache
 Scoring: stock `generate` question by question against all questions of an image at once.
 
-Each arm runs in a process of its own, on one core unless told otherwise, arms take turns, the median of the rounds counts. The losses of the arms, and the answers
-of both ways of scoring, must be equal, or the run fails. The ceiling is a plain matrix product in the same process. The models
-are small and their vocabularies large, which no ratio of a CPU run can hide: what the levers mean at true size is counted in
-floating point operations of the true 0.5B and 7B.
+Each measurement runs in a process of its own, on one core unless told otherwise. Variants take turns, and the median of
+the rounds counts. The losses of all variants must be equal, and so must the answers of both ways of scoring, or the run
+fails. The ceiling is a plain matrix product in the same process. The models are small and their vocabularies large,
+which no ratio of a CPU run can hide. What the same savings are worth at true size is therefore counted, in floating
+point operations of the true 0.5B and 7B.
 
 Writes  <output>/README.md and <output>/results.json
 
@@ -31,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from utils import (  # first: loads .env
     UserError,
+    at_least,
     available_cores,
     duration,
     git_commit,
@@ -74,17 +79,17 @@ from distillation.models import set_trainable
 IMAGES = 2  # per step, the scripts' default
 QUESTION_TOKENS, PREFIX_TOKENS = 14, 4
 TILE, PATCH, TILES = 112, 14, 5  # pixels, pixels, and tiles of the grid with its overview
-IMAGE_SIZE = (162, 224)  # 2 x 2 tiles; the padding to their shape is left out again: 268 tokens, as SUN RGB-D's 2,929
+IMAGE_SIZE = (162, 224)  # pixels; 2 x 2 tiles, less the tokens of their padding: 268 (a picture of SUN RGB-D: 2,929)
 IMAGE_TOKENS = 268
 ANSWER_TOKENS = 4  # generated per question when scoring
 SCORED_IMAGES = 8  # a batch of ours
-LOSS_TOLERANCE = 1e-4  # relative, between arms
+LOSS_TOLERANCE = 1e-4  # relative, between variants
 LOCA_ALPHA = 0.9
 STATM = Path("/proc/self/statm")  # of Linux
 
 
 class Width(NamedTuple):
-    """Of a pair of models."""
+    """Hidden widths and vocabulary of a pair of models."""
 
     vocabulary: int
     vision: int
@@ -102,11 +107,11 @@ class Example(NamedTuple):
     images: dict[str, Tensor]
     prefix: list[int]
     questions: list[tuple[list[int], list[int]]]  # tokens of the question, tokens of the answer
-    hidden: Tensor | None = None  # (answer tokens, H) the teacher's
-    features: Tensor | None = None  # (1, tiles, P, D) what the frozen tower sees
+    hidden: Tensor | None = None  # (answer tokens, H) the teacher's hidden states
+    features: Tensor | None = None  # (1, tiles, P, D) output of the student's frozen tower
 
 
-# --- models and data ---------------------------------------------------------------------------------------------------------
+# models and data
 
 
 def build_model(width: int, layers: int, pair: Width) -> LlavaOnevisionForConditionalGeneration:
@@ -173,7 +178,7 @@ def random_example(seed: int, vocabulary: int) -> Example:
 
 
 def text_of(examples: Sequence[Example], question: int | None = None) -> dict[str, Tensor]:
-    """Images as a batch, each with its questions (or only one of them) behind its prefix."""
+    """The tokens of a batch of images, each with its questions (or only one of them) behind its prefix."""
     chosen = slice(None) if question is None else slice(question, question + 1)
     return collate_prompts([pack_blocks(e.prefix, e.questions[chosen]) for e in examples], pad_token_id=0)
 
@@ -184,26 +189,29 @@ def images_of(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def singles(examples: Sequence[Example]) -> Iterator[tuple[Example, dict[str, Tensor]]]:
-    """Every question of a batch in a sequence of its own, with the image it is about."""
+    """Each question of a batch in a sequence of its own, with the image that it asks about."""
     for example in examples:
         for k in range(QUESTIONS):
             yield example, text_of([example], k)
 
 
 def count_answer_tokens(examples: Sequence[Example]) -> int:
-    """Over all questions of a batch."""
+    """The number of answer tokens of all questions of a batch."""
     return sum(len(answer) for example in examples for _, answer in example.questions)
 
 
-# --- the teacher looks once --------------------------------------------------------------------------------------------------
+# what is precomputed
 
 
 @torch.no_grad()
 def prepare(pair: Width, folder: Path, n_images: int) -> dict[str, Any]:
-    """Examples with the teacher's answers, its hidden states and what the tower sees; and what that costs per question.
+    """Write examples with the teacher's answers and hidden states and the tower's features; return what that costs.
 
-    The teacher's own answers are the gold ones: where the teacher is right LoCa changes nothing, so that the original loop,
-    which pays for it on every token, ends up with the loss of the others.
+    The teacher's own answers are the gold ones. Where the teacher is right LoCa changes nothing, so the original loop,
+    which computes LoCa on every token, has the same loss as the other variants.
+
+    Returns:
+        `teacher_s` and `tower_s`, seconds per question.
     """
     teacher, student, examples, seconds, tower_seconds = build_teacher(pair), build_student(pair), [], [], []
     for seed in range(n_images):
@@ -223,26 +231,27 @@ def prepare(pair: Width, folder: Path, n_images: int) -> dict[str, Any]:
     return {"teacher_s": median(seconds) / QUESTIONS, "tower_s": median(tower_seconds) / QUESTIONS}
 
 
-# --- the arms: each computes the loss of an image and its gradient ----------------------------------------------------------
+# the variants: each computes the loss of a batch and its gradient
 
 
 @dataclass
-class Arm:
-    """What a step needs."""
+class Models:
+    """The models of a variant."""
 
     student: nn.Module
     teacher: nn.Module | None  # None where its hidden states are stored
     head: Tensor  # (V, H) the teacher's output layer
 
 
-Step = Callable[[Arm, Sequence[Example]], float]  # adds the gradient for a batch to the student, returns the loss
+Step = Callable[[Models, Sequence[Example]], float]  # adds the gradient for a batch to the student, returns the loss
 
 
 def original_loss(student: Any, teacher: Any, labels: Tensor) -> Tensor:
-    """LoCa, KL and cross-entropy over all tokens, as the original computes them, then the mask; summed over answer tokens.
+    """LoCa, KL and cross-entropy over all tokens, as in the original, then the mask; summed over answer tokens.
 
-    Both models were given the labels, so both have computed the stock cross-entropy of all tokens. What is corrected is the causal
-    shift, who is corrected by LoCa and how, and the mask, so that the number is the loss of the other arms.
+    Both models were given the labels, so both have computed the stock cross-entropy of all tokens. Three things are
+    mended, so that the result is the loss of the other variants: the causal shift, which rows LoCa calibrates and how,
+    and the mask.
     """
     gold = labels[:, 1:].clamp(min=0)[..., None]
     p, q = ((outputs.logits[:, :-1] / 1.0).softmax(-1) for outputs in (teacher, student))  # over the temperature
@@ -257,9 +266,9 @@ def original_loss(student: Any, teacher: Any, labels: Tensor) -> Tensor:
 
 
 def trl_loss(student: Any, teacher: Any, labels: Tensor) -> Tensor:
-    """TRL's generalised JSD at beta 0, the forward KL, which has no cross-entropy of its own: added on the answer tokens alone.
+    """TRL's generalised JSD at beta 0, which is the forward KL, plus a cross-entropy; summed over answer tokens.
 
-    Its own function, or the published formula where it is not installed.
+    It calls TRL's own function, or computes the published formula where `trl` is not installed.
     """
     student, teacher, labels = student.logits[:, :-1], teacher.logits[:, :-1], labels[:, 1:]
     kept = labels != IGNORE
@@ -281,16 +290,16 @@ def _trl_function() -> Callable[..., Tensor] | None:
 
 
 def full_logits(loss: Callable[[Any, Any, Tensor], Tensor], *, give_labels: bool) -> Step:
-    """A step as it is usually written: both models produce the logits of every token, question by question."""
+    """The usual training step: both models compute the logits of every token, question by question."""
 
-    def step(arm: Arm, examples: Sequence[Example]) -> float:
+    def step(models: Models, examples: Sequence[Example]) -> float:
         total = 0.0
         for example, text in singles(examples):
             inputs = {"input_ids": text["input_ids"], "attention_mask": torch.ones_like(text["input_ids"])}
             inputs |= {"labels": text["labels"]} if give_labels else {}
             with torch.no_grad():
-                teacher = arm.teacher(**inputs, **example.images)
-            student = arm.student(**inputs, **example.images)
+                teacher = models.teacher(**inputs, **example.images)
+            student = models.student(**inputs, **example.images)
             part = loss(student, teacher, text["labels"]) / count_answer_tokens(examples)
             part.backward()
             total += part.item()
@@ -299,53 +308,61 @@ def full_logits(loss: Callable[[Any, Any, Tensor], Tensor], *, give_labels: bool
     return step
 
 
-def online(arm: Arm, examples: Sequence[Example]) -> float:
+def online(models: Models, examples: Sequence[Example]) -> float:
     """Ours with the teacher in memory, question by question."""
     total = 0.0
     for example, text in singles(examples):
-        total += _backward(arm, text, example.images, _ask(arm, text, example.images), examples)
+        total += _backward(models, text, example.images, _ask(models, text, example.images), examples)
     return total
 
 
-def online_packed(arm: Arm, examples: Sequence[Example]) -> float:
+def online_packed(models: Models, examples: Sequence[Example]) -> float:
     """Ours with the teacher in memory, all questions of the images at once."""
     text, images = text_of(examples), images_of(examples)
-    return _backward(arm, text, images, _ask(arm, text, images), examples)
+    return _backward(models, text, images, _ask(models, text, images), examples)
 
 
-def cached(arm: Arm, examples: Sequence[Example]) -> float:
+def cached(models: Models, examples: Sequence[Example]) -> float:
     """Ours with stored hidden states of the teacher, question by question."""
     total, rows = 0.0, iter(torch.cat([example.hidden for example in examples]))
     for example, text in singles(examples):
         hidden = torch.stack([next(rows) for _ in range(int((text["labels"] != IGNORE).sum()))])
-        total += _backward(arm, text, example.images, hidden @ arm.head.T, examples)
+        total += _backward(models, text, example.images, hidden @ models.head.T, examples)
     return total
 
 
-def packed(arm: Arm, examples: Sequence[Example]) -> float:
+def packed(models: Models, examples: Sequence[Example]) -> float:
     """Ours with stored hidden states, all questions of the images at once."""
     hidden = torch.cat([example.hidden for example in examples])
-    return _backward(arm, text_of(examples), images_of(examples), hidden @ arm.head.T, examples)
+    return _backward(models, text_of(examples), images_of(examples), hidden @ models.head.T, examples)
 
 
-def packed_vision(arm: Arm, examples: Sequence[Example]) -> float:
-    """The same, with what the frozen tower saw read back."""
+def packed_vision(models: Models, examples: Sequence[Example]) -> float:
+    """Ours with stored hidden states and stored features of the frozen tower, all questions of the images at once."""
     hidden = torch.cat([example.hidden for example in examples])
     images = images_of(examples) | {"features": torch.cat([example.features for example in examples])}
     del images["pixel_values"]
-    return _backward(arm, text_of(examples), images, hidden @ arm.head.T, examples)
+    return _backward(models, text_of(examples), images, hidden @ models.head.T, examples)
 
 
 @torch.no_grad()
-def _ask(arm: Arm, text: dict[str, Tensor], images: dict[str, Tensor]) -> Tensor:
-    return answer_logits(arm.teacher, text, images, vocab_size=len(arm.head))[0]
+def _ask(models: Models, text: dict[str, Tensor], images: dict[str, Tensor]) -> Tensor:
+    return answer_logits(models.teacher, text, images, vocab_size=len(models.head))[0]
 
 
 def _backward(
-    arm: Arm, text: dict[str, Tensor], images: dict[str, Tensor], teacher: Tensor, examples: Sequence[Example]
+    models: Models, text: dict[str, Tensor], images: dict[str, Tensor], teacher: Tensor, examples: Sequence[Example]
 ) -> float:
-    """Gradient and value of what these questions add to the mean over the answer tokens of the batch."""
-    logits, targets = answer_logits(arm.student, text, images, vocab_size=len(arm.head))
+    """Add these questions' share of the batch's loss, a mean over answer tokens, to the gradient, and return it.
+
+    Args:
+        models: the student gets the gradient.
+        text: tokens of the questions.
+        images: pictures of the questions.
+        teacher: (answer tokens of these questions, V) logits.
+        examples: the whole batch.
+    """
+    logits, targets = answer_logits(models.student, text, images, vocab_size=len(models.head))
     loss = answer_cross_entropy(logits=logits, targets=targets)
     loss = loss + forward_kl(student_logits=logits, teacher_logits=teacher)
     loss = loss / count_answer_tokens(examples)
@@ -353,7 +370,7 @@ def _backward(
     return loss.item()
 
 
-ARMS: dict[str, Step] = {
+VARIANTS: dict[str, Step] = {
     "original": full_logits(original_loss, give_labels=True),
     "TRL": full_logits(trl_loss, give_labels=False),
     "online": online,
@@ -365,19 +382,19 @@ ARMS: dict[str, Step] = {
 WITH_TEACHER = ("original", "TRL", "online", "online packed")
 
 
-def measure_arm(name: str, pair: Width, folder: Path, seconds: float) -> dict[str, float]:
-    """Loss of the first step, questions per second and growth of the peak memory of one arm, in this process."""
+def measure_variant(name: str, pair: Width, folder: Path, seconds: float) -> dict[str, float]:
+    """Measure a variant in this process: loss of its first step, questions per second, growth of the peak memory."""
     stored = torch.load(folder / "cache.pt", weights_only=True)
-    arm = Arm(build_student(pair), build_teacher(pair) if name in WITH_TEACHER else None, stored["head"])
+    models = Models(build_student(pair), build_teacher(pair) if name in WITH_TEACHER else None, stored["head"])
     examples = [Example(*example) for example in stored["examples"]]
     batches = itertools.cycle([examples[i : i + IMAGES] for i in range(0, len(examples), IMAGES)])
     gc.collect()
     before = resident_mib()
-    loss = ARMS[name](arm, next(batches))  # also warms up
+    loss = VARIANTS[name](models, next(batches))  # also warms up
 
     def step() -> None:
-        arm.student.zero_grad()
-        ARMS[name](arm, next(batches))
+        models.student.zero_grad()
+        VARIANTS[name](models, next(batches))
 
     steps = _per_second(step, seconds)
     return {"loss": loss, "questions_per_s": steps * IMAGES * QUESTIONS, "growth_mib": peak_memory() / 2**20 - before}
@@ -391,7 +408,7 @@ def resident_mib() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-# --- scoring -----------------------------------------------------------------------------------------------------------------
+# scoring
 
 
 def score_one_by_one(model: nn.Module, examples: Sequence[Example]) -> list[list[int]]:
@@ -412,7 +429,7 @@ def score_one_by_one(model: nn.Module, examples: Sequence[Example]) -> list[list
 
 
 def score_together(model: nn.Module, examples: Sequence[Example]) -> list[list[int]]:
-    """Ours: the questions of an image share its prefix, images share a batch."""
+    """Our greedy decoding: the questions of an image share its prefix, images share a batch."""
     options = dict(vocab_size=model.config.text_config.vocab_size, eos_token_id=-1, max_new_tokens=ANSWER_TOKENS)
     found = greedy_answers(model, text_of(examples), images_of(examples), **options)
     return [answer for row in found.tokens for answer in row]
@@ -423,7 +440,7 @@ SCORING = {"one by one": score_one_by_one, "together": score_together}
 
 @torch.no_grad()
 def measure_scoring(name: str, pair: Width, seconds: float) -> dict[str, Any]:
-    """Answers to some images' questions, and questions per second."""
+    """Measure a way of scoring in this process: its answers, and questions per second."""
     model = build_student(pair)
     examples = [random_example(seed, pair.vocabulary) for seed in range(SCORED_IMAGES)]
     answers = SCORING[name](model, examples)  # also warms up
@@ -431,21 +448,24 @@ def measure_scoring(name: str, pair: Width, seconds: float) -> dict[str, Any]:
     return {"answers": answers, "questions_per_s": passes * QUESTIONS * len(examples)}
 
 
-# --- how near the machine's limit --------------------------------------------------------------------------------------------
+# how near the machine's limit
 
 
 def measure_ceiling(seconds: float) -> dict[str, float]:
-    """GFLOP/s of a training step at a size where arithmetic decides, and of a plain matrix product of its typical shape."""
+    """GFLOP/s of a training step and of a plain matrix product of its typical shape.
+
+    The models are wide enough for arithmetic, and not overhead, to take most of the time.
+    """
     width = Width(8_000, 64, 1024, 1024)
     student = build_model(width.student, STUDENT_LAYERS, width)
     example = random_example(0, width.vocabulary)
     example = example._replace(questions=[(q, [5]) for q, _ in example.questions * 10])
     text, hidden = text_of([example]), torch.randn(len(example.questions), width.teacher)
-    arm = Arm(student, None, student.get_output_embeddings().weight.detach())
+    models = Models(student, None, student.get_output_embeddings().weight.detach())
 
     def step() -> None:
         student.zero_grad()
-        _backward(arm, text, example.images, hidden @ arm.head.T, [example])
+        _backward(models, text, example.images, hidden @ models.head.T, [example])
 
     with FlopCounterMode(display=False) as counter:
         step()
@@ -468,11 +488,11 @@ def _per_second(call: Callable[[], Any], seconds: float) -> float:
     return n / (time.perf_counter() - started)
 
 
-# --- the run -----------------------------------------------------------------------------------------------------------------
+# the run
 
 
 def apart(call: Callable[..., Any], *args: Any) -> Any:
-    """The result of a call in a process of its own, which has everything imported already."""
+    """Make a call in a new process, where all modules are imported already, and return its result."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.cost"])
     with context.Pool(1) as pool:
@@ -482,7 +502,7 @@ def apart(call: Callable[..., Any], *args: Any) -> Any:
 def take_turns(
     names: Sequence[str], rounds: int, measure: Callable[[str], dict[str, Any]], label: str
 ) -> dict[str, list]:
-    """`rounds` measurements per name, in turn, every second round the other way round."""
+    """Take `rounds` measurements per name, in turn, every second round in reverse order."""
     found: dict[str, list] = {name: [] for name in names}
     for number in range(rounds):
         for name in list(names)[:: 1 if number % 2 == 0 else -1]:
@@ -494,27 +514,27 @@ def take_turns(
 
 
 def check_equal_losses(found: dict[str, list], label: str) -> None:
-    """Raises UserError unless all arms have computed the same loss."""
+    """Compare the losses of all variants. Raises UserError unless they are equal."""
     losses = {name: runs[0]["loss"] for name, runs in found.items()}
     first = next(iter(losses.values()))
     if not all(abs(loss - first) <= LOSS_TOLERANCE * abs(first) for loss in losses.values()):  # nan is not
-        raise UserError(f"{label}: the arms' losses differ, no ratio means anything: {losses}")
+        raise UserError(f"{label}: the variants' losses differ, so their times cannot be compared: {losses}")
 
 
 def training_part(args: argparse.Namespace) -> dict[str, Any]:
-    """Both pairs of models: the arms, and what storing the teacher's outputs costs."""
+    """For both pairs of models, measure all variants and what storing the teacher's outputs costs."""
     results = {}
     for label, pair in PAIRS.items():
         with tempfile.TemporaryDirectory() as folder:
             costs = apart(prepare, pair, Path(folder), 4)
             found = take_turns(
-                list(ARMS),
+                list(VARIANTS),
                 args.rounds,
-                lambda name, pair=pair, folder=folder: apart(measure_arm, name, pair, Path(folder), args.seconds),
+                lambda name, pair=pair, folder=folder: apart(measure_variant, name, pair, Path(folder), args.seconds),
                 label,
             )
         check_equal_losses(found, label)
-        results[label] = {"costs": costs, "arms": {name: _medians(runs) for name, runs in found.items()}}
+        results[label] = {"costs": costs, "variants": {name: _medians(runs) for name, runs in found.items()}}
     return results
 
 
@@ -523,7 +543,7 @@ def _medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def scoring_part(args: argparse.Namespace) -> dict[str, float]:
-    """Questions per second of both ways of scoring. Raises UserError when their answers differ."""
+    """Measure both ways of scoring, in questions per second. Raises UserError when their answers differ."""
     pair = PAIRS["V=8k"]
     found = take_turns(
         list(SCORING),
@@ -533,25 +553,13 @@ def scoring_part(args: argparse.Namespace) -> dict[str, float]:
     )
     answers = [runs[0]["answers"] for runs in found.values()]
     if answers[0] != answers[1]:
-        raise UserError(f"scoring: the answers differ, the ratio means nothing: {answers}")
+        raise UserError(f"scoring: the answers differ, so the times cannot be compared: {answers}")
     return {name: median(run["questions_per_s"] for run in runs) for name, runs in found.items()}
 
 
 def report(results: dict[str, Any], seconds: float) -> str:
-    """The tables."""
-    text = [
-        "# Cost of a question",
-        "",
-        f"`make bench`, {date.today()}, commit {git_commit()}, {len(available_cores())} core(s) of {platform.machine()}, "
-        f"{duration(seconds)} in all. Ratios to the original loop; medians. All arms have the same weights and the same loss to "
-        f"{LOSS_TOLERANCE:g}. {QUESTIONS} questions per image, {IMAGES} images per step, tower frozen, forward and backward. "
-        + (
-            f"TRL's own function, {version('trl')}."
-            if find_spec("trl")
-            else "TRL: the formula, `trl` is not installed."
-        ),
-        "",
-    ]
+    """The text of README.md."""
+    text = ["# Cost of a question", "", introduction(seconds), ""]
     for label, part in results["training"].items():
         text += [f"## Training, {label}", "", *training_table(part, results["tflop"]), ""]
     one, together = results["scoring"]["one by one"], results["scoring"]["together"]
@@ -568,33 +576,45 @@ def report(results: dict[str, Any], seconds: float) -> str:
         "",
         "## At true size",
         "",
-        "TFLOP per question stand in the last column, counted for the true 0.5B and 7B on meta tensors: what a GPU is spared. The "
-        "ratios of questions per second are of small models with large vocabularies on a CPU, where the output layer weighs far "
-        "more than it does at true size; neither says what the other is.",
+        "The last column of the tables has TFLOP per question, counted for the true 0.5B and 7B on meta tensors: what "
+        "a GPU is spared. The ratios of questions per second are of small models with large vocabularies on a CPU, "
+        "where the output layer weighs far more than at true size. Neither figure follows from the other.",
     ]
     return "\n".join(text) + "\n"
 
 
+def introduction(seconds: float) -> str:
+    """What was measured, and on what."""
+    trl = f"TRL's own function, {version('trl')}." if find_spec("trl") else "TRL: the formula, `trl` is not installed."
+    return (
+        f"`make bench`, {date.today()}, commit {git_commit()}, {len(available_cores())} core(s) of "
+        f"{platform.machine()}, {duration(seconds)} in all. Ratios to the original loop; medians. All variants have "
+        f"the same weights and the same loss to {LOSS_TOLERANCE:g}. {QUESTIONS} questions per image, {IMAGES} images "
+        f"per step, tower frozen, forward and backward. {trl}"
+    )
+
+
 def training_table(part: dict[str, Any], tflop: dict[str, float]) -> list[str]:
     """Markdown rows, and when the stored outputs have paid for themselves."""
-    arms, costs = part["arms"], part["costs"]
-    base = arms["original"]
+    variants, costs = part["variants"], part["costs"]
+    base = variants["original"]
     lines = [
-        "| Arm | questions/s | ratio | peak memory growth, MiB | of the original's | loss | TFLOP per question at true size |",
+        "| Variant | questions/s | ratio | peak memory growth, MiB | of the original's | loss | "
+        "TFLOP per question at true size |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, run in arms.items():
-        lines.append(
-            f"| {name} | {run['questions_per_s']:.2f} | {run['questions_per_s'] / base['questions_per_s']:.1f} | "
-            f"{run['growth_mib']:.0f} | {run['growth_mib'] / base['growth_mib']:.2f} | {run['loss']:.5f} | {tflop[name]:.2f} |"
-        )
-    saved = 1 / arms["online packed"]["questions_per_s"] - 1 / arms["packed"]["questions_per_s"]
+    for name, run in variants.items():
+        speed, growth = run["questions_per_s"], run["growth_mib"]
+        cells = [f"{speed:.2f}", f"{speed / base['questions_per_s']:.1f}", f"{growth:.0f}"]
+        cells += [f"{growth / base['growth_mib']:.2f}", f"{run['loss']:.5f}", f"{tflop[name]:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    saved = 1 / variants["online packed"]["questions_per_s"] - 1 / variants["packed"]["questions_per_s"]
     epochs = costs["teacher_s"] / saved
     lines += [
         "",
-        f"The teacher's one look costs {1000 * costs['teacher_s']:.1f} ms per question, storing what the tower sees "
-        f"{1000 * costs['tower_s']:.1f} ms: against `online packed` it has paid for itself within epoch {max(1, -(-epochs // 1)):.0f} "
-        f"({epochs:.2f} epochs).",
+        f"The teacher's one forward pass costs {1000 * costs['teacher_s']:.1f} ms per question, storing the features "
+        f"of the tower {1000 * costs['tower_s']:.1f} ms: against `online packed` this has paid for itself within epoch "
+        f"{max(1, -(-epochs // 1)):.0f} ({epochs:.2f} epochs).",
     ]
     return lines
 
@@ -602,15 +622,14 @@ def training_table(part: dict[str, Any], tflop: dict[str, float]) -> list[str]:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of every arm")
-    parser.add_argument("--seconds", type=float, default=2.0, help="that a measurement lasts at least")
-    parser.add_argument("--cores", type=int, default=1, help="that an arm may use: the fewer, the less noise")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "cost", help="tables")
+    add = parser.add_argument
+    add("--rounds", type=at_least(1), default=3, help="number of measurements of every variant (3)")
+    add("--seconds", type=at_least(0.0), default=2.0, help="least seconds per measurement; 0 = a single step (2)")
+    add("--cores", type=at_least(1), default=1, help="number of cores to use; the fewer, the less noise (1)")
+    add("--output", type=Path, default=ROOT / "benchmarks" / "cost", help="folder for the tables (benchmarks/cost)")
     args = parser.parse_args(argv)
-    if args.rounds < 1 or args.seconds <= 0:
-        parser.error("--rounds and --seconds: give more than 0")
-    if not 1 <= args.cores <= len(available_cores()):
-        parser.error(f"--cores: this machine has {len(available_cores())}")
+    if args.cores > len(available_cores()):
+        parser.error(f"--cores {args.cores}: this machine has {len(available_cores())}")
     return args
 
 

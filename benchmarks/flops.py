@@ -51,22 +51,24 @@ def meta_model(size: str) -> LlavaOnevisionForConditionalGeneration:
 
 
 def true_flops() -> dict[str, float]:
-    """TFLOP per question of a training step (tower frozen) at true size: 5 tiles, 2,929 image tokens, 4 questions per image.
+    """TFLOP per question of a training step at true size, for every variant of `benchmarks.cost`.
 
-    Counted on meta tensors, forward and backward, no credit for what causality spares attention.
+    The tower is frozen; an image has 5 tiles, 2,929 tokens and 4 questions. Counted on meta tensors, forward and
+    backward. Attention counts as if it were not causal.
     """
     image, block, answer, tiles = 2929, 24, 3, 5
     alone = image + block + answer
     teacher, student = (_Counted(meta_model(size)) for size in ("7b", "0.5b"))
-    see, look = student.tower(tiles), teacher.tower(tiles) + teacher.projector(tiles)
-    connect = student.projector(tiles, backward=True)
-    everywhere = look + teacher.text(alone) + see + student.text(alone, backward=True) + connect
+    teacher_vision = teacher.tower(tiles) + teacher.projector(tiles)
+    student_tower, student_projector = student.tower(tiles), student.projector(tiles, backward=True)
+    everywhere = teacher_vision + teacher.text(alone)
+    everywhere += student_tower + student.text(alone, backward=True) + student_projector
     everywhere += teacher.head(alone) + student.head(alone, backward=True)
 
     def at_answers(questions: int) -> tuple[float, float]:
-        """Of teacher and student, of an image with so many questions."""
+        """Teacher and student, without the student's tower, for an image with this number of questions."""
         size = dict(n_prefix=image, n_blocks=questions * (block + answer), n_answers=questions * answer)
-        return look + teacher.answers(**size), student.answers(**size, backward=True) + connect
+        return teacher_vision + teacher.answers(**size), student.answers(**size, backward=True) + student_projector
 
     (teach, learn), packed = at_answers(1), at_answers(QUESTIONS)
     teach_packed, learn_packed = (part / QUESTIONS for part in packed)
@@ -74,10 +76,10 @@ def true_flops() -> dict[str, float]:
     return {
         "original": everywhere,
         "TRL": everywhere,
-        "online": teach + see + learn + heads,
-        "online packed": teach_packed + see / QUESTIONS + learn_packed + heads,
-        "cached": see + learn + heads,
-        "packed": see / QUESTIONS + learn_packed + heads,
+        "online": teach + student_tower + learn + heads,
+        "online packed": teach_packed + student_tower / QUESTIONS + learn_packed + heads,
+        "cached": student_tower + learn + heads,
+        "packed": student_tower / QUESTIONS + learn_packed + heads,
         "cached vision": learn_packed + heads,
     }
 
@@ -104,12 +106,12 @@ class _Counted:
     def answers(self, *, n_prefix: int, n_blocks: int, n_answers: int, backward: bool = False) -> float:
         with torch.device("meta"):
             states = torch.empty(1, n_prefix + n_blocks, self.width, requires_grad=backward)
-            places = torch.empty(1, n_answers, dtype=torch.long)
+            positions = torch.empty(1, n_answers, dtype=torch.long)
             text = {
                 "position_ids": torch.empty(1, n_prefix + n_blocks, dtype=torch.long),
                 "attention_mask": torch.empty(1, 1, n_blocks, n_prefix + n_blocks, dtype=torch.bool),
             }
-        return self._count(lambda: states_at(self.model, states, text, places), backward=backward)
+        return self._count(lambda: states_at(self.model, states, text, positions), backward=backward)
 
     def head(self, n_tokens: int, *, backward: bool = False) -> float:
         states = torch.empty(1, n_tokens, self.width, device="meta", requires_grad=backward)

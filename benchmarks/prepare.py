@@ -1,6 +1,6 @@
 """How long `dataset/prepare_sunrgbd.py` takes, and how much memory, on a data set of the size of SUN RGB-D.
 
-The data set is generated in a temporary folder: frames with the names of the official split (so without the toolbox),
+The data set is generated in a temporary folder: frames with the names of the official split (so no toolbox is needed),
 small pictures, and as many outlines and 3D boxes as the real one has on average. Measured are the whole command, from
 its start to its end, and the largest sum of the memory of its process and its workers, shared pages counted once; where
 there is no /proc (macOS), the memory of the largest of these processes.
@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from utils import (  # first: loads .env
     UserError,
+    at_least,
     available_cores,
     duration,
     git_commit,
@@ -45,10 +46,10 @@ LIMIT_S, LIMIT_BYTES = 600, 2**30
 # 146,617 outlines and 58,657 3D boxes on 10,335 frames: Song et al., CVPR 2015, abstract.
 OUTLINES, BOX_SHARE = 14.2, 0.4
 PROC = Path("/proc")  # of Linux
-UNKNOWN_SHARE = 0.2  # of the names, not in the noun table
-POINTS = 24  # of an outline
-FAR_M = 7.0  # the wall behind everything
-EVERY_S = 0.2  # between two looks at the memory
+UNKNOWN_SHARE = 0.2  # share of the names that are not in the noun table
+POINTS = 24  # corners of an outline
+FAR_M = 7.0  # distance of the wall behind everything
+EVERY_S = 0.2  # seconds between two measurements of the memory
 
 
 def write_tree(root: Path, n_frames: int, size: tuple[int, int]) -> None:
@@ -60,15 +61,14 @@ def write_tree(root: Path, n_frames: int, size: tuple[int, int]) -> None:
 
 
 def _write_frame(folder: Path, rng: np.random.Generator, size: tuple[int, int]) -> None:
-    """A room of ellipses at random places: every object has an outline, its depth, its colour, and some have a box."""
+    """A room of ellipses at random places: every object has an outline, its depth, its color, and some have a box."""
     width, height = size
     focal = 0.9 * width
     rgb = Image.new("RGB", size, tuple(rng.integers(60, 255, 3).tolist()))
     depth_m = Image.new("F", size, FAR_M)
     polygons, rectangles, names, boxes = [], [], [], []
-    distances_m = np.sort(rng.uniform(1.0, FAR_M - 0.5, 1 + rng.poisson(OUTLINES - 1)))[
-        ::-1
-    ]  # far ones are hidden by near ones
+    distances_m = np.sort(rng.uniform(1.0, FAR_M - 0.5, 1 + rng.poisson(OUTLINES - 1)))
+    distances_m = distances_m[::-1]  # near ones are drawn last, over far ones
     for index, z in enumerate(distances_m):
         center_m = np.array([rng.uniform(-0.5, 0.5) * z, rng.uniform(-0.4, 0.4) * z, z])
         radii_m = rng.uniform(0.1, 0.7, 2)
@@ -100,7 +100,7 @@ def _write_frame(folder: Path, rng: np.random.Generator, size: tuple[int, int]) 
 
 
 def _name(rng: np.random.Generator) -> str:
-    """A noun of the table, common ones more often, or one of its aliases; sometimes a name that nobody knows."""
+    """A noun of the table, common ones more often, or one of its aliases; sometimes a name that is not in the table."""
     if rng.random() < UNKNOWN_SHARE:
         return f"thing{rng.integers(5000)}"
     asked = asked_nouns()
@@ -148,16 +148,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     n_all = len(read_official_list())
-    parser.add_argument("--frames", type=int, nargs="+", default=[n_all], help="one run each (default: %(default)s)")
-    parser.add_argument("--size", type=int, nargs=2, default=(64, 48), help="width and height of pictures in pixels")
-    parser.add_argument("--cores", type=int, default=2, help="cores, and worker processes (default: %(default)s)")
+    add, cores = parser.add_argument, len(available_cores())
+    add(
+        "--frames",
+        type=at_least(1),
+        nargs="+",
+        default=[n_all],
+        help="number of frames; with several numbers one run each (default: %(default)s)",
+    )
+    add("--size", type=at_least(16), nargs=2, default=(64, 48), help="width and height of the pictures in pixels")
+    add("--cores", type=at_least(1), default=2, help="number of cores and of worker processes (default: %(default)s)")
     args = parser.parse_args(argv)
-    if not all(1 <= n <= n_all for n in args.frames):
-        parser.error(f"--frames: give 1 to {n_all}, the frames that the official split names")
-    if min(args.size) < 16:
-        parser.error("--size: give at least 16 pixels")
-    if not 1 <= args.cores <= len(available_cores()):
-        parser.error(f"--cores: this machine has {len(available_cores())}")
+    if max(args.frames) > n_all:
+        parser.error(f"--frames {max(args.frames)}: the official split names {n_all}")
+    if args.cores > cores:
+        parser.error(f"--cores {args.cores}: this machine has {cores}")
     return args
 
 

@@ -1,14 +1,18 @@
 """Learning rates for every system of the study, each by the same search on the validation split.
 
-A system has one rate or several: of language model and projector (lr), of the vision tower (vision_lr), of a map between hidden
-states (map_lr). One after the other, starting from the script's own, each is tried at five values a factor of 2 apart while the others
-stay; the best on val stays. Where that is at an end of the grid, the grid is extended there. One seed, all labels, as many epochs as
-in the study; every system in its fullest form, with questions to the teacher where it can ask. Phases 2 and 3 start from the best
-run of the phase before. A phase is judged by what chooses its checkpoint: phase 1 by the cosine of patches, all else by exact match.
+A system has up to three rates: of language model and projector (lr), of the vision tower (vision_lr), and of a map
+between hidden states (map_lr). They are searched one after the other, from the defaults of the script: a rate is tried
+at five values a factor of 2 apart while the others stay, and the best on the validation split is kept. Where that is
+the lowest or highest value, further values are tried beyond it. Every search has one seed, all labels, as many epochs
+as the study, and questions to the teacher where the system can ask them. Phases 2 and 3 start from the best run of the
+phase before. Runs are compared by the metric that chooses their checkpoints: cosine of patches for phase 1, exact match
+for all others.
 
-What is finished is kept: an interrupted call goes on where it was, on another machine with the unfinished records alone.
+Finished runs are kept: an interrupted call goes on where it was, and on another machine the file of unfinished records
+is enough for that.
 
-Writes  <output>/rates.json, every run with its flags and what was chosen, which reproduce.py reads; <output>/rates.md, the tables
+Writes  <output>/rates.json, every run with its flags, and the chosen rates, which reproduce.py reads
+        <output>/rates.md, the tables
         <output>/rates_unfinished.json, the records so far while the search is not over
         <work>/rates/, a record per run; <work>/logs/, what each run printed
 
@@ -21,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, duration, git_commit, run_script, write_json  # first: loads .env
+from utils import UserError, duration, git_commit, run_script, share, write_json  # first: loads .env
 
 # isort: split
 import argparse
@@ -37,23 +41,25 @@ from functools import cache
 from typing import Any
 
 from benchmarks import reproduce
-from benchmarks.reproduce import ASK, ASKING_PHASES, FEATURES, JOINT, LABELS_ONLY, LOGITS, RGB_STUDENT, Stage, Task
+from benchmarks.processes import Task, run_side_by_side
+from benchmarks.reproduce import ASK, ASKING_PHASES, FEATURES, JOINT, LABELS_ONLY, LOGITS, RGB_STUDENT, Stage
 
 SEED = 0
 FACTOR = 2.0
-STEPS = (-2, -1, 0, 1, 2)  # powers of FACTOR around the start
-MOST_EXTENSIONS = 4  # values beyond an end of the grid, per rate
+STEPS = (-2, -1, 0, 1, 2)  # exponents of FACTOR: the values that every rate is tried at, relative to its start
+MOST_EXTENSIONS = 4  # most values beyond these, per rate
 UNFINISHED = "rates_unfinished.json"
-DIVERGED = "gradient is not finite"  # in the message of a run whose rate is too high
+DIVERGED = "gradient is not finite"  # part of the message of a run whose rate is too high
 STAGES = {
     stage.system: stage
     for stage in (
-        *ASKING_PHASES,  # first: each phase waits for the one before
+        *ASKING_PHASES,  # first, because each phase waits for the one before
         LABELS_ONLY,
         RGB_STUDENT,
         *(stage.but(*ASK) for stage in (LOGITS, FEATURES, JOINT)),
     )
 }
+# Phase -> the phase that it starts from.
 BEFORE = {second.system: first.system for first, second in zip(ASKING_PHASES, ASKING_PHASES[1:], strict=False)}
 
 Rates = dict[str, float]
@@ -62,14 +68,14 @@ Scores = Mapping[tuple[float, ...], float]  # rates, in the order of the start -
 
 @dataclass(frozen=True)
 class Line:
-    """One rate at several values while the others stay.
+    """One rate, tried at several values while the others stay.
 
     Attributes:
-        rate: which one varies.
-        others: values of the other ones.
+        rate: name of the rate that varies.
+        others: values of the other rates.
         values: tried values, rising.
-        best: the one that stays.
-        added: those by which the grid was extended.
+        best: the value with the highest score.
+        added: those of the values that extended the grid.
     """
 
     rate: str
@@ -80,12 +86,12 @@ class Line:
 
     @property
     def at_end(self) -> bool:
-        """Whether the best is still at an end of the grid, after all extensions."""
+        """Whether the best value is still the lowest or highest one, after all extensions."""
         return self.best in (self.values[0], self.values[-1])
 
 
 def search(start: Rates, scores: Scores) -> tuple[list[Rates], list[Line]]:
-    """How far a coordinate-wise search is: what has to run next, and the lines that are finished.
+    """Say what a coordinate-wise search has to run next, and which of its lines are finished.
 
     Args:
         start: rates to begin with, in the order in which they are searched.
@@ -103,7 +109,7 @@ def search(start: Rates, scores: Scores) -> tuple[list[Rates], list[Line]]:
             tried = {step: rates | {name: value} for step, value in values.items()}
             if missing := [found for found in tried.values() if tuple(found.values()) not in scores]:
                 return missing, lines
-            # Of equal ones that nearest to the start: an end of the grid has to be better, not as good.
+            # Of equal scores the value nearest to the start wins, so that the grid is extended for a better score only.
             best = max(steps, key=lambda step: (scores[tuple(tried[step].values())], -abs(step)))
             if first < best < last or len(steps) == len(STEPS) + MOST_EXTENSIONS:
                 break
@@ -117,34 +123,40 @@ def search(start: Rates, scores: Scores) -> tuple[list[Rates], list[Line]]:
 
 @cache
 def start_of(stage: Stage) -> Rates:
-    """The learning rates that a stage's script has by itself, in the order in which they are searched."""
+    """The default learning rates of a stage's script, in the order in which they are searched."""
     flags = [*stage.flags, *(["--load_checkpoint", "run"] if stage.system in BEFORE else [])]
     own = vars(reproduce.training_script(stage.script).parse_args(["--miniature", *flags]))
     return {name: own[name] for name in stage.rates}
 
 
 def rate_texts(rates: Rates) -> list[str]:
-    """`lr=0.00025` and so on."""
+    """Rates as texts like `lr=0.00025`, which --rates takes."""
     return [f"{name}={value:g}" for name, value in rates.items()]
 
 
 @dataclass(frozen=True)
 class Search:
-    """The search for one system, with what its runs left in the work folder."""
+    """The search for one system, with the records of its runs in the work folder.
+
+    Attributes:
+        stage: the system's training script with its flags.
+        work: folder for checkpoints, records and logs.
+        subset: share of the training images that the runs see.
+    """
 
     stage: Stage
     work: Path
-    subset: float  # share of the training images
+    subset: float
 
     @property
     def earlier(self) -> "Search | None":
-        """The search of the phase before, whose best run this one starts from; None = from the student alone."""
+        """The search of the phase before, whose best run this one's runs start from; None where there is none."""
         name = BEFORE.get(self.stage.system)
         return Search(STAGES[name], self.work, self.subset) if name else None
 
     @property
     def ready(self) -> bool:
-        """Whether it is known what the runs start from."""
+        """Whether the runs can start: the search of the phase before is over."""
         return self.earlier is None or (self.earlier.ready and not self.earlier.progress()[0])
 
     def chosen(self) -> Rates:
@@ -152,7 +164,7 @@ class Search:
         return start_of(self.stage) | {line.rate: line.best for line in self.progress()[1]}
 
     def run_name(self, rates: Rates) -> str:
-        """Of the run with these rates, in file names."""
+        """The name of the run with these rates, in file names."""
         return "_".join([f"rates_{reproduce.file_name(self.stage.system)}", *rate_texts(rates)])
 
     def best_run(self) -> str:
@@ -160,16 +172,20 @@ class Search:
         return self.run_name(self.chosen())
 
     def flags(self, rates: Rates) -> list[str]:
-        """The command line but for its student and the checkpoint that it starts from."""
+        """The command line without its student and the checkpoint that it starts from."""
         flags = reproduce.fixed_flags(self.stage, 1.0, SEED) + ["--subset_percentage", f"{self.subset:g}"]
         return flags + [text for name, value in rates.items() for text in (f"--{name}", f"{value:g}")]
 
     def record_path(self, rates: Rates) -> Path:
-        """Where the record of the run with these rates is once it is done."""
+        """The file that the record of the run with these rates is written to when it is done."""
         return self.work / "rates" / f"{self.run_name(rates)}.json"
 
     def records(self) -> list[dict[str, Any]]:
-        """Of all finished runs. Raises UserError when one was made with other flags, or started from another run."""
+        """Read the records of all finished runs.
+
+        Raises:
+            UserError: a run was made with other flags, or started from another run.
+        """
         source, found = self.earlier and self.earlier.best_run(), []
         for path in sorted((self.work / "rates").glob(f"rates_{reproduce.file_name(self.stage.system)}_*.json")):
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -179,12 +195,15 @@ class Search:
         return found
 
     def progress(self) -> tuple[list[Rates], list[Line]]:
-        """As `search`, with the scores of the finished runs."""
+        """What `search` says about the finished runs."""
         scores = {tuple(r["rates"].values()): -math.inf if r["val"] is None else r["val"] for r in self.records()}
         return search(start_of(self.stage), scores)
 
     def tasks(self) -> list[Task]:
-        """The runs that can start now; none while the phase before is searched, or when the search is over."""
+        """The commands of the runs that can start now.
+
+        None while the search of the phase before is under way, and none when this search is over.
+        """
         own = (__file__, "--work", str(self.work), "--subset_percentage", f"{self.subset:g}")
         return [
             Task(
@@ -196,14 +215,17 @@ class Search:
         ]
 
     def train(self, rates: Rates) -> Path:
-        """The checkpoints folder of the run with these rates, trained unless it is there, after what it starts from."""
+        """Train with these rates unless that is done already, and return the checkpoints folder.
+
+        The run of the phase before that it starts from is trained first, where it is missing.
+        """
         argv = [*self.flags(rates), "--student_name", str(reproduce.student_start(self.work, SEED))]
         if self.earlier:
             argv += ["--load_checkpoint", str(self.earlier.train(self.earlier.chosen()))]
         return reproduce.run_once(self.stage.script, argv, self.work, name=self.run_name(rates))
 
     def run(self, rates: Rates) -> dict[str, Any]:
-        """Train with these rates: the record. A run that diverged has no score; it says why."""
+        """Train with these rates and return the record. That of a run that diverged has an error instead of a score."""
         started, source = time.monotonic(), self.earlier and self.earlier.best_run()
         record = {"system": self.stage.system, "rates": rates, "flags": self.flags(rates), "from": source}
         record |= {"metric": None, "val": None}
@@ -218,7 +240,7 @@ class Search:
         return record | {"commit": git_commit(), "seconds": round(time.monotonic() - started, 1)}
 
     def result(self) -> dict[str, Any]:
-        """What rates.json says about the system, when its search is over."""
+        """What rates.json says about the system when its search is over."""
         lines, records = self.progress()[1], self.records()
         return {
             "chosen": self.chosen(),
@@ -230,7 +252,7 @@ class Search:
 
 
 def line_table(line: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Markdown: the values of one rate, and below them what they scored, in %; the best is bold."""
+    """Markdown rows: the values of one rate, and below them their scores in %; the best is bold."""
     scores = {tuple(sorted(run["rates"].items())): run["val"] for run in runs}
     head, cells = [], []
     for value in line["values"]:
@@ -256,15 +278,16 @@ def report(records: Mapping[str, Any]) -> str:
     systems = records["systems"]
     runs = [run for system in systems.values() for run in system["runs"]]
     commits = ", ".join(sorted({run["commit"] for run in runs}))
+    spent = duration(sum(run["seconds"] for run in runs))
     text = [
         "# Learning rates",
         "",
-        f"{records['date']}, commit {commits}: {len(runs)} runs on {100 * records['subset_percentage']:g} % of the miniature's "
-        f"training images, {duration(sum(run['seconds'] for run in runs))} in all, each in a process of its own. Score on the "
-        "validation split in %; the best value is bold. Each rate in turn is tried at five values a factor of 2 apart, from the "
-        "script's own, while the others stay; one seed, so that differences of a point say little. A grid is extended where its "
-        "best value is at an end (added). Every system had this search; their number of rates decides the number of tries. "
-        "`rates.json` has every run.",
+        f"{records['date']}, commit {commits}: {len(runs)} runs on {100 * records['subset_percentage']:g} % of the "
+        f"miniature's training images, {spent} in all, each in a process of its own. Score on the validation split in "
+        "%; the best value is bold. Each rate in turn is tried at five values a factor of 2 apart, around the script's "
+        "default, while the others stay. There is one seed, so differences of a point say little. Where the best value "
+        "is the lowest or highest one, further values are tried (added). Every system had this search; the more rates "
+        "it has, the more runs. `rates.json` has every run.",
         "",
     ]
     for name, system in systems.items():
@@ -284,13 +307,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     reproduce.add_study_args(parser)
-    parser.add_argument("--subset_percentage", type=float, default=1.0, help="share of the training images, in (0, 1]")
-    parser.add_argument("--system", choices=tuple(STAGES), help="one run of this system only, no tables")
-    parser.add_argument("--rates", nargs="+", metavar="NAME=VALUE", help="with --system: all of its rates")
+    parser.add_argument(
+        "--subset_percentage", type=share, default=1.0, help="share of the training images to use, in (0, 1] (1.0)"
+    )
+    parser.add_argument("--system", choices=tuple(STAGES), help="make a single run of this system, with --rates")
+    parser.add_argument("--rates", nargs="+", metavar="NAME=VALUE", help="all learning rates of --system's run")
     args = parser.parse_args(argv)
-    reproduce.check_study_args(parser, args)
     if (args.system is None) != (args.rates is None):
-        parser.error("--system and --rates are of one run; give both")
+        parser.error("--system and --rates together name one run; give both")
     if args.system:
         try:
             args.rates = {name: float(value) for name, value in (text.split("=") for text in args.rates)}
@@ -302,7 +326,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def restore_records(records: Sequence[Mapping[str, Any]], searches: Mapping[str, Search]) -> None:
-    """Put the records of an unfinished search where a work folder has them, but for those there and those of other flags."""
+    """Write the records of an unfinished search into the work folder.
+
+    Records that are there already stay as they are; records of runs with other flags are left out.
+    """
     for record in records:
         search = searches[record["system"]]
         path = search.record_path(record["rates"])
@@ -311,7 +338,7 @@ def restore_records(records: Sequence[Mapping[str, Any]], searches: Mapping[str,
 
 
 def main(args: argparse.Namespace) -> None:
-    """The teacher, then all runs that are not finished yet, round by round, then the tables."""
+    """Train the teacher, then all runs that are not finished yet, round by round, then write the tables."""
     os.environ["MAIN_ROOT_DATA_DIR"] = str(args.work)  # apart from the user's own runs
     reproduce.tuned_teacher(args.work)
     if args.system:
@@ -324,10 +351,10 @@ def main(args: argparse.Namespace) -> None:
     if unfinished.is_file():
         restore_records(json.loads(unfinished.read_text(encoding="utf-8")), searches)
     try:
-        while tasks := [task for one in searches.values() for task in one.tasks()]:
-            reproduce.run_side_by_side(tasks, args.jobs)
+        while waiting := [[task] for one in searches.values() for task in one.tasks()]:
+            run_side_by_side(waiting, args.jobs, finish_running=True)
     finally:
-        with suppress(UserError):  # records of another search: that error is on its way already
+        with suppress(UserError):  # foreign records in the work folder have been reported already
             write_json(unfinished, [record for one in searches.values() for record in one.records()])
     records = {
         "date": str(date.today()),

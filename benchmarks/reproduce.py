@@ -1,23 +1,25 @@
-"""What the README claims about distillation, from nothing: train every arm over several seeds, write the tables.
+"""The study behind the README's claims about distillation: train every variant over several seeds, write the tables.
 
-All arms of a seed start from the same student and see as many images in as many optimizer steps, with the same precision, batch
-size and schedule rules; they differ in the loss, in what they may read, and in learning rates. Those are read from
-`reproduce/rates.json`, which `rates.py` writes: as many tries for every system, chosen on val; without that file they are the
-scripts' own. A seed decides the order of the data, which labels are kept, and the student's start (the shipped weights with 2 % of
-noise). Choices were made on the validation split; the tables show the test split. What is finished is kept: an interrupted call
-goes on where it was.
+A variant is a way to train a student, for instance label-only or double trouble. All variants of a seed start from the
+same student and see as many images in as many optimizer steps, with the same precision, batch size and rules for the
+schedule. They differ in the loss, in the labels that they may read, and in their learning rates. Rates come from
+`reproduce/rates.json`, which `rates.py` writes after the same search on the validation split for every system; without
+that file they are the defaults of the scripts. A seed decides the order of the data, which labels are kept, and the
+student's start (the shipped weights with 2 % of noise). All choices were made on the validation split; the tables show
+the test split. Their intervals resample seeds and recordings of test questions, both at once.
 
-Intervals resample seeds and recordings of test questions, both at once.
+Finished runs are kept: an interrupted call goes on where it was. The models are tiny and leave most of a machine idle,
+so runs go side by side, each on its own share of the cores.
 
-Writes  <output>/runs.json, a record per arm, label fraction and seed; <output>/answers.npz, which questions each got right;
-        <output>/README.md, the tables; <work>/logs/, what each arm printed
-
-Tiny models leave most of a machine idle: arms run side by side, each on its own share of the cores.
+Writes  <output>/runs.json      a record per run, which is a variant with a share of the labels and a seed
+        <output>/answers.npz    which test questions each run answered right
+        <output>/README.md      the tables
+        <work>/logs/            what each run printed
 
     make reproduce
     python benchmarks/reproduce.py [--seeds 5] [--jobs N] [--work DIR] [--output benchmarks/reproduce]
-    python benchmarks/reproduce.py --arm "double trouble" --fraction 0.1 --seed 3     # one arm only
-    python benchmarks/reproduce.py --tables     # the tables again, from the two files of records alone
+    python benchmarks/reproduce.py --variant "double trouble" --fraction 0.1 --seed 3     # one run only
+    python benchmarks/reproduce.py --tables     # the tables again, from runs.json and answers.npz alone
 """
 
 import sys
@@ -28,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 from utils import (  # first: loads .env
     UserError,
-    core_shares,
+    at_least,
+    available_cores,
     data_root,
     duration,
     git_commit,
@@ -45,12 +48,10 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
@@ -58,21 +59,25 @@ import numpy as np
 import torch
 
 from benchmarks.answers import Answers, digest, pack, unpack
+from benchmarks.processes import Task, run_side_by_side
 from dataset.inputs.processor import load_processor, save_processor
 from dataset.questions.answers import exact_match
 from dataset.questions.blind import blind_predictions
 from dataset.questions.rows import QUESTION_TYPES, csv_cells
 from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, load_model
-from evaluation.comparison import load_results
+from evaluation.comparison import load_results, short_type
 
-EPOCHS = 5  # of 5,000 images in batches of 8: 3,125 optimizer steps, whatever the arm
+EPOCHS = 5  # of 5,000 images in batches of 8: 3,125 optimizer steps, for every variant
 FRACTIONS = (1.0, 0.1, 0.05)
 RATES = ROOT / "benchmarks" / "reproduce" / "rates.json"  # the learning rates of every system, written by rates.py
 EVALUATION = "evaluation/onevisionv3/sunrgbd/evaluate_onevision.py"
 TROUBLE = "knowledge_distillation7b_double_trouble"
-TEACHERS = {  # run name -> how baseline_rgb7b tunes it; where labels are scarce the stock one teaches: it has read none
+# Run name -> flags with which baseline_rgb7b tunes this teacher. With few labels the stock teacher teaches instead,
+# because it has read none of them.
+TEACHERS = {
     "teacher": (),
-    # Wrong where LoCa can help: .58 on val, and LoCa corrects 25 % of the gold tokens (9 % from the stock one).
+    # Wrong so often that LoCa has something to correct: .58 on val, and LoCa corrects 25 % of the gold tokens (9 % of
+    # the stock teacher's).
     "weak_teacher": ("--subset_percentage", "0.05", "--batch_size", "8", "--max_epochs", "1", "--lr", "1e-2"),
 }
 ASK = ("--teacher_questions", "8")
@@ -82,18 +87,28 @@ START_NOISE = 0.02
 
 @dataclass(frozen=True)
 class Stage:
-    """One training script of an arm."""
+    """One call of a training script in a variant.
 
-    system: str  # whose learning rates it has in `RATES`
-    script: str  # folder below distillation/
+    Attributes:
+        system: whose learning rates in `RATES` it gets.
+        script: folder below distillation/.
+        epochs: passes over the training images.
+        flags: further flags of the script.
+        labels: whether it reads gold answers; one that reads none is trained once for all shares of labels.
+        teacher: a run of `TEACHERS`; None = no teacher.
+        rates: flags of the script's learning rates.
+    """
+
+    system: str
+    script: str
     epochs: int
     flags: tuple[str, ...] = ()
-    labels: bool = True  # whether it reads gold answers; without them label fractions share it
-    teacher: str | None = "teacher"  # a run of `TEACHERS`
-    rates: tuple[str, ...] = ("lr", "vision_lr")  # the learning rates that its script has
+    labels: bool = True
+    teacher: str | None = "teacher"
+    rates: tuple[str, ...] = ("lr", "vision_lr")
 
     def but(self, *flags: str) -> "Stage":
-        """The same with further flags."""
+        """The same stage with further flags."""
         return replace(self, flags=self.flags + flags)
 
 
@@ -108,11 +123,11 @@ THREE_PHASES = (
     Stage("phase 3", f"{TROUBLE}/phase3", 2),
 )
 ASKING_PHASES = tuple(stage.but(*ASK) if stage.labels else stage for stage in THREE_PHASES)
-ARMS = {  # name -> stages; the first is what all others are measured against
+VARIANTS = {  # name -> stages; all others are measured against the first one
     CONTROL: (LABELS_ONLY,),
     "double trouble": ASKING_PHASES,
 }
-OFF = {  # what turns a term of the joint training off
+OFF = {  # term of the joint training -> flags that turn it off
     "LoCa": ("--kl_weight", "0"),
     "InfoNCE": ("--contrastive_weight", "0"),
     "patches": ("--patch_weight", "0"),
@@ -120,12 +135,13 @@ OFF = {  # what turns a term of the joint training off
 
 
 def joint_without(*terms: str) -> Stage:
-    """The joint training on gold questions without some of its terms, at the same learning rates."""
+    """The joint training on gold questions without some of its loss terms, at the same learning rates."""
     return JOINT.but(*(flag for term in terms for flag in OFF[term]))
 
 
 KL, LOCA = replace(LOGITS, system="joint"), joint_without("InfoNCE", "patches")  # at the same learning rates
-FULL_LABEL_ARMS = {  # with all labels only: each term alone on CE, all but each, the phases, the other strategies
+# Trained with all labels only: CE with one further term each, all terms but one each, the phases, other strategies.
+FULL_LABEL_VARIANTS = {
     "CE": (joint_without(*OFF),),
     "CE + KL": (KL,),
     "CE + LoCa": (LOCA,),
@@ -147,7 +163,7 @@ FULL_LABEL_ARMS = {  # with all labels only: each term alone on CE, all but each
     "CE + LoCa, weak teacher": (replace(LOCA, teacher="weak_teacher"),),
     "RGB student": (RGB_STUDENT,),
 }
-COMPARISONS = (  # what is asked, the arm with it, the arm without it
+COMPARISONS = (  # what is compared, the variant with it, the variant without it
     ("LoCa, on CE alone", "CE + LoCa", "CE"),
     ("LoCa, beside all else", "CE + LoCa + InfoNCE + patches", "CE + InfoNCE + patches"),
     ("InfoNCE, on CE alone", "CE + InfoNCE", "CE"),
@@ -171,61 +187,64 @@ COMPARISONS = (  # what is asked, the arm with it, the arm without it
     ("RGB instead of depth, labels only", "RGB student", CONTROL),
 )
 FULL_LABEL_SEEDS = 3
-MOST_JOBS = 4  # unless asked for more: each takes a GiB
-
-
-@dataclass(frozen=True)
-class Task:
-    """A command of this repository that runs beside others, on its share of the cores."""
-
-    title: str
-    command: tuple[str, ...]  # what stands behind `python`
-    log: Path  # gets what it prints
+MOST_JOBS = 4  # default of --jobs on a machine with more cores: each run takes a GiB of memory
 
 
 @dataclass(frozen=True)
 class Job:
-    """An arm to train and score."""
+    """One run of the study: a variant with a share of the labels and a seed."""
 
-    arm: str
+    variant: str
     fraction: float
     seed: int
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """What it trains, one after the other."""
-        return (ARMS | FULL_LABEL_ARMS)[self.arm]
+        """The stages of its variant, in their order."""
+        return (VARIANTS | FULL_LABEL_VARIANTS)[self.variant]
 
     @property
     def name(self) -> str:
-        """A part of file names."""
-        return f"{file_name(self.arm)}_{self.fraction}_seed{self.seed}"
+        """The run's name in file names."""
+        return f"{file_name(self.variant)}_{self.fraction}_seed{self.seed}"
 
     def record_path(self, work: Path) -> Path:
-        """Where its record is once it is done."""
+        """The file that its record is written to when it is done."""
         return work / "results" / f"{self.name}.json"
 
     def task(self, work: Path) -> Task:
-        """This script again, for this arm alone."""
-        flags = ("--arm", self.arm, "--fraction", str(self.fraction), "--seed", str(self.seed), "--work", str(work))
-        title = f"{self.arm}, {100 * self.fraction:g} % of the labels, seed {self.seed}"
+        """The command of this script that trains and scores this run alone."""
+        flags = (
+            "--variant",
+            self.variant,
+            "--fraction",
+            str(self.fraction),
+            "--seed",
+            str(self.seed),
+            "--work",
+            str(work),
+        )
+        title = f"{self.variant}, {100 * self.fraction:g} % of the labels, seed {self.seed}"
         return Task(title, (__file__, *flags), work / "logs" / f"{self.name}.txt")
 
 
 def training_script(folder: str):
-    """The training script in a folder below distillation/, as a module."""
+    """Import the training script of a folder below distillation/."""
     (path,) = (ROOT / "distillation" / folder).glob("train*.py")
     return load_script(path.relative_to(ROOT).as_posix())
 
 
 def run_once(script: str, argv: Sequence[str], work: Path, *, name: str) -> Path:
-    """Train unless this run is finished already; returns its checkpoints folder. Arms that share a run wait for each other."""
+    """Train unless this run is finished already, and return its checkpoints folder.
+
+    Processes that need the same run, for instance a first phase, wait for each other.
+    """
     folder = work / script / "checkpoints" / f"miniature_{name}"
     record = logs_of(folder) / "run.json"
     with locked(work / "locks" / script / name):
         if record.is_file() and "best" in json.loads(record.read_text(encoding="utf-8")):
             return folder
-        shutil.rmtree(folder, ignore_errors=True)  # a run is minutes: an unfinished one starts again
+        shutil.rmtree(folder, ignore_errors=True)  # a run takes minutes: an unfinished one starts again
         module = training_script(script)
         print(f"--- {script} {name}", flush=True)
         module.main(module.parse_args(["--miniature", "--run_name", name, *argv]))
@@ -234,17 +253,25 @@ def run_once(script: str, argv: Sequence[str], work: Path, *, name: str) -> Path
 
 
 def tuned_teacher(work: Path, name: str = "teacher") -> Path:
-    """The checkpoints folder of one of `TEACHERS`, trained unless it is there."""
+    """Train one of `TEACHERS` unless that is done already, and return its checkpoints folder."""
     return run_once("baseline_rgb7b", TEACHERS[name], work, name=name)
 
 
 def logs_of(checkpoints: Path) -> Path:
-    """The folder with the logs of the run whose checkpoints are here."""
+    """The folder with a run's logs, by the folder with its checkpoints."""
     return checkpoints.parents[1] / "tensorboard_logs" / checkpoints.name
 
 
 def evaluate(system: Sequence[str], output: Path) -> dict[str, Any]:
-    """Test accuracies of the system that these flags of the evaluation script name: its `metrics.json`."""
+    """Score a system on the test split unless that is done already.
+
+    Args:
+        system: the flags of the evaluation script that name it.
+        output: results folder.
+
+    Returns:
+        The content of its `metrics.json`.
+    """
     if not (output / "metrics.json").is_file():
         script = load_script(EVALUATION)
         script.main(script.parse_args(["--miniature", *system, "--output", str(output)]))
@@ -258,7 +285,7 @@ def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def student_start(work: Path, seed: int) -> Path:
-    """The shipped student with noise on every weight: another start for every seed."""
+    """Save the shipped student with noise on every weight, another start for every seed, and return its folder."""
     folder = work / "students" / f"seed{seed}"
     if not (folder / "model.safetensors").is_file():
         model = load_model(MINIATURE_STUDENT)
@@ -272,7 +299,7 @@ def student_start(work: Path, seed: int) -> Path:
 
 
 def rate_flags(system: str) -> list[str]:
-    """The learning rates that were chosen for a system, as flags; none before they were: the script has its own."""
+    """The learning rates that were chosen for a system, as flags; none before the search: the script has defaults."""
     if not RATES.is_file():
         return []
     chosen = json.loads(RATES.read_text(encoding="utf-8"))["systems"][system]["chosen"]
@@ -280,8 +307,8 @@ def rate_flags(system: str) -> list[str]:
 
 
 def fixed_flags(stage: Stage, fraction: float, seed: int) -> list[str]:
-    """A stage's command line but for its learning rates, its student and the checkpoint that it starts from."""
-    # An arm may have one core only: a loading process would take turns with the training, and hand batches over besides.
+    """A stage's command line without its learning rates, its student and the checkpoint that it starts from."""
+    # A run may have one core only: there a loading process would slow the training down.
     flags = ["--max_epochs", str(stage.epochs), "--seed", str(seed), "--num_workers", "0", *stage.flags]
     flags += ["--label_fraction", str(fraction)] * stage.labels
     tuned = stage.teacher and fraction == 1
@@ -289,18 +316,18 @@ def fixed_flags(stage: Stage, fraction: float, seed: int) -> list[str]:
 
 
 def stage_flags(stage: Stage, job: Job) -> list[str]:
-    """A stage's command line but for its student and the checkpoint that it starts from."""
+    """A stage's command line without its student and the checkpoint that it starts from."""
     return fixed_flags(stage, job.fraction, job.seed) + rate_flags(stage.system)
 
 
-def file_name(arm: str) -> str:
-    """An arm's name as a part of file names."""
-    return "".join(c if c.isalnum() or c in "-+" else "_" for c in arm)
+def file_name(name: str) -> str:
+    """A variant's or system's name, as a part of file names."""
+    return "".join(c if c.isalnum() or c in "-+" else "_" for c in name)
 
 
-def run_arm(job: Job, work: Path) -> dict[str, Any]:
-    """Train the stages of an arm one after the other and score its end on the test split."""
-    started, checkpoints = time.monotonic(), None
+def train_stages(job: Job, work: Path) -> Path:
+    """Train the stages of a run one after the other, and return the checkpoints folder of the last one."""
+    checkpoints = None
     for stage in job.stages:
         if stage.teacher:
             tuned_teacher(work, stage.teacher)
@@ -308,17 +335,30 @@ def run_arm(job: Job, work: Path) -> dict[str, Any]:
         argv = [*stage_flags(stage, job), "--student_name", str(student_start(work, job.seed))]
         argv += ["--load_checkpoint", str(checkpoints)] if checkpoints else []
         checkpoints = run_once(stage.script, argv, work, name=job.name if stage.labels else shared)
+    return checkpoints
+
+
+def score_run(job: Job, checkpoints: Path, work: Path) -> tuple[dict[str, float], Path]:
+    """Score the best checkpoint of a run on the test split: its accuracies and its results folder."""
     folder = work / "results" / job.name / "best"
     (best,) = checkpoints.glob("best-*.ckpt")
     found = scores(evaluate(["--ckpt_path", str(best)], folder))
-    if job.arm == CONTROL:  # early stopping or not, whichever turns out better for it
+    if job.variant == CONTROL:  # in its favor: also its last checkpoint is scored, and the better of both counts
         last = scores(evaluate(["--ckpt_path", str(checkpoints / "last.ckpt")], folder.with_name("last")))
         if last["By depth"] > found["By depth"]:
-            found, folder = last, folder.with_name("last")
+            return last, folder.with_name("last")
+    return found, folder
+
+
+def run_job(job: Job, work: Path) -> dict[str, Any]:
+    """Train a run and score it on the test split: its record."""
+    started = time.monotonic()
+    checkpoints = train_stages(job, work)
+    found, folder = score_run(job, checkpoints, work)
     answers = load_results(folder)
     run = json.loads((logs_of(checkpoints) / "run.json").read_text(encoding="utf-8"))
     return {
-        "arm": job.arm,
+        "variant": job.variant,
         "fraction": job.fraction,
         "seed": job.seed,
         "flags": [stage_flags(stage, job) for stage in job.stages],
@@ -333,7 +373,7 @@ def run_arm(job: Job, work: Path) -> dict[str, Any]:
 
 
 def corrected_share(metrics: Path) -> float | None:
-    """Mean share of gold tokens that LoCa corrected in the last stage's logged steps; None where it was not at work."""
+    """Mean share of gold tokens that LoCa corrected in the logged steps of the last stage; None without LoCa."""
     if not metrics.is_file():
         return None
     with open(metrics, encoding="utf-8", newline="") as handle:
@@ -341,56 +381,9 @@ def corrected_share(metrics: Path) -> float | None:
     return mean(map(float, found)) if (found := [value for value in logged if value]) else None
 
 
-def run_side_by_side(waiting: Sequence[Task], jobs: int) -> None:
-    """Run tasks, `jobs` at a time, each in a process with its own share of this machine's cores.
-
-    Raises:
-        UserError: a task failed; the others that were running are finished first. Names the file with what it printed.
-    """
-    shares = core_shares(jobs)
-    started, total, left, running, failed = time.monotonic(), len(waiting), list(waiting), {}, None
-    try:
-        while running or (left and not failed):
-            for place in [] if failed else range(jobs):
-                if left and place not in running:
-                    task = left.pop(0)
-                    running[place] = task, start_process(task, shares[place])
-            time.sleep(1)
-            for place, (task, process) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[place]
-                failed = failed or (task if process.returncode else None)
-                done, spent = total - len(left) - len(running), time.monotonic() - started
-                print(
-                    f"{task.title}: {'FAILED' if process.returncode else 'done'}; {done} of {total} in {duration(spent)}, about "
-                    f"{duration(spent / done * (total - done))} left",
-                    flush=True,
-                )
-    finally:  # Ctrl-C: a task that was interrupted starts again in the next call
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.wait()
-    if failed:
-        raise UserError(f"{failed.title}: training failed, see {failed.log}; what is finished is kept")
-
-
-def start_process(task: Task, cores: Sequence[int]) -> subprocess.Popen:
-    """A task's process on these cores; its output goes into a file."""
-    task.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(task.log, "w", encoding="utf-8") as output:
-        return subprocess.Popen(
-            [sys.executable, *task.command],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            preexec_fn=partial(os.sched_setaffinity, 0, cores),  # before torch counts them
-        )
-
-
-def scores_of(runs: Sequence[Mapping[str, Any]], arm: str, fraction: float) -> dict[int, dict[str, float]]:
-    """An arm's accuracies by seed."""
-    return {run["seed"]: run["scores"] for run in runs if (run["arm"], run["fraction"]) == (arm, fraction)}
+def scores_of(runs: Sequence[Mapping[str, Any]], variant: str, fraction: float) -> dict[int, dict[str, float]]:
+    """A variant's accuracies by seed."""
+    return {run["seed"]: run["scores"] for run in runs if (run["variant"], run["fraction"]) == (variant, fraction)}
 
 
 @dataclass(frozen=True)
@@ -402,48 +395,57 @@ class Study:
 
     @property
     def runs(self) -> list[Mapping[str, Any]]:
-        """A record per arm, share of labels and seed."""
+        """The records of all runs: one per variant, share of labels and seed."""
         return self.records["runs"]
 
     def gain(self, own: tuple[str, float], other: tuple[str, float], column: str) -> str:
-        """Points by which an arm (with a share of labels) is above another, over the seeds that both have; empty without any."""
+        """Points by which one variant is above another, with the interval; empty where they share no seed.
+
+        Args:
+            own: name of the variant, share of its labels.
+            other: the same of the variant that it is compared with.
+            column: as in `Answers.means`.
+        """
         seeds = [seed for seed in scores_of(self.runs, *own) if seed in scores_of(self.runs, *other)]
         names = ([Job(*which, seed).name for seed in seeds] for which in (own, other))
         return interval(self.answers.difference(*names, column)) if seeds else ""
 
 
 def table(study: Study, fraction: float) -> list[str]:
-    """Markdown rows: mean and standard deviation over seeds, paired difference from the control with its 95 % interval."""
+    """Markdown rows of all variants with this share of labels.
+
+    Each has mean and standard deviation over seeds, and the paired difference from the control with its 95 % interval.
+    """
     columns = ["By depth", "Overall", *QUESTION_TYPES, "Val"]
     lines = [
-        f"| {100 * fraction:g} % of the labels | Seeds | {' | '.join(c.removesuffix(' Identification') for c in columns)} | "
+        f"| {100 * fraction:g} % of the labels | Seeds | {' | '.join(map(short_type, columns))} | "
         "Gain by depth | Gain overall |",
         "| --- |" + " ---: |" * (len(columns) + 3),
     ]
-    for arm in dict.fromkeys(run["arm"] for run in study.runs if run["fraction"] == fraction):
-        own = scores_of(study.runs, arm, fraction)
+    for variant in dict.fromkeys(run["variant"] for run in study.runs if run["fraction"] == fraction):
+        own = scores_of(study.runs, variant, fraction)
         cells = [spread([100 * found[column] for found in own.values()]) for column in columns]
-        versus = ((arm, fraction), (CONTROL, fraction))
-        gains = [study.gain(*versus, column) if arm != CONTROL else "" for column in ("By depth", "Overall")]
-        lines.append(f"| {arm} | {len(own)} | {' | '.join([*cells, *gains])} |")
+        versus = ((variant, fraction), (CONTROL, fraction))
+        gains = [study.gain(*versus, column) if variant != CONTROL else "" for column in ("By depth", "Overall")]
+        lines.append(f"| {variant} | {len(own)} | {' | '.join([*cells, *gains])} |")
     return lines
 
 
-def gain_table(study: Study, arm: str) -> list[str]:
-    """Markdown rows: an arm's gain for every type of question and share of labels."""
+def gain_table(study: Study, variant: str) -> list[str]:
+    """Markdown rows: a variant's gain for every type of question and share of labels."""
     lines = [
-        "| Gain | " + " | ".join(kind.removesuffix(" Identification") for kind in QUESTION_TYPES) + " |",
+        f"| Gain | {' | '.join(map(short_type, QUESTION_TYPES))} |",
         "| --- |" + " ---: |" * len(QUESTION_TYPES),
     ]
     for fraction in FRACTIONS:
-        if scores_of(study.runs, arm, fraction):
-            cells = [study.gain((arm, fraction), (CONTROL, fraction), kind) for kind in QUESTION_TYPES]
+        if scores_of(study.runs, variant, fraction):
+            cells = [study.gain((variant, fraction), (CONTROL, fraction), kind) for kind in QUESTION_TYPES]
             lines.append(f"| {100 * fraction:g} % of the labels | {' | '.join(cells)} |")
     return lines
 
 
 def comparison_table(study: Study) -> list[str]:
-    """Markdown rows: what each term gives, as a difference of two arms that differ in nothing else."""
+    """Markdown rows: what each term gains, as the difference of two variants that differ in that term alone."""
     lines = ["| What | With it | Without it | By depth | Overall |", "| --- | --- | --- | ---: | ---: |"]
     for what, own, other in COMPARISONS:
         gains = [study.gain((own, 1.0), (other, 1.0), column) for column in ("By depth", "Overall")]
@@ -462,42 +464,46 @@ def interval(ends: Sequence[float], *, sign: str = "+") -> str:
 
 
 def findings(study: Study) -> list[str]:
-    """What the tables do not say in one number: the way to the teacher, what few labels are worth, what LoCa had to correct."""
-    arm = "double trouble"
-    whole = [Job(arm, 1.0, seed).name for seed in scores_of(study.runs, arm, 1.0)]
+    """What no cell of a table says: how near distillation is to the teacher, and how many tokens LoCa corrected."""
+    variant = "double trouble"
+    whole = [Job(variant, 1.0, seed).name for seed in scores_of(study.runs, variant, 1.0)]
     way = study.answers.share_of_way(whole, "blind", "teacher", "By depth")
     lines = [
-        f"- With all labels, {arm} closes {interval(way, sign='')} % of the gap between the best blind baseline and the RGB "
-        "teacher, by depth."
+        f"- With all labels, {variant} closes {interval(way, sign='')} % of the gap between the best blind baseline "
+        "and the RGB teacher, by depth."
     ]
     for fraction in FRACTIONS[1:]:
-        if few := study.gain((arm, fraction), (CONTROL, 1.0), "By depth"):
+        if few := study.gain((variant, fraction), (CONTROL, 1.0), "By depth"):
             lines.append(
-                f"- With {100 * fraction:g} % of the labels, {arm} is {few} points by depth from {CONTROL} with all of them."
+                f"- With {100 * fraction:g} % of the labels, {variant} is {few} points by depth from {CONTROL} with "
+                "all of them."
             )
     for name in ("CE + LoCa", "CE + LoCa, weak teacher"):
-        shares = [run["corrected"] for run in study.runs if run["arm"] == name and run["corrected"] is not None]
+        shares = [run["corrected"] for run in study.runs if run["variant"] == name and run["corrected"] is not None]
         lines += [f"- In {name}, LoCa corrected {100 * mean(shares):.1f} % of the gold tokens."] if shares else []
     return lines
 
 
 def introduction(study: Study) -> str:
-    """What the tables are about, what their intervals vary, and what all arms share."""
+    """What the tables show, what their intervals vary, and what all variants share."""
     records, runs = study.records, study.runs
     commits = ", ".join(sorted({run["commit"] for run in runs}))
     spent, threads = duration(sum(run["seconds"] for run in runs)), max(run["threads"] for run in runs)
+    teacher, stock_teacher = (100 * records[name]["By depth"] for name in ("teacher", "stock_teacher"))
+    rates = "[rates.md](rates.md)" if records["rates"] else "the defaults of the scripts, not searched"
     return (
-        f"{records['date']}, commit {commits}; {spent} in all for the arms, each in a process with {threads} CPU thread(s). Share "
-        "of right answers in % on the test split, mean ± standard deviation over seeds; gain: paired difference from "
-        f"{CONTROL} of the same seed and labels. Its 95 % interval resamples seeds and recordings of test questions at once (here "
-        "each picture is a recording); with one seed, recordings only. It does not vary teachers, worlds or choices of learning "
-        "rates. All arms of a table see as many images in as many optimizer steps. By depth: all questions but those about "
-        "colour; val: overall, on the split on which choices were made. The RGB teacher was tuned on all labels of the training "
-        f"set and has {100 * records['teacher']['By depth']:.1f} by depth, the best blind baseline {100 * records['blind']:.1f}. "
-        "Where labels are scarce the stock teacher teaches, which has read none of this data set's and has "
-        f"{100 * records['stock_teacher']['By depth']:.1f}. One teacher serves all seeds; the weak one was tuned on a twentieth of "
-        "the images at ten times the rate. Questions to the teacher are about the true scenes and use the templates of the test "
-        f"questions. Learning rates: {'[rates.md](rates.md)' if records['rates'] else 'as the scripts have them, not searched'}."
+        f"{records['date']}, commit {commits}; all runs took {spent} in all, each in a process with {threads} CPU "
+        "thread(s). Share of right answers in % on the test split, mean ± standard deviation over seeds; gain: paired "
+        f"difference from {CONTROL} of the same seed and labels. Its 95 % interval resamples seeds and recordings of "
+        "test questions at once (here each picture is a recording); with one seed, recordings only. Teachers, worlds "
+        "and the choice of learning rates are the same in all runs, so the interval does not include how they vary. "
+        "All variants of a table see as many images in as many optimizer steps. By depth: all questions but those "
+        "about color. Val: overall, on the validation split, where choices were made. The RGB teacher was tuned on all "
+        f"labels of the training set and has {teacher:.1f} by depth, the best blind baseline "
+        f"{100 * records['blind']:.1f}. With 10 % of the labels or less the stock teacher teaches, which has read none "
+        f"of this data set's and has {stock_teacher:.1f}. One teacher serves all seeds; the weak one was tuned on a "
+        "twentieth of the images at ten times the learning rate. Questions to the teacher are made from the true "
+        f"scenes with the templates of the test questions. Learning rates: {rates}."
     )
 
 
@@ -507,8 +513,9 @@ def report(study: Study) -> str:
     for fraction in FRACTIONS:
         text += [*table(study, fraction), ""]
     text += [
-        "What each term gives, with all labels: pairs of arms that differ in it alone. Arms of CE, KL, LoCa, InfoNCE and patches "
-        "have the rates of `joint`, whose fullest form these suit; phases and the RGB student have their own.",
+        "What each term gains, with all labels: pairs of variants that differ in that term alone. The variants of CE, "
+        "KL, LoCa, InfoNCE and patches all have the learning rates that are best for `joint`, which has all of these "
+        "terms; phases and the RGB student have rates of their own.",
         "",
         *comparison_table(study),
         "",
@@ -519,62 +526,69 @@ def report(study: Study) -> str:
 
 def add_study_args(parser: argparse.ArgumentParser) -> None:
     """The flags of every study: how many processes, and where they write."""
-    cores = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    cores = 1 if torch.cuda.is_available() else len(available_cores())
     folder = ROOT / "benchmarks" / "reproduce"
     parser.add_argument(
-        "--jobs", type=int, default=min(cores, MOST_JOBS), help="runs at a time, each with its share of the cores"
+        "--jobs",
+        type=at_least(1),
+        default=min(cores, MOST_JOBS),
+        help="number of runs at a time, each on its share of the cores (default: %(default)s)",
     )
-    parser.add_argument("--work", type=Path, default=folder.with_suffix(".work"), help="checkpoints and results")
-    parser.add_argument("--output", type=Path, default=folder, help="tables")
-
-
-def check_study_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what `add_study_args` cannot, and make the work folder's path absolute."""
-    if args.jobs < 1:
-        parser.error(f"--jobs {args.jobs}: give at least 1")
-    args.work = args.work.resolve()
+    parser.add_argument(
+        "--work",
+        type=lambda text: Path(text).resolve(),
+        default=folder.with_suffix(".work"),
+        help="folder for checkpoints, results and logs (default: %(default)s)",
+    )
+    parser.add_argument("--output", type=Path, default=folder, help="folder for the tables (default: %(default)s)")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="repetitions of every arm")
+    add = parser.add_argument
+    add("--seeds", type=at_least(1), default=5, help="number of seeds that every variant is repeated with (5)")
     add_study_args(parser)
-    parser.add_argument("--arm", choices=[*ARMS, *FULL_LABEL_ARMS], help="train and score this one only, no tables")
-    parser.add_argument("--fraction", type=float, choices=FRACTIONS, default=1.0, help="of the labels, with --arm")
-    parser.add_argument("--seed", type=int, default=0, help="with --arm")
-    parser.add_argument("--tables", action="store_true", help="train nothing: the tables from the records in --output")
+    add("--variant", choices=[*VARIANTS, *FULL_LABEL_VARIANTS], help="train and score one run of this variant only")
+    add("--fraction", type=float, choices=FRACTIONS, default=1.0, help="share of the labels of --variant's run (1.0)")
+    add("--seed", type=at_least(0), default=0, help="seed of --variant's run (0)")
+    add("--tables", action="store_true", help="train nothing; write the tables again from the records in --output")
     args = parser.parse_args(argv)
-    check_study_args(parser, args)
-    for flag, least in (("seeds", 1), ("seed", 0)):
-        if getattr(args, flag) < least:
-            parser.error(f"--{flag} {getattr(args, flag)}: give at least {least}")
-    if args.arm is None and (args.fraction, args.seed) != (1.0, 0):
-        parser.error("--fraction and --seed are of one arm; name it with --arm")
-    if args.arm in FULL_LABEL_ARMS and args.fraction != 1:
-        parser.error(f"--fraction {args.fraction}: {args.arm} is trained with all labels only")
+    if args.variant is None and (args.fraction, args.seed) != (1.0, 0):
+        parser.error("--fraction and --seed are of one run; name its variant with --variant")
+    if args.variant in FULL_LABEL_VARIANTS and args.fraction != 1:
+        parser.error(f"--fraction {args.fraction}: {args.variant} is trained with all labels only")
     return args
 
 
 def study(seeds: int) -> list[Job]:
-    """All arms, the main comparison first: a study that was cut short has it whole for some seeds."""
-    main = [Job(arm, fraction, seed) for seed in range(seeds) for fraction in FRACTIONS for arm in ARMS]
-    return main + [Job(arm, 1.0, seed) for seed in range(min(seeds, FULL_LABEL_SEEDS)) for arm in FULL_LABEL_ARMS]
+    """All runs, the main comparison first: a study that is cut short then has it complete for some seeds."""
+    main = [(variant, fraction, seed) for seed in range(seeds) for fraction in FRACTIONS for variant in VARIANTS]
+    further = [(variant, 1.0, seed) for seed in range(min(seeds, FULL_LABEL_SEEDS)) for variant in FULL_LABEL_VARIANTS]
+    return [Job(*run) for run in main + further]
 
 
 def read_record(job: Job, work: Path) -> dict[str, Any] | None:
-    """The record of a finished arm; None while it is not. Raises UserError when it was made with other flags."""
+    """The record of a finished run; None while it is not finished.
+
+    Raises:
+        UserError: it was made with other flags, or by a version of this script whose records lack something.
+    """
     path = job.record_path(work)
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    if record["flags"] != [stage_flags(stage, job) for stage in job.stages] or "right" not in record:
-        raise UserError(f"{path}: was made with other flags; start over with another --work, or remove {work}")
+    flags = [stage_flags(stage, job) for stage in job.stages]
+    if record["flags"] != flags or not {"variant", "right"} <= record.keys():
+        raise UserError(
+            f"{path}: was made with other flags or by an older version; start over with another --work, or "
+            f"remove {work}"
+        )
     return record
 
 
 def best_blind(metrics: Mapping[str, Any]) -> tuple[float, list[bool]]:
-    """Of the blind baselines the best one's score by depth, and which test questions it gets right."""
+    """The score by depth of the best blind baseline, and for each test question whether it is right."""
     script = load_script(EVALUATION)
     args, root = script.parse_args(["--miniature"]), data_root(True)
     cells = [csv_cells(row) for row in script.load_questions(root, args, {})]
@@ -585,10 +599,10 @@ def best_blind(metrics: Mapping[str, Any]) -> tuple[float, list[bool]]:
 
 
 def collect(jobs: Sequence[Job], work: Path) -> Study:
-    """The records of finished arms with those of the teachers and the best blind baseline.
+    """The records of finished runs with those of the teachers and the best blind baseline.
 
     Raises:
-        UserError: an arm was scored on other questions than the teacher.
+        UserError: a run was scored on other questions than the teacher.
     """
     (best,) = tuned_teacher(work).glob("best-*.ckpt")
     teacher = evaluate(["--ckpt_path", str(best)], work / "results" / "teacher")
@@ -602,7 +616,8 @@ def collect(jobs: Sequence[Job], work: Path) -> Study:
         record = read_record(job, work)
         if record.pop("questions") != asked.questions:
             raise UserError(
-                f"{job.record_path(work)}: is of other questions; remove it and {work / 'results' / job.name}"
+                f"{job.record_path(work)}: was scored on other questions than the teacher; remove it and "
+                f"{work / 'results' / job.name}"
             )
         right[job.name] = unpack(record.pop("right"), len(blind_right))
         runs.append(record)
@@ -618,10 +633,10 @@ def collect(jobs: Sequence[Job], work: Path) -> Study:
 
 
 def write_tables(output: Path) -> None:
-    """README.md of the study, from its records.
+    """Write the study's README.md from its records, and print it.
 
     Raises:
-        UserError: there are none, or they are of a study that kept no answers.
+        UserError: there are no records, or they are of a study that kept no answers.
     """
     path = output / "runs.json"
     if not path.is_file():
@@ -633,19 +648,20 @@ def write_tables(output: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """The teacher, then all arms that are not finished yet, then the tables."""
+    """Train the teacher, then all runs that are not finished yet, then write the tables."""
     os.environ["MAIN_ROOT_DATA_DIR"] = str(args.work)  # apart from the user's own runs
     if args.tables:
         write_tables(args.output)
         return
     tuned_teacher(args.work)
-    if args.arm:
-        job = Job(args.arm, args.fraction, args.seed)
+    if args.variant:
+        job = Job(args.variant, args.fraction, args.seed)
         if read_record(job, args.work) is None:
-            write_json(job.record_path(args.work), run_arm(job, args.work))
+            write_json(job.record_path(args.work), run_job(job, args.work))
         return
     jobs = study(args.seeds)
-    run_side_by_side([job.task(args.work) for job in jobs if read_record(job, args.work) is None], args.jobs)
+    waiting = [[job.task(args.work)] for job in jobs if read_record(job, args.work) is None]
+    run_side_by_side(waiting, args.jobs, finish_running=True)
     found = collect(jobs, args.work)
     found.answers.save(args.output / "answers.npz")
     write_json(args.output / "runs.json", found.records)

@@ -62,13 +62,12 @@ def write_report(results: Sequence[Results], output: Path, root: Path, *, baseli
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS_DIR", help="folders of the evaluation script")
-    parser.add_argument("--output", type=Path, required=True, help="folder for tables and pictures")
-    parser.add_argument("--baseline", help="name of the system to compare with; default: the first one")
-    parser.add_argument(
-        "--data_root", type=Path, help="folder that image paths are relative to; default: ROOT_DATA_DIR"
-    )
-    parser.add_argument("--miniature", action="store_true", help="the images are those of the built-in world")
+    add = parser.add_argument
+    add("results", nargs="+", type=Path, metavar="RESULTS_DIR", help="results folders that the evaluation script wrote")
+    add("--output", type=Path, required=True, help="folder for tables and pictures")
+    add("--baseline", help="name of the system that the others are compared with (the first one)")
+    add("--data_root", type=Path, help="folder that image paths are relative to (ROOT_DATA_DIR)")
+    add("--miniature", action="store_true", help="the images are those of the built-in world")
     return parser.parse_args(argv)
 
 

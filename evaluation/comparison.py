@@ -1,4 +1,4 @@
-"""Systems side by side: their results, paired differences, and the tables that say so."""
+"""Systems side by side: their results, paired differences, and the tables of both."""
 
 import csv
 import json
@@ -230,13 +230,13 @@ def markdown_table(table: Sequence[TableRow]) -> str:
 def explanation(results: Sequence[Results], baseline: str | None = None) -> str:
     """What the numbers of the table are, and what to be wary of."""
     rows = results[0].rows
+    n_images, n_recordings = len({row["Image_Path"] for row in rows}), len(set(recordings(rows)))
     text = (
-        f"Share of right answers in % (normalised exact match) to {len(rows)} questions about "
-        f"{len({row['Image_Path'] for row in rows})} images of {len(set(recordings(rows)))} recordings, with 95 % intervals that "
-        f"resample recordings. Difference: points above {baseline or results[0].name} on the same questions; p: permutation test "
-        "that exchanges the two systems' answers to whole recordings. "
-        "By depth: questions that depth can answer. Blind baselines see no image. Depth shows no color: that column measures "
-        "guessing from priors."
+        f"Share of right answers in % (normalised exact match) to {len(rows)} questions about {n_images} images of "
+        f"{n_recordings} recordings, with 95 % intervals that resample recordings. Difference: points above "
+        f"{baseline or results[0].name} on the same questions; p: permutation test that exchanges the two systems' "
+        "answers to whole recordings. By depth: questions that depth can answer. Blind baselines see no image. Depth "
+        "shows no color: that column measures guessing from priors."
     )
     return "\n".join([*textwrap.wrap(text, 110), *(f"Note: {line}" for line in collapses(results))]) + "\n"
 

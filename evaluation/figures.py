@@ -16,11 +16,11 @@ from dataset.sunrgbd.frames import read_rgb
 from evaluation.comparison import Results, TableRow, one_line, short_type, table_columns
 from utils import UserError, atomic_path
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; the marker repeats the distinction.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colors, which color-blind readers can tell apart; the markers differ too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-BLIND_COLOUR = "#767676"
-RIGHT_COLOUR, WRONG_COLOUR = "#00664B", "#B34700"  # the green and the vermilion, darkened to read well as text
+BLIND_COLOR = "#767676"
+RIGHT_COLOR, WRONG_COLOR = "#00664B", "#B34700"  # the green and the vermilion, darkened to read well as text
 
 
 def draw_accuracies(table: Sequence[TableRow], path: Path, *, title: str) -> None:
@@ -32,12 +32,12 @@ def draw_accuracies(table: Sequence[TableRow], path: Path, *, title: str) -> Non
     figure = Figure(figsize=(max(9.0, 1.1 + len(columns) * max(1.2, 0.16 * len(table))), 5.2), layout="constrained")
     axes = figure.add_subplot()
     seen = {False: 0, True: 0}
-    for place, row in enumerate(table):
+    for position, row in enumerate(table):
         style = MARKERS[seen[row.blind] % len(MARKERS)]
-        colour = BLIND_COLOUR if row.blind else COLOURS[seen[row.blind] % len(COLOURS)]
+        color = BLIND_COLOR if row.blind else COLORS[seen[row.blind] % len(COLORS)]
         seen[row.blind] += 1
         points = [(x, row.accuracies[column]) for x, column in enumerate(columns) if column in row.accuracies]
-        offset = (place - (len(table) - 1) / 2) * 0.8 / len(table)
+        offset = (position - (len(table) - 1) / 2) * 0.8 / len(table)
         values = np.array([cell["value"] for _, cell in points])
         ends = np.array([[_or(cell["low"], cell["value"]), _or(cell["high"], cell["value"])] for _, cell in points])
         axes.errorbar(
@@ -45,8 +45,8 @@ def draw_accuracies(table: Sequence[TableRow], path: Path, *, title: str) -> Non
             100 * values,
             yerr=100 * np.abs(ends.T - values),
             fmt=style,
-            color=colour,
-            markerfacecolor="white" if row.blind else colour,
+            color=color,
+            markerfacecolor="white" if row.blind else color,
             markersize=5.5,
             elinewidth=1.3,
             capsize=2,
@@ -82,10 +82,11 @@ def sample_questions(results: Sequence[Results], n: int, *, seed: int = 0) -> li
     rows = results[0].rows
     mostly_right = np.mean([result.correct() for result in results], axis=0) >= 0.5
     groups: dict[tuple[bool, str], list[int]] = defaultdict(list)
-    for place in np.random.default_rng(seed).permutation(len(rows)):
-        groups[bool(mostly_right[place]), rows[place]["Question_Type"]].append(int(place))
+    for position in np.random.default_rng(seed).permutation(len(rows)):
+        groups[bool(mostly_right[position]), rows[position]["Question_Type"]].append(int(position))
     types = order_types({kind for _, kind in groups})
-    # A right one of the first type, a wrong one of the second, and so on; then the other way round; then again.
+    # A question answered right of the first type, one answered wrong of the second, and so on; then right and wrong
+    # change positions; then all over again.
     turns = [((number % 2 == 0) == first, kind) for first in (True, False) for number, kind in enumerate(types)]
     queues = [iter(groups[turn]) for turn in turns]
     chosen: dict[str, int] = {}
@@ -93,9 +94,9 @@ def sample_questions(results: Sequence[Results], n: int, *, seed: int = 0) -> li
     while before < len(chosen) < n:
         before = len(chosen)
         for queue in queues:
-            place = next((place for place in queue if rows[place]["Image_Path"] not in chosen), None)
-            if place is not None and len(chosen) < n:
-                chosen[rows[place]["Image_Path"]] = place
+            position = next((position for position in queue if rows[position]["Image_Path"] not in chosen), None)
+            if position is not None and len(chosen) < n:
+                chosen[rows[position]["Image_Path"]] = position
     return list(chosen.values())
 
 
@@ -115,21 +116,21 @@ def draw_contact_sheet(results: Sequence[Results], path: Path, root: Path, *, n_
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    places = sample_questions(results, n_frames)
-    frames = [_read_frame(root, results[0].rows[place]) for place in places]
+    positions = sample_questions(results, n_frames)
+    frames = [_read_frame(root, results[0].rows[position]) for position in positions]
     farthest_m = math.ceil(max(np.quantile(depth_m[depth_m > 0], 0.99) for _, depth_m in frames))
     row_height = max(2.0, 0.75 + 0.24 * (len(results) + 1))  # inches: the question's lines and one line per answer
-    figure = Figure(figsize=(13, row_height * len(places) + 1.0), layout="constrained")
-    axes = figure.subplots(len(places), 3, squeeze=False, width_ratios=(1, 1, 2))
-    colours = colormaps["viridis"].with_extremes(bad="#B0B0B0")
-    for (left, middle, right), place, (rgb, depth_m) in zip(axes, places, frames, strict=True):
+    figure = Figure(figsize=(13, row_height * len(positions) + 1.0), layout="constrained")
+    axes = figure.subplots(len(positions), 3, squeeze=False, width_ratios=(1, 1, 2))
+    colors = colormaps["viridis"].with_extremes(bad="#B0B0B0")
+    for (left, middle, right), position, (rgb, depth_m) in zip(axes, positions, frames, strict=True):
         left.imshow(rgb)
         shown = middle.imshow(
-            np.ma.masked_equal(depth_m, 0), cmap=colours, vmin=0, vmax=farthest_m, interpolation="nearest"
+            np.ma.masked_equal(depth_m, 0), cmap=colors, vmin=0, vmax=farthest_m, interpolation="nearest"
         )
         for axis in (left, middle, right):
             axis.set_axis_off()
-        _write_answers(right, results, place, line_height=0.22 / row_height)
+        _write_answers(right, results, position, line_height=0.22 / row_height)
     axes[0, 0].set_title("RGB")
     axes[0, 1].set_title("Depth (grey: no measurement)")
     axes[0, 2].set_title("Question, right answer, and answers", loc="left")
@@ -152,15 +153,15 @@ def _inside(root: Path, relative: str) -> Path:
     return path
 
 
-def _write_answers(axis: Any, results: Sequence[Results], place: int, *, line_height: float) -> None:
-    row = results[0].rows[place]
+def _write_answers(axis: Any, results: Sequence[Results], position: int, *, line_height: float) -> None:
+    row = results[0].rows[position]
     lines = [(line, "black", "bold") for line in textwrap.wrap(one_line(row["Questions"], 160), 68)]
     lines.append((f"{row['Question_Type']}. Right answer: {one_line(row['Answers'], 40)}", "black", "normal"))
     for result in results:
-        answer = result.rows[place]["Model_Answer"]
+        answer = result.rows[position]["Model_Answer"]
         right = exact_match(answer, row["Answers"])
         text = f"{'✓' if right else '✗'} {result.name}: {one_line(answer, 60) or '(empty)'}"
-        lines.append((text, RIGHT_COLOUR if right else WRONG_COLOUR, "normal"))
-    for number, (text, colour, weight) in enumerate(lines):
+        lines.append((text, RIGHT_COLOR if right else WRONG_COLOR, "normal"))
+    for number, (text, color, weight) in enumerate(lines):
         height = 0.98 - number * line_height
-        axis.text(0, height, text, color=colour, weight=weight, va="top", transform=axis.transAxes, parse_math=False)
+        axis.text(0, height, text, color=color, weight=weight, va="top", transform=axis.transAxes, parse_math=False)

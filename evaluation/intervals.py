@@ -1,7 +1,8 @@
 """Intervals and paired tests for accuracies of questions that share a room.
 
-Questions about one room are not independent: a system that misreads it fails all of them, and several pictures of a recording
-show one room. Every interval and test here therefore resamples or permutes clusters (recordings), never questions.
+Questions about one room are not independent: a system that misreads the room fails all of them, and several pictures
+of a recording show one room. Every interval and test here therefore resamples or permutes clusters (recordings), never
+questions.
 """
 
 import math
@@ -62,7 +63,7 @@ def percentile_interval(draws: Sequence[float], *, level: float = 0.95) -> tuple
 def crossed_bootstrap(
     values: np.ndarray, clusters: Sequence[object], *, n_resamples: int = 2000, seed: int = 0
 ) -> np.ndarray:
-    """Means of answers by several systems in several training seeds, when seeds and clusters are drawn with replacement.
+    """Means over answers of several systems in several training seeds, with seeds and clusters drawn with replacement.
 
     Every draw takes as many seeds and as many clusters as there are, independently of each other, and the same ones for
     all systems: differences and ratios of the means are paired. With one seed only the clusters vary.
@@ -129,12 +130,12 @@ def paired_difference(
 
 
 def permutation_test(correct_a: Sequence[bool], correct_b: Sequence[bool], clusters: Sequence[object]) -> float:
-    """Two-sided p value of a paired permutation test over clusters: do two systems that are as good differ by so much?
+    """Two-sided p value of a paired permutation test over K clusters. Null hypothesis: both systems are equally good.
 
-    If it made no difference which of the two systems gave which answers, the answers to a whole cluster could be
-    exchanged: the difference of right answers in it, d, would be -d as likely. The p value is the share of all 2**K
-    exchanges whose summed difference is at least as far from 0 as the observed one. It is exact for any K: differences
-    are whole numbers, so their distribution is a convolution of K two-point ones, and nothing has to be drawn at random.
+    Under it the two systems' answers to a whole cluster can be exchanged: the difference of right answers in it, d, is
+    as likely as -d. The p value is the share of all 2**K exchanges whose summed difference is at least as far from 0 as
+    the observed one. It is exact for any K: differences are whole numbers, so their distribution is a convolution of K
+    two-point ones, and nothing is drawn at random.
 
     Args:
         correct_a: (N,) whether system A answered each question correctly.
@@ -142,13 +143,14 @@ def permutation_test(correct_a: Sequence[bool], correct_b: Sequence[bool], clust
         clusters: (N,) the recording of each question.
 
     Returns:
-        p in (0, 1]; 1 where both have as many right.
+        p in (0, 1]; 1 where both have equally many right.
 
     Raises:
         ValueError: the lengths differ.
 
-    Source: Good 2005, Permutation, Parametric and Bootstrap Tests of Hypotheses, 3rd edition, chapter 3 (one-sample test
-    by changes of sign); the distribution as in Pagano and Tritchler 1983, JASA 78:435 (there with Fourier transforms).
+    Source: Good 2005, Permutation, Parametric and Bootstrap Tests of Hypotheses, 3rd edition, chapter 3 (one-sample
+    test by changes of sign); the distribution as in Pagano and Tritchler 1983, JASA 78:435 (there with Fourier
+    transforms).
     """
     sums, _ = _cluster_sums(_paired(correct_a, correct_b), clusters)
     steps = np.sort(np.abs(sums[sums != 0]).astype(np.int64))  # sorted: the order of the rows changes no bit
@@ -175,7 +177,7 @@ def _paired(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> np.ndarray:
 
 
 def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Interval of a share of independent trials; unlike the bootstrap it keeps a width at 0 and at 1.
+    """Interval of a share of independent trials; unlike the bootstrap's it has a width also at 0 and at 1.
 
     Raises:
         ValueError: `n` is not positive or `successes` is outside 0..n.

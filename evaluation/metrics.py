@@ -58,7 +58,8 @@ def evaluate_rows(rows: Sequence[Row], *, blind: Mapping[str, Sequence[str]] | N
     """Score prediction rows: what metrics.json holds about accuracy.
 
     A cell is `{"n_questions", "n_images", "n_recordings", "exact_match": {"value", "low", "high"}, "lemma_set_match":
-    {...}}`; its 95 % interval resamples recordings (None with fewer than two of them). Rows of type Caption are left out.
+    {...}}`. Its 95 % interval resamples recordings; with fewer than two of them its ends are None. Rows of type Caption
+    are left out.
 
     Args:
         rows: prediction rows with Question_Type, Answers, Model_Answer and Image_Path; `sensor`, `depth_answerable` and
@@ -66,10 +67,10 @@ def evaluate_rows(rows: Sequence[Row], *, blind: Mapping[str, Sequence[str]] | N
         blind: name of a baseline that sees no image -> its answer to each of `rows`, in their order.
 
     Returns:
-        `overall`, a cell; `per_type`, cells that also say under `answers` how varied the answers are (a most
-        common answer with a share near 1 is a collapse to a constant); `per_sensor`, cells; `depth_answerable`, a cell
-        over the questions that depth can answer; `pairs`, the share of pairs of questions answered right throughout;
-        `blind`, for each baseline what this function returns. Parts without data are absent.
+        `overall`, a cell; `per_type`, cells that also say under `answers` how varied the answers are (a system whose
+        most common answer has a share near 1 gives a constant); `per_sensor`, cells; `depth_answerable`, a cell over
+        the questions that depth can answer; `pairs`, the share of pairs with both questions answered right; `blind`,
+        for each baseline what this function returns. Parts without data are absent.
 
     Raises:
         UserError: no question to score, or a needed column is missing.
@@ -112,17 +113,18 @@ def evaluate_rows(rows: Sequence[Row], *, blind: Mapping[str, Sequence[str]] | N
 def recording(image_path: str) -> str:
     """The recording that a picture of the SUN RGB-D tree is from, by its path; a picture anywhere else is its own.
 
-    Pictures of one recording may show one room (`dataset.sunrgbd.frames.frame_group`). Where the names do not tell, as in NYUv2
-    and B3DO, every frame counts as one.
+    Pictures of one recording may show one room (`dataset.sunrgbd.frames.frame_group`). Names of NYUv2 and B3DO do not
+    tell recordings apart: there every frame counts as one.
     """
     frame, _, _ = image_path.rpartition("/image/")
     return frame_group(frame) if frame else image_path
 
 
 def recordings(rows: Iterable[Row]) -> list[str]:
-    """The cluster of each prediction row: its cell Recording, else by its Image_Path.
+    """The cluster of each prediction row: its cell Recording or, where it has none, what its Image_Path says.
 
-    The built-in world has the names of real frames, but each of its pictures shows a room of its own: there the cell says so.
+    Pictures of the built-in world are named like frames of recordings, but each shows a room of its own. Their rows
+    have the cell.
     """
     return [row.get("Recording") or recording(row["Image_Path"]) for row in rows]
 
@@ -142,7 +144,7 @@ def _cell(rows: Sequence[Row]) -> dict[str, Any]:
 def accuracy(correct: Sequence[float], clusters: Sequence[str]) -> dict[str, float | None]:
     """Share of right answers (or mean of scores) with its 95 % interval by cluster: `{"value", "low", "high"}`.
 
-    When all are right, or all wrong, resampling cannot show any spread; Wilson's interval over the clusters stands in.
+    When all are right, or all wrong, resampling shows no spread; then the interval is Wilson's, over the clusters.
     """
     n_right, n_clusters = sum(correct), len(set(clusters))
     if n_right in (0, len(correct)):

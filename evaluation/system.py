@@ -1,4 +1,4 @@
-"""The system that an evaluation scores: which weights, what it sees, its answers."""
+"""The system that an evaluation scores: its weights, its image settings, its answers."""
 
 import argparse
 import dataclasses
@@ -24,49 +24,73 @@ from utils import ROOT, UserError, outputs_root, progress, sha256
 def load_system(
     args: argparse.Namespace, path: Path | None, checkpoint: dict[str, Any] | None
 ) -> tuple[dict[str, Any], ImageSettings, torch.nn.Module, ImageTextProcessor]:
-    """What metrics.json says about the system, its image settings, the model and its processor.
+    """Load a system: what metrics.json says about it, its image settings, the model and its processor.
+
+    Args:
+        args: flags of the evaluation script.
+        path: checkpoint to load; None = a stock model.
+        checkpoint: content of `path`.
 
     Raises:
         UserError: nothing to load, a flag contradicts the checkpoint, or weights are not finite.
     """
     if path is None:
-        model_id = args.model_id or (MINIATURE_STUDENT if args.miniature else STUDENT_NAME)
-        for flag in ("depth_encoding", "depth_source"):
-            if getattr(args, flag) and args.pixel_data_type != "depth":
-                raise UserError(f"--{flag} {getattr(args, flag)}: goes with --pixel_data_type depth")
-        images = ImageSettings(
-            modality=args.pixel_data_type or "rgb",
-            depth_encoding=args.depth_encoding or "metric_log3",
-            depth_source=args.depth_source or "raw",
-            image_tokens=args.image_tokens or ("one_tile" if args.miniature else "anyres"),
-        )
-        system = {"model_id": model_id, "checkpoint": None, "name": f"{Path(model_id).name} {images.modality}"}
-        model = load_model(model_id, dtype=frozen_dtype(args.precision))
+        system, images = stock_system(args)
+        model = load_model(system["model_id"], dtype=frozen_dtype(args.precision))
     else:
-        recorded = checkpoint["hyper_parameters"]
-        model_id = recorded["student_name"]
-        images = recorded_images(args, recorded, path)
-        experiment = Path(recorded["script"]).parent.relative_to("distillation").as_posix()
-        meant = EXPERIMENTS[args.kd_model_type].format(phase=args.phase_no or 3) if args.kd_model_type else experiment
-        if meant != experiment:
-            raise UserError(f"--kd_model_type {args.kd_model_type} contradicts {path}, which is of {experiment}")
-        blinded = " blind" if images.modality != recorded["modality"] else ""
-        system = {
-            "model_id": model_id,
-            "checkpoint": str(path),
-            "sha256": sha256(path),
-            "name": f"{experiment}{blinded}",
-        }
+        system, images = trained_system(args, path, checkpoint["hyper_parameters"])
         model = restore_student(checkpoint, origin=str(path), dtype=frozen_dtype(args.precision))
+    refuse_broken_weights(model, origin=path or system["model_id"])
+    system |= {"name": args.name or system["name"], **dataclasses.asdict(images)}
+    return system, images, model, load_processor(system["model_id"])
+
+
+def stock_system(args: argparse.Namespace) -> tuple[dict[str, Any], ImageSettings]:
+    """A stock model: its description and image settings. Raises UserError when a flag would have no effect."""
+    for flag in ("depth_encoding", "depth_source"):
+        if getattr(args, flag) and args.pixel_data_type != "depth":
+            raise UserError(f"--{flag} {getattr(args, flag)}: goes with --pixel_data_type depth")
+    images = ImageSettings(
+        modality=args.pixel_data_type or "rgb",
+        depth_encoding=args.depth_encoding or "metric_log3",
+        depth_source=args.depth_source or "raw",
+        image_tokens=args.image_tokens or ("one_tile" if args.miniature else "anyres"),
+    )
+    model_id = args.model_id or (MINIATURE_STUDENT if args.miniature else STUDENT_NAME)
+    return {"model_id": model_id, "checkpoint": None, "name": f"{Path(model_id).name} {images.modality}"}, images
+
+
+def trained_system(
+    args: argparse.Namespace, path: Path, recorded: dict[str, Any]
+) -> tuple[dict[str, Any], ImageSettings]:
+    """A checkpoint of ours: its description and image settings.
+
+    Args:
+        args: flags of the evaluation script.
+        path: the checkpoint.
+        recorded: its hyper-parameters.
+
+    Raises:
+        UserError: a flag contradicts them.
+    """
+    images = recorded_images(args, recorded, path)
+    experiment = Path(recorded["script"]).parent.relative_to("distillation").as_posix()
+    meant = EXPERIMENTS[args.kd_model_type].format(phase=args.phase_no or 3) if args.kd_model_type else experiment
+    if meant != experiment:
+        raise UserError(f"--kd_model_type {args.kd_model_type} contradicts {path}, which is of {experiment}")
+    blinded = " blind" if images.modality != recorded["modality"] else ""
+    system = {"model_id": recorded["student_name"], "checkpoint": str(path), "sha256": sha256(path)}
+    return system | {"name": f"{experiment}{blinded}"}, images
+
+
+def refuse_broken_weights(model: torch.nn.Module, *, origin: Path | str) -> None:
+    """Raise UserError when weights are not finite: such a model cannot answer anything."""
     broken = [name for name, weights in model.named_parameters() if not torch.isfinite(weights).all()]
     if broken:
         raise UserError(
-            f"{path or model_id}: {len(broken)} of its {sum(1 for _ in model.parameters())} weight tensors hold NaN or "
-            f"infinity (first {broken[0]}), so it cannot answer anything; training diverged, evaluate an earlier "
-            "checkpoint"
+            f"{origin}: {len(broken)} of its {sum(1 for _ in model.parameters())} weight tensors hold NaN or infinity "
+            f"(first {broken[0]}), so it cannot answer anything; training diverged, evaluate an earlier checkpoint"
         )
-    system |= {"name": args.name or system["name"], **dataclasses.asdict(images)}
-    return system, images, model, load_processor(model_id)
 
 
 def checkpoint_of_flags(args: argparse.Namespace) -> Path | None:
@@ -143,7 +167,7 @@ def answer_questions(
     images: ImageSettings,
     args: argparse.Namespace,
 ) -> dict[str, str]:
-    """Greedy answers by question id. Tower and language model see an image once, however many questions it has."""
+    """Greedy answers by question id. An image goes through tower and language model once, for all of its questions."""
     tokenizer = processor.tokenizer
     batches = ImageBatches(root, rows, images, processor, args.batch_size)
     loader = DataLoader(batches, batch_size=None, num_workers=args.num_workers)

@@ -4,15 +4,16 @@ For the right answers A and the predicted ones T to one question, and then avera
 
     WUPS(A, T) = min( prod_{a in A} max_{t in T} mu(a, t),  prod_{t in T} max_{a in A} mu(t, a) )
 
-mu is 1 for equal words. For others it is their Wu-Palmer similarity, twice the depth of the nearest common ancestor over
-the sum of both depths, of the noun senses that are closest; below a threshold it is scaled by 0.1. At threshold 0.9 only
-near synonyms count; at 0.0 nothing is scaled, and words as far apart as stove and fire extinguisher (0.82) earn most of a
-point. With mu = equality it is DAQUAR's accuracy, which is `metrics.exact_match`. A word that WordNet lacks matches only
-itself.
+mu is 1 for equal words. For others it is their Wu-Palmer similarity: twice the depth of the nearest common ancestor,
+divided by the sum of both depths, of the noun senses that are closest. Below a threshold it is scaled by 0.1. At
+threshold 0.9 only near synonyms count; at 0.0 nothing is scaled, and words as far apart as stove and fire extinguisher
+(0.82) earn most of a point. With mu = equality WUPS is DAQUAR's accuracy, which is `metrics.exact_match`. A word that
+WordNet lacks matches only itself.
 
 Source: Malinowski and Fritz, NIPS 2014, https://arxiv.org/abs/1410.0210, performance measure; Wu and Palmer, ACL 1994.
-Differs from the authors' script: answers are normalised like all others here ("two" is 2, "coffee table" is coffee_table),
-and A and T are sets, as in the paper, where the script counts a repeated word twice; 13 of the 12,468 answers repeat one.
+Differs from the authors' script in two ways. Answers are normalised like all others here ("two" is 2, "coffee table" is
+coffee_table). A and T are sets, as in the paper, where the script counts a repeated word twice; 13 of the 12,468
+answers repeat one.
 """
 
 import math
@@ -33,7 +34,7 @@ INSTALL = "pip install nltk && python -m nltk.downloader wordnet"
 
 
 def wordnet_similarity(notes: dict[str, str]) -> WordSimilarity | None:
-    """Wu-Palmer similarity of two nouns in WordNet; None where nltk or its data is missing, with the reason in `notes`."""
+    """Wu-Palmer similarity of two nouns in WordNet; None where nltk or its data is missing: `notes` then says why."""
     try:
         from nltk.corpus import wordnet
 
@@ -62,7 +63,7 @@ def wordnet_similarity(notes: dict[str, str]) -> WordSimilarity | None:
 
 
 def wups(prediction: str, answer: str, *, threshold: float, similarity: WordSimilarity) -> float:
-    """WUPS of one prediction in [0, 1]; several things in a text are separated by commas. An empty prediction scores 0."""
+    """WUPS of one prediction in [0, 1]; commas separate several things in a text. An empty prediction scores 0."""
     right, predicted = ({item.replace(" ", "_") for item in answer_items(text)} for text in (answer, prediction))
     if not right or not predicted:
         return 0.0
@@ -89,8 +90,8 @@ def wups_scores(
         blind: as in `metrics.evaluate_rows`.
 
     Returns:
-        `overall` and, under `per_type`, each question type: `{"wups_0.9": {"value", "low", "high"}, "wups_0.0": {...}}`;
-        under `blind` the same of each baseline.
+        `overall` and, under `per_type`, each question type: `{"wups_0.9": {"value", "low", "high"}, "wups_0.0":
+        {...}}`; under `blind` the same of each baseline.
     """
     line = ProgressLine("WUPS, answers", total=len(rows) * (1 + len(blind or {})))
     done = 0

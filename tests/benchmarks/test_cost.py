@@ -1,4 +1,4 @@
-"""The benchmark's fairness: all arms compute one loss with one gradient, both ways of scoring one set of answers."""
+"""The benchmark is fair: all variants compute the same loss and gradient, both ways of scoring the same answers."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import cost, flops
-from benchmarks.cost import Arm, Example, Width
+from benchmarks.cost import Example, Models, Width
 from distillation.losses import forward_kl, loca_logits
 from utils import UserError, peak_memory
 
@@ -26,12 +26,12 @@ def examples(stored):
     return [Example(*example) for example in stored["examples"]]
 
 
-def test_every_arm_has_the_same_loss_and_gradient(stored, examples):
+def test_every_variant_has_the_same_loss_and_gradient(stored, examples):
     results = {}
-    for name, step in cost.ARMS.items():
-        arm = Arm(cost.build_student(PAIR), cost.build_teacher(PAIR), stored["head"])
-        loss = step(arm, examples)
-        gradients = {n: p.grad for n, p in arm.student.named_parameters() if p.grad is not None}
+    for name, step in cost.VARIANTS.items():
+        models = Models(cost.build_student(PAIR), cost.build_teacher(PAIR), stored["head"])
+        loss = step(models, examples)
+        gradients = {n: p.grad for n, p in models.student.named_parameters() if p.grad is not None}
         results[name] = loss, gradients
     loss, gradients = results.pop("original")
     assert loss > 0.01 and len(gradients) > 20
@@ -43,10 +43,10 @@ def test_every_arm_has_the_same_loss_and_gradient(stored, examples):
             torch.testing.assert_close(theirs[key], gradient, atol=1e-5, rtol=1e-3)
 
 
-def test_stored_arms_need_no_teacher(stored, examples):
+def test_stored_variants_need_no_teacher(stored, examples):
     """Their memory would not be what is claimed."""
-    for name in cost.ARMS.keys() - set(cost.WITH_TEACHER):
-        assert cost.ARMS[name](Arm(cost.build_student(PAIR), None, stored["head"]), examples) > 0
+    for name in cost.VARIANTS.keys() - set(cost.WITH_TEACHER):
+        assert cost.VARIANTS[name](Models(cost.build_student(PAIR), None, stored["head"]), examples) > 0
 
 
 def test_the_original_pays_for_loca_on_wrong_rows():
@@ -74,7 +74,7 @@ def test_both_ways_of_scoring_give_the_same_answers():
 def test_unequal_losses_stop_the_run():
     equal, other = [{"loss": 1.0}], [{"loss": 1.001}]
     cost.check_equal_losses({"a": equal, "b": equal}, "pair")
-    with pytest.raises(UserError, match="pair: the arms' losses differ"):
+    with pytest.raises(UserError, match="pair: the variants' losses differ"):
         cost.check_equal_losses({"a": equal, "b": other}, "pair")
     with pytest.raises(UserError, match="losses differ"):
         cost.check_equal_losses({"a": equal, "b": [{"loss": float("nan")}]}, "pair")

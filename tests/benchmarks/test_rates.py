@@ -72,7 +72,9 @@ def test_the_message_of_a_run_that_diverged_is_known():
 
 
 def test_every_system_is_searched_from_its_own_rates_on_command_lines_that_its_script_takes(tmp_path):
-    used = {stage.system for stages in (reproduce.ARMS | reproduce.FULL_LABEL_ARMS).values() for stage in stages}
+    used = {
+        stage.system for stages in (reproduce.VARIANTS | reproduce.FULL_LABEL_VARIANTS).values() for stage in stages
+    }
     assert used == STAGES.keys()
     assert start_of(STAGES["feature-based"]) == {"lr": 2.5e-4, "vision_lr": 2.5e-4, "map_lr": 2.5e-4}
     assert start_of(STAGES["phase 1"]) == {"vision_lr": 1e-3} and start_of(STAGES["phase 2"]) == {"lr": 1e-3}
@@ -87,7 +89,7 @@ def test_every_system_is_searched_from_its_own_rates_on_command_lines_that_its_s
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """`rates.main` whose trainings take no time: their scores follow from the rates. Returns what was trained, and a call."""
+    """`rates.main` with trainings that take no time, whose scores follow from the rates: what was trained, a call."""
     best = {"lr": 5e-4, "vision_lr": 1e-3, "map_lr": 2.5e-4}
     trained = []
 
@@ -109,8 +111,8 @@ def study(tmp_path, monkeypatch):
             write_json(reproduce.logs_of(folder) / "run.json", {"lr": 1, "best": "", metric: score})
         return folder
 
-    def run_here(tasks, jobs):
-        for task in tasks:
+    def run_here(chains, jobs, *, finish_running):
+        for (task,) in chains:
             rates.main(rates.parse_args(task.command[1:]))
 
     def call(*flags):
@@ -119,7 +121,7 @@ def study(tmp_path, monkeypatch):
 
     monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(reproduce, "run_once", train)
-    monkeypatch.setattr(reproduce, "run_side_by_side", run_here)
+    monkeypatch.setattr(rates, "run_side_by_side", run_here)
     monkeypatch.setattr(reproduce, "student_start", lambda work, seed: work)
     return SimpleNamespace(trained=trained, call=call, out=tmp_path / "out", work=tmp_path / "work")
 
@@ -155,22 +157,22 @@ def test_the_whole_search(study, monkeypatch):
 
 
 def test_an_interrupted_search_goes_on_elsewhere(study, monkeypatch):
-    """From the unfinished records alone: what has a record is not trained again, but for what later phases start from."""
-    run_all, done = reproduce.run_side_by_side, []
+    """With the unfinished records alone: what has one is not trained again, except what later phases start from."""
+    run_all, done = rates.run_side_by_side, []
 
-    def run_some(tasks, jobs):
-        for task in tasks:
+    def run_some(chains, jobs, *, finish_running):
+        for chain in chains:
             if len(done) == 60:
                 raise KeyboardInterrupt
-            done.append(task.title)
-            run_all([task], jobs)
+            done.append(chain[0].title)
+            run_all([chain], jobs, finish_running=finish_running)
 
-    monkeypatch.setattr(reproduce, "run_side_by_side", run_some)
+    monkeypatch.setattr(rates, "run_side_by_side", run_some)
     with pytest.raises(KeyboardInterrupt):
         study.call()
     assert len(json.loads((study.out / rates.UNFINISHED).read_text(encoding="utf-8"))) == 60
     shutil.rmtree(study.work)
-    monkeypatch.setattr(reproduce, "run_side_by_side", run_all)
+    monkeypatch.setattr(rates, "run_side_by_side", run_all)
     before = {name for _, name, _ in study.trained}
     del study.trained[:]
     systems = study.call()["systems"]
@@ -195,7 +197,8 @@ def test_records_of_another_search_are_refused(study):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--jobs", "0"], "--jobs 0: give at least 1"),
+        (["--jobs", "0"], "argument --jobs: 0: give at least 1"),
+        (["--subset_percentage", "1.5"], "argument --subset_percentage: 1.5: give a share above 0 and at most 1"),
         (["--system", "joint"], "give both"),
         (["--system", "joint", "--rates", "lr=1e-3"], "joint has lr, vision_lr; give each"),
         (["--system", "phase 1", "--rates", "vision_lr"], "give NAME=VALUE"),

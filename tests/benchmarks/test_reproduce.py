@@ -1,38 +1,41 @@
-"""The study's statistics, its processes and the fairness of its arms; training is what the scripts' own tests are about."""
+"""The study's statistics, its processes, and whether its variants are treated alike; training has tests of its own."""
 
 import csv
 import json
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import reproduce
+from benchmarks import processes, reproduce
 from benchmarks.answers import Answers
+from benchmarks.processes import Task, run_side_by_side
 from benchmarks.reproduce import CONTROL, Job, Study
 from dataset.questions.blind import blind_predictions
 from dataset.questions.rows import QUESTION_TYPES, csv_cells, questions_file, read_questions
 from distillation.models import MINIATURE_STUDENT, load_model
 from evaluation.metrics import evaluate_rows
 from tests.helpers.system import SAY_CORES, needs_affinity
-from utils import UserError, available_cores, write_json
+from utils import ROOT, UserError, available_cores, core_shares, write_json
 
 N_ROOMS = 200
 COLUMNS = ("By depth", "Overall", *QUESTION_TYPES)
 
 
 def study_of(right):
-    """A study from (arm, fraction, seed) -> (N,) right answers, one question of each type about every room."""
+    """A study from (variant, fraction, seed) -> (N,) right answers, one question of each type about every room."""
     kinds = np.tile(QUESTION_TYPES, N_ROOMS)
     by_depth = kinds != "Color Identification"
     runs = []
-    for (arm, fraction, seed), found in right.items():
+    for (variant, fraction, seed), found in right.items():
         scores = {"By depth": found[by_depth].mean(), "Overall": found.mean(), "Val": 0.5}
         scores |= {kind: found[kinds == kind].mean() for kind in QUESTION_TYPES}
-        runs.append({"arm": arm, "fraction": fraction, "seed": seed, "scores": scores, "corrected": None})
+        runs.append({"variant": variant, "fraction": fraction, "seed": seed, "scores": scores, "corrected": None})
     rooms = np.repeat(np.arange(N_ROOMS), len(QUESTION_TYPES))
     answers = Answers("digest", rooms, kinds, by_depth, {Job(*key).name: found for key, found in right.items()})
     return Study({"runs": runs}, answers)
@@ -48,13 +51,13 @@ def points(text):
     return [float(number) for number in re.findall(r"[-+]?[0-9]+[.][0-9]", text)]
 
 
-def test_every_arm_takes_as_many_epochs():
-    for stages in (reproduce.ARMS | reproduce.FULL_LABEL_ARMS).values():
+def test_every_variant_takes_as_many_epochs():
+    for stages in (reproduce.VARIANTS | reproduce.FULL_LABEL_VARIANTS).values():
         assert sum(stage.epochs for stage in stages) == reproduce.EPOCHS
 
 
 def test_gains_are_paired_by_seed_and_by_room():
-    """Seeds differ far more than arms do, and answers are the same but for a tenth: the interval shows that tenth alone."""
+    """Seeds differ far more than variants do, whose answers differ in a tenth: the interval shows that tenth alone."""
     right = {}
     for seed in range(4):
         right[CONTROL, 1.0, seed] = answered(0.2 + 0.15 * seed, seed)
@@ -101,7 +104,7 @@ def test_findings_are_by_hand():
     }
     study = study_of(right)
     study.answers.right.update(teacher=place < 0.9, blind=place < 0.3)
-    study.records["runs"].append(study.records["runs"][0] | {"arm": "CE + LoCa", "corrected": 0.065})
+    study.records["runs"].append(study.records["runs"][0] | {"variant": "CE + LoCa", "corrected": 0.065})
     gap, few, corrected = reproduce.findings(study)
     value, low, high = points(gap)
     assert value == 50.0 and 40 < low < 46 and 54 < high < 60
@@ -109,13 +112,13 @@ def test_findings_are_by_hand():
     assert corrected == "- In CE + LoCa, LoCa corrected 6.5 % of the gold tokens."
 
 
-def test_every_comparison_is_of_two_arms_that_differ_in_what_it_names():
+def test_every_comparison_is_of_two_variants_that_differ_in_what_it_names():
     """Both are trained; but for what is compared, their command lines are the same, rates included."""
-    arms = reproduce.ARMS | reproduce.FULL_LABEL_ARMS
+    variants = reproduce.VARIANTS | reproduce.FULL_LABEL_VARIANTS
     for what, own, other in reproduce.COMPARISONS:
-        assert arms[own] != arms[other], what
-        if len(arms[own]) == len(arms[other]) == 1 and "RGB" not in what:
-            (with_it,), (without,) = arms[own], arms[other]
+        assert variants[own] != variants[other], what
+        if len(variants[own]) == len(variants[other]) == 1 and "RGB" not in what:
+            (with_it,), (without,) = variants[own], variants[other]
             assert (with_it.system, with_it.epochs, with_it.teacher) == (
                 without.system,
                 without.epochs,
@@ -156,6 +159,18 @@ def test_records_before_answers_were_kept_are_named(tmp_path):
         reproduce.main(reproduce.parse_args(["--tables", "--output", str(tmp_path / "nothing")]))
 
 
+def test_the_recorded_study_has_the_scores_of_its_tables():
+    runs = json.loads((ROOT / "benchmarks/reproduce/runs.json").read_text(encoding="utf-8"))["runs"]
+    tables = (
+        (ROOT / "benchmarks/reproduce/README.md").read_text(encoding="utf-8").split("% of the labels | Seeds |")[1:]
+    )
+    for fraction, text in zip(reproduce.FRACTIONS, tables, strict=True):
+        for variant in reproduce.VARIANTS:
+            scores = reproduce.scores_of(runs, variant, fraction).values()
+            cells = [reproduce.spread([100 * score[column] for score in scores]) for column in COLUMNS]
+            assert f"| {variant} | 5 | {' | '.join(cells)} |" in text
+
+
 def test_a_start_differs_by_seed_and_comes_back(tmp_path):
     stock = load_model(MINIATURE_STUDENT).state_dict()
     starts = [load_model(str(reproduce.student_start(tmp_path, seed))).state_dict() for seed in (0, 1, 0)]
@@ -168,7 +183,7 @@ def test_a_start_differs_by_seed_and_comes_back(tmp_path):
 
 def test_every_command_line_is_one_that_its_script_takes():
     """Same batches, seed and labels in all stages that read labels; the control has no teacher."""
-    for name, stages in (reproduce.ARMS | reproduce.FULL_LABEL_ARMS).items():
+    for name, stages in (reproduce.VARIANTS | reproduce.FULL_LABEL_VARIANTS).items():
         for stage in stages:
             flags = reproduce.stage_flags(stage, Job(name, 0.1, 3))
             start = [] if "--from_stock" in flags else ["--load_checkpoint", "run"]
@@ -181,57 +196,92 @@ def test_every_command_line_is_one_that_its_script_takes():
                 assert "--teacher_checkpoint" in reproduce.stage_flags(stage, Job(name, 1.0, 3))
 
 
-def test_arms_run_side_by_side_on_cores_of_their_own(tmp_path, monkeypatch):
-    """Every arm once, no more than asked for at a time, each on its share of the cores; a failure names its log."""
-    tasks, cores = [job.task(tmp_path) for job in reproduce.study(2)], available_cores()
+@needs_affinity
+def test_variants_run_side_by_side_on_cores_of_their_own(tmp_path, monkeypatch, capfd):
+    """Every variant once, no more than asked for at a time, each on its share of the cores; a failure names its log."""
+    tasks, cores = [job.task(tmp_path) for job in reproduce.study(2)], set(available_cores())
     running, most, seen = set(), 0, []
+    together = threading.Barrier(3)  # the first three wait for each other
 
     class Process:
+        stdout = None
         returncode = None
 
-        def __init__(self, task, share):
+        def __init__(self, task):
             nonlocal most
             running.add(task)
             most, self.task = max(most, len(running)), task
-            seen.append((task, tuple(share)))
+            seen.append((task, tuple(available_cores())))
 
-        def poll(self):
+        def wait(self):
+            if self.task in tasks[:3]:
+                together.wait(timeout=30)
+            elif self.task != failing:
+                time.sleep(0.02)
             self.returncode = int(self.task == failing)
             running.discard(self.task)
-            return self.returncode
 
-    monkeypatch.setattr(reproduce, "start_process", Process)
-    monkeypatch.setattr(reproduce.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(processes, "start_process", Process)
     failing = None
-    reproduce.run_side_by_side(tasks, 3)
+    run_side_by_side([[task] for task in tasks], 3, finish_running=True)
     assert most == 3 and not running
-    assert [task for task, _ in seen] == tasks
-    assert {core for _, share in seen for core in share} == set(cores)
+    assert len(seen) == len(tasks) and {task for task, _ in seen} == set(tasks)
+    assert {core for _, share in seen for core in share} == cores
+    assert {share for _, share in seen} == set(map(tuple, core_shares(3)))
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == len(tasks) and re.search(
+        rf"done; {len(tasks)} of {len(tasks)} in 0:0\d, about 0:00 left", lines[-1]
+    )
     failing, seen[:] = tasks[4], []
-    with pytest.raises(UserError, match=rf"{tasks[4].title}: training failed, see {tasks[4].log}"):
-        reproduce.run_side_by_side(tasks, 3)
+    with pytest.raises(
+        UserError, match=rf"{tasks[4].title} failed with exit code 1: see {tasks[4].log}; what is finished"
+    ):
+        run_side_by_side([[task] for task in tasks], 3, finish_running=True)
     assert not running and len(seen) < len(tasks)
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == len(seen) and [f"{tasks[4].title}: FAILED" in line for line in lines].count(True) == 1
+
+
+def test_a_failure_in_the_study_lets_what_runs_come_to_its_end(tmp_path):
+    """Real processes: the second ends after the first has failed, the third never starts."""
+    codes = {
+        "breaks": "import pathlib, sys, time\n"
+        "while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)\nraise SystemExit(3)",
+        "goes_on": "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(2); print('whole')",
+        "never": "print('ran')",
+    }
+    tasks = []
+    for name, code in codes.items():
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+        command = (str(tmp_path / f"{name}.py"), str(tmp_path / "started"))
+        tasks.append(Task(name, command, tmp_path / "logs" / f"{name}.txt"))
+    with pytest.raises(UserError, match="breaks failed with exit code 3: see .*breaks.txt"):
+        run_side_by_side([[task] for task in tasks], 2, finish_running=True)
+    assert tasks[1].log.read_text(encoding="utf-8") == "whole\n" and not tasks[2].log.exists()
 
 
 @needs_affinity
-def test_the_process_of_an_arm_is_pinned_before_it_counts_its_cores(tmp_path, monkeypatch):
-    """The real process, its output in the arm's file: here of a stand-in that prints its cores and command line."""
-    script = tmp_path / "arm.py"
+def test_the_process_of_a_variant_is_pinned_before_it_counts_its_cores(tmp_path, monkeypatch):
+    """The real process, its output in the variant's file: here of a stand-in that prints its cores and command line."""
+    script = tmp_path / "variant.py"
     script.write_text(SAY_CORES, encoding="utf-8")
     monkeypatch.setattr(reproduce, "__file__", str(script))
     task = Job(reproduce.CONTROL, 0.1, 3).task(tmp_path)
     core = available_cores()[-1]
-    assert reproduce.start_process(task, [core]).wait() == 0
+    monkeypatch.setattr(processes, "core_shares", lambda n: [[core]])
+    run_side_by_side([[task]], 1)
     printed = task.log.read_text(encoding="utf-8")
-    assert printed.startswith(f"[{core}] ['--arm', 'label-only', '--fraction', '0.1', '--seed', '3', '--work'")
+    assert printed.startswith(f"[{core}] ['--variant', 'label-only', '--fraction', '0.1', '--seed', '3', '--work'")
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--jobs", "0"], "--jobs 0: give at least 1"),
-        (["--seed", "2"], "name it with --arm"),
-        (["--arm", "CE + LoCa", "--fraction", "0.1"], "with all labels only"),
+        (["--jobs", "0"], "argument --jobs: 0: give at least 1"),
+        (["--seeds", "0"], "argument --seeds: 0: give at least 1"),
+        (["--seed", "-1"], "argument --seed: -1: give at least 0"),
+        (["--seed", "2"], "name its variant with --variant"),
+        (["--variant", "CE + LoCa", "--fraction", "0.1"], "with all labels only"),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(argv, message):
@@ -240,7 +290,7 @@ def test_flags_that_would_do_nothing_are_refused(argv, message):
     assert found.returncode == 2 and message in found.stderr
 
 
-def test_finished_arms_are_kept_and_other_flags_are_refused(tmp_path, monkeypatch):
+def test_finished_variants_are_kept_and_other_flags_are_refused(tmp_path, monkeypatch):
     """A second call trains nothing; records of another study are not mixed in."""
     trained = []
 
@@ -279,8 +329,8 @@ def test_finished_arms_are_kept_and_other_flags_are_refused(tmp_path, monkeypatc
         write_json(output / "metrics.json", metrics)
         return metrics
 
-    def run_here(tasks, jobs):
-        for task in tasks:
+    def run_here(chains, jobs, *, finish_running):
+        for (task,) in chains:
             reproduce.main(reproduce.parse_args(task.command[1:]))
 
     monkeypatch.setattr(reproduce, "run_once", train)
@@ -299,14 +349,20 @@ def test_finished_arms_are_kept_and_other_flags_are_refused(tmp_path, monkeypatc
     reproduce.main(args)
     assert len(trained) == first and (tmp_path / "out/README.md").read_text(encoding="utf-8") == written
     records = json.loads((tmp_path / "out/runs.json").read_text(encoding="utf-8"))["runs"]
-    assert [(run["arm"], run["fraction"], run["seed"]) for run in records] == [
-        (job.arm, job.fraction, job.seed) for job in reproduce.study(2)
+    assert [(run["variant"], run["fraction"], run["seed"]) for run in records] == [
+        (job.variant, job.fraction, job.seed) for job in reproduce.study(2)
     ]
     (tmp_path / "out/README.md").unlink()
     reproduce.main(reproduce.parse_args(["--tables", "--output", str(tmp_path / "out")]))
     assert (tmp_path / "out/README.md").read_text(encoding="utf-8") == written
+    path = reproduce.study(2)[0].record_path(tmp_path / "work")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {"arm" if key == "variant" else key: value for key, value in record.items()})
+    with pytest.raises(UserError, match=f"{path.name}: was made with other flags or by an older version"):
+        reproduce.main(args)
+    write_json(path, record)
     monkeypatch.setattr(reproduce, "rate_flags", lambda system: ["--lr", "1e-3"])
-    with pytest.raises(UserError, match="made with other flags"):
+    with pytest.raises(UserError, match="was made with other flags"):
         reproduce.main(args)
 
 

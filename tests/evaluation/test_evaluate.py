@@ -74,7 +74,7 @@ def test_checkpoint_by_path_name_and_experiment(places, world, tmp_path, name):
 
 @pytest.mark.parametrize("modality", ["depth", "rgb", "blind"])
 def test_batched_answers_equal_single_ones(places, tiny_folder, tmp_path, modality):
-    """With random weights, so that answers are long and varied: neither neighbours nor padding may change a single token."""
+    """With random weights, so that answers are long and varied: neither neighbours nor padding may change a token."""
     system = ("--model_id", str(tiny_folder), "--pixel_data_type", modality, "--image_tokens", "one_tile")
     batched, _ = evaluate(tmp_path / "a", *system, "--batch_size", "16")
     single, _ = evaluate(tmp_path / "b", *system, "--batch_size", "1")
@@ -85,7 +85,7 @@ def test_batched_answers_equal_single_ones(places, tiny_folder, tmp_path, modali
 @pytest.mark.parametrize("modality", ["rgb", "depth", "blind"])
 @pytest.mark.parametrize("image_tokens", ["one_tile", "two_tile", "anyres"])
 def test_answers_are_those_of_stock_generate(places, world, tiny_folder, tmp_path, modality, image_tokens):
-    """One question at a time, its own prompt and picture, stock greedy `generate`: the same words, long answers included."""
+    """One question at a time, its own prompt and picture, stock greedy `generate`: the same words, in long answers too."""
     system = ("--model_id", str(tiny_folder), "--pixel_data_type", modality, "--image_tokens", image_tokens)
     rows, _ = evaluate(tmp_path / "a", *system, "--batch_size", "5")
     processor, model = load_processor(str(tiny_folder)), load_model(str(tiny_folder)).eval()
@@ -190,6 +190,8 @@ def test_weights_of_another_model_are_refused(places, tmp_path):
         ["--pixel_data_type", "sonar"],
         ["--gts_type", "train"],
         ["--batch_size", "0"],
+        ["--num_workers", "-1"],
+        ["--max_new_tokens", "0.5"],
     ],
 )
 def test_bad_flags(argv, capsys):

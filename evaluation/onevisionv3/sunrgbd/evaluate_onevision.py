@@ -1,15 +1,17 @@
 """Score any system on SUN RGB-D questions: a checkpoint by path, a stock model, on RGB, on depth or without any image.
 
 Reads   SUNRGBD/csv_data/{train,val,test}_dataset.csv; a checkpoint of our training scripts, or a model id or folder;
-        with --dataset daquar DAQUAR/qa.894.raw.{train,test}.txt instead, what people asked about the NYUv2 frames
-Writes  <output>/predictions.csv, a row per question, and <output>/metrics.json: accuracy per type and overall with 95 %
-        intervals that resample recordings, the baselines that see no image beside it, caption scores; WUPS for DAQUAR
+        with --dataset daquar instead DAQUAR/qa.894.raw.{train,test}.txt, people's questions about the NYUv2 frames
+Writes  <output>/predictions.csv, a row per question
+        <output>/metrics.json: accuracy per type and overall with 95 % intervals that resample recordings, the same for
+        baselines that see no image, caption scores; for DAQUAR also WUPS
 
-What a checkpoint records (model, modality, depth encoding, image tokens) is used; a flag that contradicts it is an error.
-`--pixel_data_type blind` withholds the picture from any system. Answers are decoded greedily, without repetition rules.
+A checkpoint records its model, modality, depth encoding and image tokens, and these are used; a flag that contradicts
+them is an error. `--pixel_data_type blind` withholds the picture from any system. Answers are decoded greedily, without
+repetition rules.
 
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --ckpt_path path/to/checkpoint.ckpt
-    python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --kd_model_type baseline_depth --load_checkpoint --miniature
+    python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --kd_model_type baseline_depth --load_checkpoint
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --model_id llava-hf/llava-onevision-qwen2-0.5b-ov-hf
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --ckpt_path path/to/checkpoint.ckpt --dataset daquar
 """
@@ -23,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from utils import (  # first: loads .env before transformers reads it
     UserError,
     announced,
+    at_least,
     atomic_path,
     data_root,
     duration,
@@ -63,47 +66,87 @@ from distillation.run.machine import peak_memory_gib, quieten
 from evaluation.caption_scores import caption_scores
 from evaluation.metrics import evaluate_rows, recording
 from evaluation.system import answer_questions, checkpoint_of_flags, load_system
-from evaluation.wups import wordnet_similarity, wups_scores
+from evaluation.wups import WordSimilarity, wordnet_similarity, wups_scores
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """The command line; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_system_flags(parser)
+    add_question_flags(parser)
+    add_running_flags(parser)
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 96 if args.captions else 32
+    if args.batch_size is None:
+        args.batch_size = 8 if args.miniature else 1
+    return args
+
+
+def add_system_flags(parser: argparse.ArgumentParser) -> None:
+    """Which system is scored."""
     add = parser.add_argument
-    # the system
     add(
         "--ckpt_path",
         "--student_ckpt_path",
         dest="ckpt_path",
-        help="a checkpoint or a run's folder (its best one), or the bare name of either",
+        help="checkpoint to score: its path, a run's folder (the best one in it), or the bare name of either",
     )
-    add("--load_checkpoint", action="store_true", help="the best checkpoint of --kd_model_type (and --phase_no)")
-    add("--kd_model_type", choices=tuple(EXPERIMENTS), help="which experiment's checkpoints are meant")
-    add("--phase_no", type=int, choices=(1, 2, 3), help="phase of double_trouble")
-    add("--model_id", help="hub id or folder of a stock model")
-    add("--name", help="how the system is called in tables (experiment, or model, and modality)")
-    # what it is asked and what it sees
-    add("--dataset", choices=("sunrgbd", "daquar"), default="sunrgbd", help="whose questions (sunrgbd)")
-    add("--gts_type", choices=("val", "test"), default="test", help="split to score")
-    add("--pixel_data_type", choices=MODALITIES, help="what it sees; blind = no image")
-    add("--depth_encoding", choices=tuple(ENCODINGS), help="depth -> 3 channels (metric_log3)")
-    add("--depth_source", choices=DEPTH_SOURCES, help="raw, or bfx = hole-filled (raw)")
-    add("--image_tokens", choices=IMAGE_TOKENS, help="as in training (anyres; miniature one_tile)")
-    add("--miniature", action="store_true", help="the built-in world and tiny student")
-    # running
-    add("--batch_size", type=int, help="images at a time, with all of their questions (1; miniature 8)")
-    add("--captions", action="store_true", help="also describe every room, scored by caption metrics")
-    add("--max_new_tokens", type=int, help="longest answer (32; 96 with --captions)")
-    add("--num_workers", type=int, default=0, help="data loading processes")
+    add("--load_checkpoint", action="store_true", help="score the best checkpoint of --kd_model_type (and --phase_no)")
+    add("--kd_model_type", choices=tuple(EXPERIMENTS), help="experiment that the checkpoint is from")
+    add("--phase_no", type=int, choices=(1, 2, 3), help="phase of double_trouble that the checkpoint is from")
+    add("--model_id", help="hub id or folder of a stock model to score")
+    add("--name", help="name of the system in tables (experiment, or model and modality)")
+
+
+def add_question_flags(parser: argparse.ArgumentParser) -> None:
+    """What the system is asked, and what it sees."""
+    add = parser.add_argument
+    add("--dataset", choices=("sunrgbd", "daquar"), default="sunrgbd", help="data set with the questions (sunrgbd)")
+    add("--gts_type", choices=("val", "test"), default="test", help="split to score (test)")
+    add(
+        "--pixel_data_type",
+        choices=MODALITIES,
+        help="what the system sees; blind = no image (as trained; rgb for a stock model)",
+    )
+    add(
+        "--depth_encoding",
+        choices=tuple(ENCODINGS),
+        help="encoding of depth as three channels (as trained; for a stock model metric_log3)",
+    )
+    add(
+        "--depth_source",
+        choices=DEPTH_SOURCES,
+        help="depth picture to read: raw, or bfx = with filled holes (as trained; for a stock model raw)",
+    )
+    add(
+        "--image_tokens",
+        choices=IMAGE_TOKENS,
+        help="how a picture is cut into tiles (as trained; for a stock model anyres, miniature one_tile)",
+    )
+    add("--miniature", action="store_true", help="use the built-in world and its tiny student")
+
+
+def add_running_flags(parser: argparse.ArgumentParser) -> None:
+    """How the evaluation runs, and what it writes."""
+    add = parser.add_argument
+    add("--batch_size", type=at_least(1), help="images at a time, with all of their questions (1; miniature 8)")
+    add("--captions", action="store_true", help="also ask for a description of every room and score it as a caption")
+    add("--max_new_tokens", type=at_least(1), help="length limit of an answer in tokens (32; 96 with --captions)")
+    add("--num_workers", type=at_least(0), default=0, help="number of processes that load data (0 = none besides this)")
     add(
         "--precision",
         choices=("auto", "32-true", "bf16-mixed"),
         default="auto",
-        help="auto = bf16 on a GPU that has it",
+        help="number format of the computation; auto = bf16 on a GPU that has it",
     )
-    add("--meteor", action="store_true", help="also METEOR, which needs Java")
-    add("--output", type=Path, help="results folder (evaluation/results/<name>_<run>_<split>)")
-    args = parser.parse_args(argv)
+    add("--meteor", action="store_true", help="also compute METEOR, which needs Java")
+    add("--output", type=Path, help="folder for the results (evaluation/results/<name>_<run>_<split>)")
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together."""
     if args.phase_no and args.kd_model_type != "double_trouble":
         parser.error("--phase_no goes with --kd_model_type double_trouble")
     if args.load_checkpoint and not (args.ckpt_path or args.kd_model_type):
@@ -118,83 +161,141 @@ def parse_args(argv=None) -> argparse.Namespace:
         )
     if args.dataset == "daquar" and args.captions:
         parser.error("--captions: DAQUAR has none; leave it out")
-    if args.max_new_tokens is None:
-        args.max_new_tokens = 96 if args.captions else 32
-    if args.batch_size is None:
-        args.batch_size = 8 if args.miniature else 1
-    for name, least in dict(batch_size=1, max_new_tokens=1, num_workers=0).items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name} {getattr(args, name)}: give at least {least}")
-    return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Answer all questions of the split, score, write."""
-    start = time.monotonic()
+    started, notes = time.monotonic(), {}
     quieten()
     path = checkpoint_of_flags(args)
     checkpoint = read_checkpoint(path) if path else None
-    args.miniature |= bool(checkpoint and checkpoint["hyper_parameters"]["miniature"])
-    if args.miniature and args.dataset == "daquar":
-        raise UserError(f"--dataset daquar: {path} was trained on the built-in world, which is all it knows")
-    root = data_root(args.miniature)
-    if args.miniature:
-        ensure_world(root)
-    notes: dict[str, str] = {}
+    root = find_data(args, path, checkpoint)
     rows, train_rows = load_questions(root, args, notes), load_train_questions(root, args)
     similarity = wordnet_similarity(notes) if args.dataset == "daquar" else None
     for name, note in notes.items():
         print(f"{name}: {note}", file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     system, images, model, processor = load_system(args, path, checkpoint)
-    split_name = args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"
-    output = args.output or outputs_root(ROOT / "evaluation") / "results" / _file_name(
-        "_".join(["miniature"] * args.miniature + [system["name"]] + [path.parent.name] * bool(path) + [split_name])
-    )
+    system |= {"split": args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"}
+    output = args.output or default_output(args, system, path)
     answers = answer_questions(model.to(device).eval(), processor, root, rows, images, args)
-    predictions = [
-        csv_cells(row)
-        | {"Model_Answer": answers[row.id], "Correct": int(exact_match(answers[row.id], row.answer))}
-        # A room of the built-in world is in one picture, although that is named like a frame of a recording.
-        | {"Recording": frame_path(row) if args.miniature else recording(row.image_path)}
-        for row in rows
-    ]
+    predictions = prediction_rows(rows, answers, miniature=args.miniature)
     # Answering is what takes hours: it is on disk before anything else can fail, and no older scores stand beside it.
     (output / "metrics.json").unlink(missing_ok=True)
-    _write_predictions(output / "predictions.csv", predictions)
-    if not any(answers.values()):
-        print(
-            f"warning: all {len(answers)} answers of {system['name']} are empty; check that the checkpoint learned to answer "
-            "(its val/exact_match) and that --max_new_tokens leaves room",
-            file=sys.stderr,
-        )
-    scored = [cells for cells in predictions if cells["Question_Type"] != CAPTION_TYPE]
-    with announced("fitting the blind baselines"):
-        blind = blind_predictions(train_rows, predictions)
-    wups = wups_scores(predictions, similarity, blind=blind) if similarity else None
-    seconds = time.monotonic() - start
+    write_predictions(output / "predictions.csv", predictions)
+    warn_if_empty(answers, system["name"])
+    scores = score(predictions, train_rows, similarity, meteor=args.meteor)
+    seconds = time.monotonic() - started
     metrics: dict[str, Any] = {
-        "system": system | {"split": split_name, "git_commit": git_commit()},
+        "system": system | {"git_commit": git_commit()},
         "seconds": round(seconds, 1),
         "peak_memory_gib": round(peak_memory_gib(), 2),
-        **evaluate_rows(predictions, blind=blind),
-        "captions": {
-            "answers": _captions(scored, meteor=args.meteor),
-            "captions": _captions([c for c in predictions if c["Question_Type"] == CAPTION_TYPE], meteor=args.meteor),
-        },
+        **scores,
     }
     if args.dataset == "daquar":
-        metrics |= {"wups": wups, "notes": notes}
+        metrics |= {"wups": scores.get("wups"), "notes": notes}
     write_json(output / "metrics.json", metrics)
     print(summary(metrics))
     print(f"{len(rows)} questions in {duration(seconds)}, peak memory {metrics['peak_memory_gib']} GiB; wrote {output}")
 
 
-def load_questions(root: Path, args: argparse.Namespace, notes: dict[str, str]) -> list[QuestionRow]:
-    """The questions to answer.
+def find_data(args: argparse.Namespace, path: Path | None, checkpoint: dict[str, Any] | None) -> Path:
+    """The folder with the data, rendered first where it is the built-in world.
+
+    A checkpoint of the built-in world sets `args.miniature`.
 
     Raises:
-        UserError: a file is missing or malformed. Questions without a picture go into `notes`.
+        UserError: the data is not there, or DAQUAR is asked of a checkpoint of the built-in world.
+    """
+    args.miniature |= bool(checkpoint and checkpoint["hyper_parameters"]["miniature"])
+    if args.miniature and args.dataset == "daquar":
+        raise UserError(f"--dataset daquar: {path} was trained on the built-in world, which is all it knows")
+    root = data_root(args.miniature)
+    if args.miniature:
+        ensure_world(root)
+    return root
+
+
+def default_output(args: argparse.Namespace, system: dict[str, Any], path: Path | None) -> Path:
+    """The results folder of a system where --output names none."""
+    run = [path.parent.name] if path else []
+    name = "_".join(["miniature"] * args.miniature + [system["name"], *run, system["split"]])
+    return outputs_root(ROOT / "evaluation") / "results" / re.sub(r"[^A-Za-z0-9.]+", "_", name)
+
+
+def prediction_rows(rows: list[QuestionRow], answers: dict[str, str], *, miniature: bool) -> list[dict[str, Any]]:
+    """What predictions.csv says about every question: its own cells, the answer, whether it is right, its recording."""
+    return [
+        csv_cells(row)
+        | {"Model_Answer": answers[row.id], "Correct": int(exact_match(answers[row.id], row.answer))}
+        # A room of the built-in world is in one picture, although that is named like a frame of a recording.
+        | {"Recording": frame_path(row) if miniature else recording(row.image_path)}
+        for row in rows
+    ]
+
+
+def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
+    """Write predictions.csv, atomically."""
+    first = "Question_Id Questions Question_Type Answers Model_Answer Correct Image_Path Depth_Path".split()
+    columns = first + [name for name in predictions[0] if name not in first]
+    with atomic_path(path) as part, open(part, "w", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(predictions)
+
+
+def warn_if_empty(answers: dict[str, str], name: str) -> None:
+    """Say so where a system answers nothing at all."""
+    if not any(answers.values()):
+        print(
+            f"warning: all {len(answers)} answers of {name} are empty; check that the checkpoint learned to answer (its"
+            " val/exact_match) and that --max_new_tokens leaves room",
+            file=sys.stderr,
+        )
+
+
+def score(
+    predictions: list[dict[str, Any]],
+    train_rows: list[dict[str, str]],
+    similarity: WordSimilarity | None,
+    *,
+    meteor: bool,
+) -> dict[str, Any]:
+    """What metrics.json says about the answers.
+
+    Args:
+        predictions: rows of predictions.csv.
+        train_rows: training questions with gold answers, to fit the blind baselines on.
+        similarity: of two words, for WUPS, which is left out without it.
+        meteor: whether to compute METEOR.
+    """
+    with announced("fitting the blind baselines"):
+        blind = blind_predictions(train_rows, predictions)
+    captions = [cells for cells in predictions if cells["Question_Type"] == CAPTION_TYPE]
+    answers = [cells for cells in predictions if cells["Question_Type"] != CAPTION_TYPE]
+    scores = evaluate_rows(predictions, blind=blind)
+    scores["captions"] = {
+        "answers": score_texts(answers, meteor=meteor),
+        "captions": score_texts(captions, meteor=meteor),
+    }
+    if similarity:
+        scores["wups"] = wups_scores(predictions, similarity, blind=blind)
+    return scores
+
+
+def score_texts(predictions: list[dict[str, Any]], *, meteor: bool) -> dict[str, Any] | None:
+    """Caption scores of prediction rows; None without any."""
+    if not predictions:
+        return None
+    columns = ([cells[name] for cells in predictions] for name in ("Model_Answer", "Answers", "Image_Path"))
+    return caption_scores(*columns, meteor=meteor)
+
+
+def load_questions(root: Path, args: argparse.Namespace, notes: dict[str, str]) -> list[QuestionRow]:
+    """The questions to answer; how many of DAQUAR's have no picture is added to `notes`.
+
+    Raises:
+        UserError: a file is missing or malformed.
     """
     if args.dataset == "sunrgbd":
         rows = read_questions(questions_file(root, args.gts_type), root=root)
@@ -209,7 +310,7 @@ def load_questions(root: Path, args: argparse.Namespace, notes: dict[str, str]) 
 
 
 def load_train_questions(root: Path, args: argparse.Namespace) -> list[dict[str, str]]:
-    """Rows of the same data set's train split, to fit the blind baselines on.
+    """Training questions of the same data set, to fit the blind baselines on.
 
     Raises:
         UserError: the file is missing or malformed.
@@ -240,35 +341,6 @@ def summary(metrics: dict[str, Any]) -> str:
 def _interval(cell: dict[str, float | None]) -> str:
     ends = "" if cell["low"] is None else f" [{cell['low']:.3f}, {cell['high']:.3f}]"
     return f"{cell['value']:.3f}{ends}"
-
-
-def _captions(predictions: list[dict[str, Any]], *, meteor: bool) -> dict[str, Any] | None:
-    if not predictions:
-        return None
-    columns = ([cells[name] for cells in predictions] for name in ("Model_Answer", "Answers", "Image_Path"))
-    return caption_scores(*columns, meteor=meteor)
-
-
-def _write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
-    first = [
-        "Question_Id",
-        "Questions",
-        "Question_Type",
-        "Answers",
-        "Model_Answer",
-        "Correct",
-        "Image_Path",
-        "Depth_Path",
-    ]
-    columns = first + [name for name in predictions[0] if name not in first]
-    with atomic_path(path) as part, open(part, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(predictions)
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "_", text)
 
 
 if __name__ == "__main__":
