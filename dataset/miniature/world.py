@@ -45,7 +45,6 @@ from scipy import ndimage
 from scipy.io import savemat
 
 from dataset.miniature.renderer import RoomObject, View, render_room
-from dataset.questions.csv_data import build_csv_data
 from dataset.sunrgbd.depth import encode_sunrgbd, unproject
 from dataset.sunrgbd.sensor_noise import hole_filled, sensor_noise
 
@@ -104,6 +103,8 @@ def ensure_world(
     Raises:
         UserError: `root` holds something that is not a miniature world, or a size is not positive.
     """
+    from dataset.questions.csv_data import build_csv_data  # not at the top: rooms must not depend on QUESTION_CODE
+
     root = root.resolve()
     codes = {name: source_digest(ROOT / "dataset" / name) for name in (*ROOM_CODE, *QUESTION_CODE)}
     rooms = {"train": train, "val": val, "test": test, "seed": seed, "code": [codes[name] for name in ROOM_CODE]}
