@@ -1,4 +1,4 @@
-"""The whole road on the built-in world, in minutes on a laptop: what `make demo` runs.
+"""From rendered pictures to compared systems on the built-in world, in minutes on a laptop: what `make demo` runs.
 
 Renders the world and trains the teacher; then trains the baselines and, beside them, the three phases of the
 distillation, each on its share of the cores; scores all systems on the test split and compares them. Every command is
@@ -57,7 +57,7 @@ def comparison(output: Path) -> Task:
 
 
 def chains(run: str, output: Path) -> tuple[list[Task], list[Task], list[Task]]:
-    """What comes first; then the baselines and the phases, which do not need each other."""
+    """Three chains of steps: one that both others need, the baselines, and the phases of the distillation."""
     miniature = ("--miniature", "--run_name", run)
     taught = (*miniature, "--max_epochs", "1", "--teacher_checkpoint", f"miniature_{run}")
     further = (*taught, "--teacher_questions", "8", "--load_checkpoint", f"miniature_{run}")
@@ -90,7 +90,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Everything, in order."""
+    """Run all steps of the demo, and say how long they took."""
     started = time.monotonic()
     first, baselines, phases = chains(f"demo_{datetime.now():%Y-%m-%d_%H-%M-%S}", args.output)
     run_side_by_side([first], 1)

@@ -66,7 +66,7 @@ def caption_scores(
 
     Returns:
         `n`, `n_images`, `bleu_1`..`bleu_4`, `rouge_l`, `cider`, and `meteor`, `spice` where asked for. A score that
-        cannot be had is None, never 0. `notes` says why, or how far a score can be trusted, by its name.
+        cannot be computed is None, never 0. `notes` says why, or how far a score can be trusted, by its name.
 
     Raises:
         ValueError: the three lists differ in length, or are empty.

@@ -228,7 +228,7 @@ def markdown_table(table: Sequence[TableRow]) -> str:
 
 
 def explanation(results: Sequence[Results], baseline: str | None = None) -> str:
-    """What the numbers of the table are, and what to be wary of."""
+    """What the numbers of the table mean, and which systems answer a question type with a constant."""
     rows = results[0].rows
     n_images, n_recordings = len({row["Image_Path"] for row in rows}), len(set(recordings(rows)))
     text = (

@@ -85,7 +85,7 @@ def test_batched_answers_equal_single_ones(places, tiny_folder, tmp_path, modali
 @pytest.mark.parametrize("modality", ["rgb", "depth", "blind"])
 @pytest.mark.parametrize("image_tokens", ["one_tile", "two_tile", "anyres"])
 def test_answers_are_those_of_stock_generate(places, world, tiny_folder, tmp_path, modality, image_tokens):
-    """One question at a time, its own prompt and picture, stock greedy `generate`: the same words, in long answers too."""
+    """One question at a time, own prompt and picture, stock greedy `generate`: the same words, in long answers too."""
     system = ("--model_id", str(tiny_folder), "--pixel_data_type", modality, "--image_tokens", image_tokens)
     rows, _ = evaluate(tmp_path / "a", *system, "--batch_size", "5")
     processor, model = load_processor(str(tiny_folder)), load_model(str(tiny_folder)).eval()
@@ -152,7 +152,7 @@ def test_contradictions_are_errors(places, tmp_path, more, complaint):
 
 
 def test_rooms_of_the_built_in_world_are_recordings_of_their_own(places, world, tiny_folder, tmp_path, monkeypatch):
-    """Its pictures are named like frames of recordings: as real ones they share clusters, with --miniature they do not."""
+    """Its pictures are named like frames of recordings; they share clusters as real ones, but not with --miniature."""
     stock = ("--model_id", str(tiny_folder), "--pixel_data_type", "depth", "--image_tokens", "one_tile")
     rows, metrics = evaluate(tmp_path / "a", *stock)
     assert {row["Recording"] for row in rows} == {recording(row["Image_Path"]) for row in rows}
