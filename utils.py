@@ -1,7 +1,7 @@
 """Plumbing that every script shares: the .env file, user errors, progress lines, atomic files, checkpoint reading.
 
-Import this module before pytorch_lightning or transformers: huggingface_hub reads its environment variables once, when it
-is first imported, and this module puts the variables of `.env` in place.
+Import this module before pytorch_lightning or transformers: huggingface_hub reads its environment variables once, when
+it is first imported, and this module puts the variables of `.env` in place.
 """
 
 import os
@@ -110,7 +110,8 @@ def hf_token() -> str | None:
 class ProgressLine:
     """Says how far a long job is and how long it will take.
 
-    A terminal sees one line that is redrawn; anything else (a log file, a pipe) sees a plain line every `every_s` seconds.
+    A terminal sees one line that is redrawn; anything else (a log file, a pipe) sees a plain line every `every_s`
+    seconds.
     """
 
     def __init__(self, label: str, *, total: int, done: int = 0, every_s: float = 10.0) -> None:
@@ -164,9 +165,10 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and rename it onto `path` when the block succeeds; nothing half-written stays.
+    """Yield a temporary path beside `path`, renamed onto `path` when the block succeeds; nothing half-written stays.
 
-    Durable files survive a power cut right after; that costs milliseconds, many files that can be made again do without.
+    Durable files survive a power cut right after; that costs milliseconds, many files that can be made again do
+    without.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -270,11 +272,7 @@ def at_least(minimum: int | float, *, below: float = math.inf) -> Callable[[str]
     """An argparse type: a number that is `minimum` or more, and `below` a limit; whole where the minimum is an int."""
 
     def number(text: str) -> int | float:
-        try:
-            value = type(minimum)(text)
-        except ValueError:
-            kind = "a whole number" if isinstance(minimum, int) else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}") from None
+        value = _number(text, type(minimum))
         if not minimum <= value < below:  # nan is neither
             limit = f" and less than {below:g}" if below < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text}: give at least {minimum:g}{limit}")
@@ -283,19 +281,30 @@ def at_least(minimum: int | float, *, below: float = math.inf) -> Callable[[str]
     return number
 
 
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    if not 0 < (value := _number(text, float)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give more than 0")
+    return value
+
+
 def share(text: str) -> float:
     """An argparse type: a number above 0 and at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 < value <= 1:
+    if not 0 < (value := _number(text, float)) <= 1:
         raise argparse.ArgumentTypeError(f"{text}: give a share above 0 and at most 1")
     return value
 
 
+def _number(text: str, kind: type) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+
+
 def available_cores() -> list[int]:
-    """The numbers of the cores that this process may use: all, where the system cannot restrict them (macOS)."""
+    """The numbers of the cores that this process may use; all cores where the system cannot restrict them (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))

@@ -208,7 +208,7 @@ def prepare(pair: Width, folder: Path, n_images: int) -> dict[str, Any]:
     teacher, student, examples, seconds, tower_seconds = build_teacher(pair), build_student(pair), [], [], []
     for seed in range(n_images):
         example = random_example(seed, pair.vocabulary)
-        options = dict(vocab_size=pair.vocabulary, end_of_turn=-1, max_new_tokens=3)
+        options = dict(vocab_size=pair.vocabulary, eos_token_id=-1, max_new_tokens=3)
         (answers,) = greedy_answers(teacher, text_of([example]), example.images, **options).tokens
         questions = [(q, a[: 1 + k % 3]) for k, ((q, _), a) in enumerate(zip(example.questions, answers, strict=True))]
         example = example._replace(questions=questions)
@@ -413,7 +413,7 @@ def score_one_by_one(model: nn.Module, examples: Sequence[Example]) -> list[list
 
 def score_together(model: nn.Module, examples: Sequence[Example]) -> list[list[int]]:
     """Ours: the questions of an image share its prefix, images share a batch."""
-    options = dict(vocab_size=model.config.text_config.vocab_size, end_of_turn=-1, max_new_tokens=ANSWER_TOKENS)
+    options = dict(vocab_size=model.config.text_config.vocab_size, eos_token_id=-1, max_new_tokens=ANSWER_TOKENS)
     found = greedy_answers(model, text_of(examples), images_of(examples), **options)
     return [answer for row in found.tokens for answer in row]
 

@@ -11,6 +11,8 @@ from transformers import DynamicCache
 from dataset.inputs.prompts import PADDING_SEGMENT, answer_targets, visible_segments
 from distillation.forward import base_model, input_embeddings, states_at, true_columns
 
+Text = Mapping[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -23,70 +25,130 @@ class Answers:
 @torch.no_grad()
 def greedy_answers(
     model: nn.Module,
-    text: Mapping[str, Tensor],
+    text: Text,
     images: Mapping[str, Any],
     *,
     vocab_size: int,
-    end_of_turn: int,
+    eos_token_id: int,
     max_new_tokens: int,
-    forbidden: Sequence[int] = (),
+    suppress_tokens: Sequence[int] = (),
 ) -> Answers:
-    """Greedy answers of all question blocks of a packed batch at once; the image prefix is computed once for all of them.
+    """Greedy answers of all question blocks of a packed batch; the image prefix is computed once for all of them.
 
-    A step computes only blocks that are still open: short answers do not wait for long ones at full cost. A block that already has its answer (labels) keeps it: its hidden states are those of teacher forcing.
+    A step computes blocks that are still open only: short answers do not wait for long ones at full cost. A block that
+    has its answer already (labels) keeps it: its hidden states are those of teacher forcing.
 
     Args:
         model: student or teacher.
         text: a batch of `collate_prompts`, blocks without an answer end where the answer starts.
         images: see `answer_logits`.
         vocab_size: the tokenizer's length.
-        end_of_turn: token that ends an answer.
+        eos_token_id: token that ends an answer.
         max_new_tokens: longest answer.
-        forbidden: tokens that are no words (image placeholders).
+        suppress_tokens: tokens that are no words (image placeholders).
     """
-    base = base_model(model)
-    head = base.lm_head.weight[:vocab_size]
-    barred = torch.zeros(vocab_size, device=head.device)
-    barred[list(forbidden)] = -torch.inf
-
-    cache = DynamicCache(config=base.config.text_config)
-    cached, (keep, targets) = text["segments"], answer_targets(text["labels"])
-    n_rows, n_blocks = len(cached), int(cached.max())
-    # One open position per block: the last of a prompt, later the token that was chosen last.
-    blocks = torch.arange(1, n_blocks + 1, device=cached.device)
-    places = torch.arange(cached.shape[1], device=cached.device)
-    own = cached[:, None] == blocks[:, None]  # (B, blocks, T)
-    last = torch.where(own, places, -1).amax(-1)  # (B, blocks)
-    answered = (own & keep[:, None]).any(-1)
-    segments = torch.where((last < 0) | answered, PADDING_SEGMENT, blocks)
-    ends = (places == torch.where(segments == PADDING_SEGMENT, -1, last)[..., None]).any(1)  # of open blocks
-    rows, asked = torch.arange(n_rows, device=cached.device)[:, None], true_columns(keep | ends)
-    found = states_at(model, input_embeddings(model, text["input_ids"], images), text, asked, cache)
-    hidden = found.new_zeros(*keep.shape, found.shape[-1])
-    hidden[rows, asked] = found
-    tokens = [[[] for _ in range(int(row.max()))] for row in cached]
-    states = [[[] for _ in row] for row in tokens]
-    for (row, place), token in zip(keep.nonzero().tolist(), targets.tolist(), strict=True):
-        block = int(cached[row, place]) - 1
-        tokens[row][block].append(token)
-        states[row][block].append(hidden[row, place])
-    newest = hidden[rows, last.clamp(min=0)]  # (B, blocks, D)
-    positions = text["position_ids"].gather(1, last.clamp(min=0))
+    head = base_model(model).lm_head.weight[:vocab_size]
+    suppressed = head.new_zeros(vocab_size, dtype=torch.float32)
+    suppressed[list(suppress_tokens)] = -torch.inf
+    decoding = prefill(model, text, images)
     for step in range(max_new_tokens):
-        chosen = (newest @ head.to(newest.dtype).T + barred.to(newest.dtype)).argmax(-1)  # (B, open blocks)
-        for row, (ids, owners) in enumerate(zip(chosen.tolist(), segments.tolist(), strict=True)):
-            for column, (token, segment) in enumerate(zip(ids, owners, strict=True)):
-                if segment != PADDING_SEGMENT:
-                    tokens[row][segment - 1].append(token)
-                    states[row][segment - 1].append(newest[row, column])
-        segments = torch.where(chosen == end_of_turn, PADDING_SEGMENT, segments)
-        is_open = segments != PADDING_SEGMENT
+        logits = decoding.newest @ head.to(decoding.newest.dtype).T + suppressed.to(decoding.newest.dtype)
+        chosen = logits.argmax(-1)  # (B, open blocks)
+        decoding.append(chosen)
+        decoding.segments = torch.where(chosen == eos_token_id, PADDING_SEGMENT, decoding.segments)
+        is_open = decoding.segments != PADDING_SEGMENT
         if step + 1 == max_new_tokens or not is_open.any():
             break
-        open_first = true_columns(is_open)
-        chosen, segments, positions = (values.gather(1, open_first) for values in (chosen, segments, positions + 1))
-        cached = torch.cat([cached, segments], dim=1)
-        step_text = {"position_ids": positions, "attention_mask": visible_segments(segments, cached)[:, None]}
-        everywhere = torch.arange(chosen.shape[1], device=cached.device).expand(n_rows, -1)
-        newest = states_at(model, input_embeddings(model, chosen, {}), step_text, everywhere, cache)
-    return Answers(tokens, [[torch.stack(block) for block in row] for row in states])
+        decoding.advance(model, chosen, true_columns(is_open))
+    return decoding.answers()
+
+
+@dataclass
+class Decoding:
+    """How far the answers of a batch are. A step reads one token per open block; closed ones are padding.
+
+    Attributes:
+        cache: keys and values of all that was read.
+        cached_segments: (B, T) the block of every cached position.
+        segments: (B, n) the block of every open column; PADDING_SEGMENT = none.
+        positions: (B, n) the position id that was read last in each column.
+        newest: (B, n, D) last hidden states, which predict each column's next token.
+        tokens: per row and block, as in `Answers`.
+        hidden: per row and block, the state (D,) that predicts each token.
+    """
+
+    cache: DynamicCache
+    cached_segments: Tensor
+    segments: Tensor
+    positions: Tensor
+    newest: Tensor
+    tokens: list[list[list[int]]]
+    hidden: list[list[list[Tensor]]]
+
+    def append(self, chosen: Tensor) -> None:
+        """Take up the next token (B, n) of each open block, and the state that predicts it."""
+        for row, (ids, segments) in enumerate(zip(chosen.tolist(), self.segments.tolist(), strict=True)):
+            for column, (token, segment) in enumerate(zip(ids, segments, strict=True)):
+                if segment != PADDING_SEGMENT:
+                    self.tokens[row][segment - 1].append(token)
+                    self.hidden[row][segment - 1].append(self.newest[row, column])
+
+    def advance(self, model: nn.Module, chosen: Tensor, columns: Tensor) -> None:
+        """Read the chosen tokens (B, n) of some columns (B, m), those of open blocks first; the others are dropped."""
+        chosen = chosen.gather(1, columns)
+        self.segments, self.positions = self.segments.gather(1, columns), self.positions.gather(1, columns) + 1
+        self.cached_segments = torch.cat([self.cached_segments, self.segments], dim=1)
+        mask = visible_segments(self.segments, self.cached_segments)[:, None]
+        text = {"position_ids": self.positions, "attention_mask": mask}
+        everywhere = torch.arange(chosen.shape[1], device=chosen.device).expand(len(chosen), -1)
+        self.newest = states_at(model, input_embeddings(model, chosen, {}), text, everywhere, self.cache)
+
+    def answers(self) -> Answers:
+        """What was decoded."""
+        return Answers(self.tokens, [[torch.stack(block) for block in row] for row in self.hidden])
+
+
+def prefill(model: nn.Module, text: Text, images: Mapping[str, Any]) -> Decoding:
+    """Read images and questions. Blocks with labels have their answers already, all others are open."""
+    segments, (keep, targets) = text["segments"], answer_targets(text["labels"])
+    blocks, last, is_open = open_blocks(segments, keep)
+    ends = torch.zeros_like(segments).scatter_add(1, last.clamp(min=0), is_open.long())  # 1 where an open block ends
+    asked = true_columns(keep | ends.bool())
+    cache = DynamicCache(config=base_model(model).config.text_config)
+    found = states_at(model, input_embeddings(model, text["input_ids"], images), text, asked, cache)
+    rows = torch.arange(len(segments), device=segments.device)[:, None]
+    hidden = found.new_zeros(*keep.shape, found.shape[-1])  # (B, T, D)
+    hidden[rows, asked] = found
+    decoding = Decoding(
+        cache,
+        segments,
+        torch.where(is_open, blocks, PADDING_SEGMENT),
+        text["position_ids"].gather(1, last.clamp(min=0)),
+        hidden[rows, last.clamp(min=0)],
+        [[[] for _ in range(int(row.max()))] for row in segments],
+        [[[] for _ in range(int(row.max()))] for row in segments],
+    )
+    for (row, position), token in zip(keep.nonzero().tolist(), targets.tolist(), strict=True):
+        block = int(segments[row, position]) - 1
+        decoding.tokens[row][block].append(token)
+        decoding.hidden[row][block].append(hidden[row, position])
+    return decoding
+
+
+def open_blocks(segments: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which blocks still need an answer.
+
+    Args:
+        segments: (B, T) the block of every position, from 1.
+        keep: (B, T) bool, positions that predict the tokens of answers that are there.
+
+    Returns:
+        Numbers of the blocks (n,), from 1; the last position (B, n) of each, -1 where a row has no such block; and
+        whether it is open (B, n) bool.
+    """
+    blocks = torch.arange(1, int(segments.max()) + 1, device=segments.device)
+    positions = torch.arange(segments.shape[1], device=segments.device)
+    own = segments[:, None] == blocks[:, None]  # (B, n, T)
+    last = torch.where(own, positions, -1).amax(-1)
+    answered = (own & keep[:, None]).any(-1)
+    return blocks, last, (last >= 0) & ~answered

@@ -1,4 +1,7 @@
-"""From a batch to vision features, hidden states and logits at answer positions. The only file that knows where things are in the model."""
+"""From a batch to vision features, hidden states and logits at answer positions.
+
+The only file that knows where things are in the model.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +29,9 @@ PACKED_ATTENTION = "packed_sdpa"
 
 
 def use_packed_attention(model: LlavaOnevisionForConditionalGeneration) -> LlavaOnevisionForConditionalGeneration:
-    """Let the language model take the masks of `dataset.inputs.prompts`; it still takes padding masks and masks with a row per query.
+    """Let the language model take the masks of `dataset.inputs.prompts`.
+
+    It still takes padding masks, and masks with a row per query.
 
     Raises:
         UserError: its language model is not a Qwen2, whose layers `states_at` knows.
@@ -41,10 +46,11 @@ def use_packed_attention(model: LlavaOnevisionForConditionalGeneration) -> Llava
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it. A mask with fewer rows than queries is about the last queries; those before are causal.
+    """Attention as transformers calls it. A mask with fewer rows than queries is of the last ones; others are causal.
 
-    The rows of an image prefix thus go through a kernel that computes no more than what is below the diagonal. Heads are repeated
-    for it: left to itself, CUDA would fall back to the plain formula in float32 and on older cards, with all of its memory.
+    The rows of an image prefix thus go through a kernel that computes no more than what is below the diagonal. Heads
+    are repeated for it: left to itself, CUDA would fall back to the plain formula in float32 and on older cards, with
+    all of its memory.
 
     Args:
         module: the attention layer.
@@ -95,29 +101,32 @@ def answer_states(model: nn.Module, text: Mapping[str, Tensor], images: Mapping[
     Args:
         model: student or teacher.
         text: input_ids, position_ids, labels (B, T) and attention_mask of a batch, see `collate_prompts`.
-        images: pixel_values, image_sizes, batch_num_images; or features of a frozen tower instead of the pixel_values; or
-            seen = `image_features(...)` alone, where they are there already; empty for a blind model.
+        images: pixel_values, image_sizes, batch_num_images; or features of a frozen tower instead of the pixel_values;
+            or image_features alone, what `image_features(...)` returned for them; empty for a blind model.
 
     Returns:
         hidden (n, H) in the model's dtype and targets (n,) int64.
     """
     keep, targets = answer_targets(text["labels"])
-    places = true_columns(keep)
-    states = states_at(model, input_embeddings(model, text["input_ids"], images), text, places)
-    return states[keep.gather(1, places)], targets
+    positions = true_columns(keep)
+    states = states_at(model, input_embeddings(model, text["input_ids"], images), text, positions)
+    return states[keep.gather(1, positions)], targets
 
 
 def true_columns(wanted: Tensor) -> Tensor:
-    """(B, T) bool -> (B, n) where each row is True, in order; a row with fewer than others is filled up with its first False ones."""
+    """(B, T) bool -> (B, n) columns in which a row is True, in order; n is the largest number of them in a row.
+
+    A row that has fewer gets columns in which it is False behind them, so that all rows are of one length.
+    """
     n = max(int(wanted.sum(1).max()), 1)
     return wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n]
 
 
 def input_embeddings(model: nn.Module, input_ids: Tensor, images: Mapping[str, Any]) -> Tensor:
-    """(B, T) token ids -> (B, T, D) what the language model reads, pictures in the places of their placeholders.
+    """(B, T) token ids -> (B, T, D) what the language model reads, image tokens in place of their placeholders.
 
-    Only words go through the embedding: its backward pass walks through the tokens one by one, on a CPU at least, and nearly
-    all of them are placeholders.
+    Only words go through the embedding: its backward pass walks through the tokens one by one, on a CPU at least, and
+    nearly all of them are placeholders.
 
     Args:
         model: student or teacher.
@@ -129,12 +138,12 @@ def input_embeddings(model: nn.Module, input_ids: Tensor, images: Mapping[str, A
     """
     if not images:
         return _embed_words(model, input_ids)
-    if "seen" in images:
-        seen = images["seen"]
+    if "image_features" in images:
+        features = images["image_features"]
     else:
-        seen = project_features(model, images) if "features" in images else image_features(model, images)
+        features = project_features(model, images) if "features" in images else image_features(model, images)
     is_picture = input_ids == base_model(model).config.image_token_id
-    words, pictures = _embed_words(model, input_ids[~is_picture]), torch.cat(seen.pooler_output)
+    words, pictures = _embed_words(model, input_ids[~is_picture]), torch.cat(features.pooler_output)
     if int(is_picture.sum()) != len(pictures):
         raise ValueError(f"{int(is_picture.sum())} placeholders in the prompts for {len(pictures)} image tokens")
     embeds = words.new_zeros(*input_ids.shape, words.shape[-1])
@@ -145,8 +154,9 @@ def input_embeddings(model: nn.Module, input_ids: Tensor, images: Mapping[str, A
 def _embed_words(model: nn.Module, ids: Tensor) -> Tensor:
     """Token ids of any shape -> (..., D).
 
-    Where the output layer is the same weight, it has a gradient for every word already, and a sparse one is added to that: a
-    second dense one would be another 0.5 GB of a 0.5B. Of a weight that is no leaf (FSDP shards it) gradients must be dense.
+    Where the output layer is the same weight, that weight has a dense gradient already. The embedding's is sparse then
+    and is added to it: two dense gradients would take 0.5 GB more for the 0.5B model. FSDP shards the weight, it is no
+    leaf any more, and needs dense gradients.
     """
     base = base_model(model)
     embedding = base.get_input_embeddings()
@@ -157,7 +167,7 @@ def _embed_words(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def states_at(
-    model: nn.Module, embeds: Tensor, text: Mapping[str, Tensor], places: Tensor, cache: DynamicCache | None = None
+    model: nn.Module, embeds: Tensor, text: Mapping[str, Tensor], positions: Tensor, cache: DynamicCache | None = None
 ) -> Tensor:
     """The language model's last hidden states at some positions.
 
@@ -167,7 +177,8 @@ def states_at(
         model: student or teacher, after `use_packed_attention`.
         embeds: (B, T, D) of `input_embeddings`.
         text: position_ids (B, T) and attention_mask.
-        places: (B, n) columns of blocks; one of the prefix may fill up a row, what comes out there means nothing.
+        positions: (B, n) columns of question blocks. Rows may be padded with columns of the prefix; the output there is
+            undefined.
         cache: takes up keys and values, for `greedy_answers`.
 
     Returns:
@@ -183,21 +194,21 @@ def states_at(
     hidden = embeds
     for layer in language.layers[:-1]:
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
-    return language.norm(_layer_at(language.layers[-1], hidden, places, mask, rotary, cache))
+    return language.norm(_layer_at(language.layers[-1], hidden, positions, mask, rotary, cache))
 
 
 def _layer_at(
     layer: nn.Module,
     hidden: Tensor,
-    places: Tensor,
+    positions: Tensor,
     mask: Tensor,
     rotary: tuple[Tensor, Tensor],
     cache: DynamicCache | None,
 ) -> Tensor:
-    """A decoder layer's output (B, n, D) at places (B, n) of its input (B, T, D)."""
+    """A decoder layer's output (B, n, D) at positions (B, n) of its input (B, T, D)."""
 
     def chosen(values: Tensor) -> Tensor:
-        return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
+        return values.gather(1, positions[..., None].expand(-1, -1, values.shape[-1]))
 
     def heads(values: Tensor) -> Tensor:
         return values.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
@@ -211,7 +222,7 @@ def _layer_at(
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
     query = rotate(heads(attention.q_proj(chosen(normed))), *(chosen(part) for part in rotary))
-    rows = (places - (hidden.shape[1] - mask.shape[2])).clamp(min=0)  # a mask has rows for blocks only
+    rows = (positions - (hidden.shape[1] - mask.shape[2])).clamp(min=0)  # a mask has rows for blocks only
     rows = rows[:, None, :, None].expand(-1, -1, -1, mask.shape[3])
     mixed, _ = sdpa_attention_forward(
         attention,
@@ -229,8 +240,8 @@ def _layer_at(
 def output_logits(model: nn.Module, hidden: Tensor, *, vocab_size: int) -> Tensor:
     """(n, H) last hidden states -> (n, vocab_size) next-token logits.
 
-    Vocabularies are cropped to the tokenizer's length: the padding rows behind it differ between the 0.5B (152,000) and the
-    7B (152,128) and mean nothing.
+    Vocabularies are cropped to the tokenizer's length: the padding rows behind it differ between the 0.5B (152,000) and
+    the 7B (152,128) and mean nothing.
     """
     return base_model(model).lm_head(hidden)[:, :vocab_size]
 
@@ -258,7 +269,7 @@ def tower_features(model: nn.Module, tiles: Tensor) -> Tensor:
 
 
 def project_features(model: nn.Module, images: Mapping[str, Tensor]) -> BaseModelOutputWithPooling:
-    """What `image_features` returns, from the vision features of a frozen tower: its second half, projector and newlines.
+    """What `image_features` returns, from vision features of a frozen tower: its second half, projector and newlines.
 
     Args:
         model: whose projector reads them.
@@ -279,13 +290,15 @@ def project_features(model: nn.Module, images: Mapping[str, Tensor]) -> BaseMode
 def overview_patches(model: nn.Module, images: Mapping[str, Tensor], features=None) -> Tensor:
     """(B, P, D) vision features of each picture's first tile, which shows the whole picture.
 
-    "Vision features" are the tensor that the projector reads. The converted checkpoints have dropped the last SigLIP layer,
-    so that is the last of the hidden states, before the tower's final layer norm, which the language model never sees.
+    "Vision features" are the tensor that the projector reads. The converted checkpoints have dropped the last SigLIP
+    layer, so that is the last of the hidden states, before the tower's final layer norm, which the language model never
+    gets.
 
     Args:
-        model: whose tower looks.
+        model: whose tower computes them.
         images: pixel_values (B, tiles, 3, S, S), image_sizes, batch_num_images.
-        features: `image_features` of these images where they are there already; None = only the first tiles are computed.
+        features: `image_features` of these images where they are there already; None = only the first tiles are
+            computed.
     """
     if features is None:
         return tower_features(model, images["pixel_values"][:, 0])
@@ -302,7 +315,7 @@ def _count_tiles(model: nn.Module, size: list[int], images: Mapping[str, Tensor]
     return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
 
-def answers_right(logits: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+def exact_matches(logits: Tensor, text: Mapping[str, Tensor]) -> Tensor:
     """Per question: are all of its answer tokens the most likely ones, the end of the turn included?
 
     Since the model is fed the gold answer, this is exactly when greedy decoding would produce that answer.

@@ -1,21 +1,20 @@
 """Loss primitives: pure, keyword-only functions of student and teacher tensors. The weighted sum stays in each script.
 
 Axes
-    n  answer tokens of a batch, the rows that `dataset.inputs.prompts.answer_targets` keeps (the causal shift happens there)
+    n  answer tokens of a batch, the rows that `dataset.inputs.prompts.answer_targets` keeps (it does the causal shift)
     V  vocabulary, cropped to the tokenizer's length by `distillation.forward.answer_logits`
-    K  kept classes of a teacher's distribution
     B  images of a batch
     P  patches (image tokens) of an image
     D  width of a feature
-    N  rows of the bank of teacher features
+    N  rows of the memory bank of teacher features
 
 Everything is computed in float32, also under autocast; float64 stays float64. Inputs must be finite, except in rows and
 patches that a mask or a weight of 0 leaves out: those may hold anything. The teacher is a constant: no gradient flows
 into it. A sum over nothing is 0, with a gradient path, so that a batch without answers or valid depth can be stepped.
 
-Every loss is a sum over items. A script divides it by the number of these items in the whole optimizer update (the `update` of a
-batch, see `dataset.inputs.sampler`): means over micro-batches would depend on how the update is cut, since an item in a small one would
-weigh more.
+Every loss is a sum over items. A script divides it by the number of these items in the whole optimizer update (the
+`update` of a batch, see `dataset.inputs.sampler`): means over micro-batches would depend on how the update is cut,
+since an item in a small one would weigh more.
 
 A loss softened by a temperature T is multiplied by T**2, which keeps the size of its gradient about constant in T
 (Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2).
@@ -118,47 +117,7 @@ def jensen_shannon(
     return temperature**2 * (beta * _summed_kl(teacher, mixture) + (1 - beta) * _summed_kl(student, mixture))
 
 
-def top_k_kl(
-    *, student_logits: Tensor, teacher_log_probs: Tensor, teacher_indices: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """T**2 * KL(teacher || student) over the K kept classes and one further class that stands for all others.
-
-    A lower bound of `forward_kl` (merging classes cannot raise a divergence) and equal to it at K = V. Renormalising
-    over the kept classes instead would leave the student free to put any mass elsewhere.
-
-    Args:
-        student_logits: (n, V), any float dtype.
-        teacher_log_probs: (n, K) log-probabilities at `temperature`, normalised over all V; keep them in float32.
-        teacher_indices: (n, K) int64, the classes they belong to, distinct within a row.
-        temperature: T > 0, divides the student's logits.
-
-    Returns:
-        Scalar, nats, sum over rows.
-
-    Raises:
-        ValueError: shapes do not fit, the temperature is not positive, or a row's probabilities exceed 1 in sum.
-    """
-    _check_positive("temperature", temperature)
-    kept_shape = teacher_log_probs.shape
-    if (
-        student_logits.ndim != 2
-        or len(kept_shape) != 2
-        or kept_shape != teacher_indices.shape
-        or kept_shape[0] != student_logits.shape[0]
-        or not 1 <= kept_shape[1] <= student_logits.shape[1]
-    ):
-        raise ValueError(
-            "expected student_logits (n, V), teacher_log_probs and teacher_indices (n, K) with K <= V, got "
-            f"{tuple(student_logits.shape)}, {tuple(kept_shape)} and {tuple(teacher_indices.shape)}"
-        )
-    student = F.log_softmax(_wide(student_logits) / temperature, dim=-1)
-    teacher = _wide(teacher_log_probs.detach())
-    kept = student.gather(1, teacher_indices)
-    if kept_shape[1] < student_logits.shape[1]:
-        # The student's rest is summed directly: as 1 - kept it would cancel, and lose its gradient, once kept is near 1.
-        rest = student.scatter(1, teacher_indices, -math.inf).logsumexp(dim=1, keepdim=True)
-        kept, teacher = torch.cat([kept, rest], dim=1), _with_rest(teacher)
-    return temperature**2 * _summed_kl(teacher, kept)
+DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jensen_shannon": jensen_shannon}
 
 
 def loca_logits(
@@ -171,9 +130,10 @@ def loca_logits(
 ) -> tuple[Tensor, Tensor]:
     """LoCa: teacher logits whose most likely class is the gold token, all else in proportion. Feed them to a KL at T.
 
-    In a row whose best class k is not the target, every non-target probability is scaled by s = alpha / (1 - p_gt + p_k)
-    and the target gets the mass set free, which puts it ahead of k by exactly 1 - alpha. In logits only the target's
-    moves. Rows that are right stay as they are: the same formula would lower a target that is already ahead by more.
+    In a row whose best class k is not the target, every non-target probability is scaled by s = alpha / (1 - p_gt +
+    p_k) and the target gets the mass set free, which puts it ahead of k by exactly 1 - alpha. In logits only the
+    target's moves. Rows that are right stay as they are: the same formula would lower a target that is already ahead by
+    more.
 
     Args:
         teacher_logits: (n, V), any float dtype.
@@ -213,7 +173,7 @@ def loca_logits(
 
 
 def entropy(*, logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of the next-token distribution, a diagnostic: near ln V nothing is known, near 0 nothing is left to soften.
+    """Entropy of the next-token distribution: near ln V nothing is known, near 0 there is nothing left to soften.
 
     Args:
         logits: (n, V), any float dtype.
@@ -242,9 +202,8 @@ def info_nce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tell the teacher's feature of the same image from those of other images, by cosine similarity.
 
-    One direction (student -> teacher) is all there is: the bank's rows are constants of a frozen teacher, so they are
-    exact however old they are, and any batch size sees all N. The other direction would need student features of N
-    images.
+    Student to teacher is the only direction: the memory bank's rows are constants of a frozen teacher, so they never
+    age, and any batch size is compared with all N. The other direction would need student features of N images.
 
     Args:
         queries: (B, D) student features, any float dtype and length.
@@ -332,41 +291,11 @@ def patch_smooth_l1(*, student: Tensor, teacher: Tensor, weights: Tensor | None 
     return (F.smooth_l1_loss(student, teacher, beta=beta, reduction="none").mean(dim=-1) * weights).sum()
 
 
-def relational(*, student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Squared difference of the cosine similarities between any two patches of an image; the widths may differ.
-
-    Args:
-        student: (B, P, D), any float dtype.
-        teacher: (B, P, another D).
-        weights: (B, P) in [0, 1], see `patch_cosine`; a pair weighs the product of its two.
-
-    Returns:
-        Scalar, in [0, 4] per pair, sum over the pairs of distinct patches by weight; its items are the pairs' weights.
-
-    Raises:
-        ValueError: B or P differ, or a weight outside [0, 1].
-
-    Source: Tung & Mori 2019, https://arxiv.org/abs/1907.09682, section 3. Differs: patches of one image instead of images
-    of a batch, cosines instead of row-normalised inner products, without the diagonal, which is always 1.
-    LLaVA-KD, https://arxiv.org/abs/2410.16236, compares two such matrices by their cosine as a whole.
-    """
-    if student.ndim != 3 or teacher.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f"expected student and teacher (B, P, any D), got {tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-    weights = _patch_weights(student, weights)
-    left_out = (weights == 0)[..., None]
-    student, teacher = (x.masked_fill(left_out, 0) for x in (student, teacher.detach()))
-    others = ~torch.eye(weights.shape[1], dtype=torch.bool, device=weights.device)
-    pairs = weights[:, :, None] * weights[:, None, :] * others  # (B, P, P)
-    return ((_cosines(student, student) - _cosines(teacher, teacher)).square() * pairs).sum()
-
-
 def hidden_state_loss(*, student: Tensor, teacher: Tensor) -> Tensor:
     """Squared error of hidden states, each row first brought to mean 0 and variance 1.
 
-    What reads a hidden state normalises it first, so its scale means nothing; unnormalised, the few rows and layers with
-    huge activations would be the whole loss. Equals 2 - 2 * Pearson correlation of the two rows.
+    What reads a hidden state normalises it first, so its scale means nothing; unnormalised, the few rows and layers
+    with huge activations would be the whole loss. Equals 2 - 2 * Pearson correlation of the two rows.
 
     Args:
         student: (n, D), any float dtype, after the caller's learned map to the teacher's width.
@@ -425,18 +354,6 @@ def _summed_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
-def _with_rest(log_probs: Tensor) -> Tensor:
-    """Append the log of the mass that a row of log-probabilities leaves over."""
-    log_mass = log_probs.logsumexp(dim=1, keepdim=True)
-    if (log_mass > 0.01).any():
-        raise ValueError(
-            f"teacher_log_probs add up to exp({log_mass.max().item():.3g}) > 1; they must be normalised over all V"
-        )
-    log_mass = log_mass.clamp(max=0)  # beyond 1 by rounding
-    rest = torch.log(-torch.expm1(log_mass)).clamp(min=torch.finfo(log_mass.dtype).min)  # finite: 0 * -inf is nan
-    return torch.cat([log_probs, rest], dim=1)
-
-
 def _measured_patches(student: Tensor, teacher: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The m patches of a batch with a weight above 0: (m, D), (m, D) and (m,)."""
     _check_same_shape(student, teacher, "B, P, D")
@@ -484,7 +401,7 @@ def _check_fraction(name: str, value: float) -> None:
 def answer_diagnostics(
     *, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, gold: Tensor, update: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """What explains most failures of a distillation: how sure both models are, and how well the teacher knows gold answers.
+    """Explains most failures of a distillation: how sure both models are, how well the teacher knows gold answers.
 
     Args:
         student_logits: (n, V).
@@ -494,8 +411,8 @@ def answer_diagnostics(
         update: the numbers of items of the whole optimizer update, see `dataset.inputs.sampler`.
 
     Returns:
-        Scalars to log, nats: sums over the batch by the update's number of tokens. The teacher's cross-entropy only where the
-        update has a gold answer.
+        Scalars to log, nats: sums over the batch by the update's number of tokens. The teacher's cross-entropy only
+        where the update has a gold answer.
     """
     found = {
         "student_entropy": entropy(logits=student_logits) / update["answer_tokens"],

@@ -30,8 +30,8 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32):
 
     Args:
         name: hub id or folder.
-        dtype: of the weights. The checkpoints store float16, in which AdamW would round most updates away; bfloat16 halves
-            the memory of weights that stay frozen.
+        dtype: of the weights. The checkpoints store float16, in which AdamW would round most updates away; bfloat16
+            halves the memory of weights that stay frozen.
 
     Raises:
         UserError: nothing loadable there, weights are missing, or its language model is another one.
@@ -81,7 +81,7 @@ def add_lora(model: nn.Module, *, rank: int, alpha: int) -> PeftModel:
 
 
 def set_trainable(model: nn.Module, *, vision: bool, projector: bool, language: bool) -> None:
-    """Choose which parts train: the tower up to what the projector reads; the projector with the newline; the language model."""
+    """Choose what trains: the tower (up to what the projector reads), projector and newline, the language model."""
     base = base_model(model).model
     base.vision_tower.requires_grad_(vision)
     base.vision_tower.post_layernorm.requires_grad_(False)
@@ -91,11 +91,31 @@ def set_trainable(model: nn.Module, *, vision: bool, projector: bool, language: 
     base_model(model).lm_head.requires_grad_(language)
 
 
-def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters of the vision tower, and all other trainable ones; every parameter in exactly one list."""
+def parameter_groups(
+    model: nn.Module, *, lr: float | None = None, vision_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """For an optimizer: the trainable parameters of the vision tower, and all other trainable ones, with their rates.
+
+    Args:
+        model: every trainable parameter is in exactly one group; a part that does not train has none.
+        lr: of language model and projector; None where they do not train.
+        vision_lr: of the vision tower; None where it does not train.
+
+    Raises:
+        ValueError: a part trains and has no rate.
+    """
     vision = {id(p) for p in vision_tower(model).parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return [p for p in trainable if id(p) in vision], [p for p in trainable if id(p) not in vision]
+    parts = {
+        "vision_lr": [p for p in trainable if id(p) in vision],
+        "lr": [p for p in trainable if id(p) not in vision],
+    }
+    rates = {"vision_lr": vision_lr, "lr": lr}
+    groups = [{"params": part, "lr": rates[name]} for name, part in parts.items() if part]
+    for name, part in parts.items():
+        if part and rates[name] is None:
+            raise ValueError(f"{name}: {len(part)} of the weights that train have no learning rate")
+    return groups
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -128,12 +148,13 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Tensor], *, origin:
     missing -= {"lm_head.weight"} if base_model(model).config.tie_word_embeddings else set()
     if missing or report.unexpected_keys:
         raise UserError(
-            f"{origin}: the weights are of another model ({len(missing)} missing, {len(report.unexpected_keys)} unknown)"
+            f"{origin}: the weights are of another model ({len(missing)} missing, "
+            f"{len(report.unexpected_keys)} unknown)"
         )
 
 
 def restore_student(checkpoint: Mapping[str, Any], *, origin: str, dtype: torch.dtype = torch.float32):
-    """The model of a checkpoint of ours: its pretrained weights (in `dtype`), LoRA where it was used, and what was trained.
+    """The model of a checkpoint of ours: pretrained weights (in `dtype`), LoRA where it was used, and what was trained.
 
     Raises:
         UserError: the pretrained model cannot be loaded or the weights do not fit it.

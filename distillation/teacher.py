@@ -9,14 +9,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from dataset.datamodule import SUNRGBDDataModule
@@ -29,7 +29,7 @@ from dataset.questions.rows import QuestionRow, csv_cells, group_by_image, subse
 from dataset.sunrgbd.frames import frame_group
 from distillation.models import load_model, restore_student
 from distillation.run.checkpoints import read_checkpoint
-from distillation.run.folders import Run, best_checkpoint, experiment_folder, find_checkpoint
+from distillation.run.folders import Run, chosen_checkpoint, experiment_folder
 from distillation.run.machine import frozen_dtype, probe, resolve_precision
 from distillation.teacher_cache import (
     MAX_ANSWER_TOKENS,
@@ -55,7 +55,9 @@ class TeacherCache:
         self.number = {rows[0].image_path: i for i, rows in enumerate(groups)}
         self.rows = dict(list(self.number.items())[:n_bank])
         # By their words, since two question files may number their questions alike.
-        self.place = {(rows[0].image_path, *asked): i for rows in groups for i, asked in enumerate(asked_answers(rows))}
+        self.position = {
+            (rows[0].image_path, *asked): i for rows in groups for i, asked in enumerate(asked_answers(rows))
+        }
         self._remembered: dict[int, dict[str, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,25 +77,40 @@ class TeacherCache:
         Its own answer is empty when it did not end within MAX_ANSWER_TOKENS.
         """
         outputs = self._image(row.image_path)
-        i = self.place[row.image_path, row.question, row.answer if gold else None]
-        start, end = outputs["starts"][i : i + 2].tolist()
+        i = self.position[row.image_path, row.question, row.answer if gold else None]
+        start, end = outputs["offsets"][i : i + 2].tolist()
         return outputs["tokens"][start:end].tolist(), outputs["hidden"][start:end]
 
     def patches(self, image_path: str) -> Tensor:
         """(P, Dv) vision features of a picture's overview tile."""
         return self._image(image_path)["patches"]
 
+    def constants(
+        self, *, output_layer: bool = False, patches: bool = False, memory_bank: bool = False
+    ) -> "TeacherConstants":
+        """What a script's losses need of the teacher besides its outputs for a batch.
+
+        Args:
+            output_layer: for `logits`.
+            patches: for `standardize` and `patches`.
+            memory_bank: for `memory_bank`.
+
+        Raises:
+            UserError: a memory bank without negatives, see `TeacherConstants`.
+        """
+        return TeacherConstants(self, output_layer=output_layer, patches=patches, memory_bank=memory_bank)
+
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (Dv,) of the vision features over all training images, per channel.
 
-        Features are compared after standardising both sides with these: SigLIP has a few channels a hundred times larger than
-        the others, which would be all that a distance or a cosine sees.
+        Features are compared after standardising both sides with these: SigLIP has a few channels a hundred times
+        larger than the others, which would be all that a distance or a cosine sees.
         """
         pooled, squares = (values.double().mean(0) for values in self._pooled)
         return pooled.float(), (squares - pooled**2).clamp(min=1e-12).sqrt().float()
 
-    def bank(self) -> Tensor:
-        """(N, Dv) mean standardised patch of every training image, in the order of `rows`: what InfoNCE chooses from."""
+    def memory_bank(self) -> Tensor:
+        """(N, Dv) mean standardized patch of every training image, in the order of `rows`: InfoNCE's candidates."""
         mean, std = self.statistics()
         return (self._pooled[0] - mean) / std
 
@@ -114,7 +131,7 @@ class TeacherCache:
         return self.source.head()
 
     def accuracy(self, rows: Sequence[QuestionRow], decode: Callable[[list[int]], str]) -> dict[str, float]:
-        """Share of questions that the teacher answers right (`exact_match` of the decoded tokens), per type and as "all"."""
+        """Share of questions answered right (`exact_match` of the decoded tokens), per type and as "all"."""
         hits: dict[str, list[bool]] = {"all": []}
         for row in rows:
             right = exact_match(decode(self.answer(row, gold=False)[0]), row.answer)
@@ -123,92 +140,198 @@ class TeacherCache:
         return {kind: sum(values) / len(values) for kind, values in hits.items()}
 
 
-def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) -> TeacherCache:
-    """The outputs of the teacher that the flags name, for all training and validation images; missing ones are computed.
+class TeacherConstants(nn.Module):
+    """What does not change from batch to batch: output layer, patch statistics, memory bank.
 
-    Says how well the teacher answers the validation questions, and notes it in the run's record. With --dry_run the teacher
-    looks at two batches, in a folder that is removed at the end.
+    Part of a script's module, so that it moves to its device; in no checkpoint and without a gradient.
+    """
+
+    def __init__(self, cache: TeacherCache, *, output_layer: bool, patches: bool, memory_bank: bool) -> None:
+        """See `TeacherCache.constants`.
+
+        Raises:
+            UserError: the memory bank has images of one recording only: none could be told apart from another.
+        """
+        super().__init__()
+        if output_layer:
+            self.register_buffer("output_layer", cache.head(), persistent=False)  # (V, H)
+        if patches:
+            mean, std = cache.statistics()  # (Dv,)
+            self.register_buffer("patch_mean", mean, persistent=False)
+            self.register_buffer("patch_std", std, persistent=False)
+        if memory_bank:
+            recordings = cache.recordings()
+            if len(recordings.unique()) < 2:
+                raise UserError(
+                    f"InfoNCE needs training images of at least 2 recordings, there are {len(recordings)} images of "
+                    "one; use more of them (--subset_percentage)"
+                )
+            self.register_buffer("bank", cache.memory_bank(), persistent=False)  # (N, Dv), a row per training image
+            self.register_buffer("recordings", recordings, persistent=False)  # (N,)
+
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """(n, V) at the positions that predict answer tokens: the stored hidden states through the output layer."""
+        return batch["teacher"]["hidden"].to(self.output_layer.dtype) @ self.output_layer.T
+
+    def standardize(self, patches: Tensor) -> Tensor:
+        """Vision features (B, P, Dv) of student or teacher, each channel by the teacher's mean and deviation."""
+        return (patches - self.patch_mean) / self.patch_std
+
+    def patches(self, batch: Mapping[str, Any]) -> Tensor:
+        """(B, P, Dv) the teacher's standardized vision features of a batch's images."""
+        return self.standardize(batch["teacher"]["patches"])
+
+    def memory_bank(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """For `info_nce`: the bank (N, Dv), the rows of a batch's images (B,), rows that are no negatives (B, N).
+
+        Other images of a recording may show the same room: as negatives they would be false ones.
+        """
+        rows = batch["teacher"]["bank_rows"]
+        same_recording = self.recordings[rows][:, None] == self.recordings  # (B, N)
+        excluded = same_recording.scatter(1, rows[:, None], False)
+        return {"bank": self.bank, "positives": rows, "excluded": excluded}
+
+
+@dataclass(frozen=True)
+class NamedTeacher:
+    """The teacher that the flags name."""
+
+    name: str  # hub id or folder of its model
+    checkpoint: Path | None  # None = stock
+    recorded: dict[str, Any] | None  # the checkpoint's hyper-parameters
+
+    def __str__(self) -> str:
+        if self.checkpoint is None:
+            return self.name
+        return f"{self.checkpoint}, tuned on {100 * self.recorded['label_fraction']:g} % of the labels"
+
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        """The model, frozen weights in `dtype`, in eval mode."""
+        if self.checkpoint is None:
+            return load_model(self.name, dtype=dtype).eval()
+        return restore_student(read_checkpoint(self.checkpoint), origin=str(self.checkpoint), dtype=dtype).eval()
+
+
+def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) -> TeacherCache:
+    """The outputs of the teacher that the flags name, for all training and validation images.
+
+    Missing ones are computed, and the data module adds all of them to its batches from here on. Says how well the
+    teacher answers the validation questions, and notes it in the run's record. With --dry_run two batches are computed,
+    in a folder that is removed at the end.
 
     Raises:
-        UserError: there is no such teacher, it does not see RGB, or its tokenizer or image patches are not the student's.
+        UserError: there is no such teacher, it does not see RGB, or its tokenizer or image patches are not the
+            student's.
     """
     if args.augmentation:
         raise UserError(
-            "--augmentation: the teacher has seen the pictures as recorded, crops would not match; leave it out"
+            "--augmentation: the teacher's outputs are of whole pictures, crops would not match; leave it out"
         )
-    name, path, recorded = _named_teacher(args)
-    check_labels(args, path, recorded)
-    processor = load_processor(name)
-    check_same_language(processor, data.processor, teacher=name, student=args.student_name)
-    check_same_vision(name, args.student_name)
+    named = named_teacher(args)
     images = ImageSettings("rgb", image_tokens=data.student.image_tokens)
-    for setting in ("modality", "image_tokens"):
-        wanted = getattr(images, setting)
-        if recorded and recorded[setting] != wanted:
-            raise UserError(
-                f"--teacher_checkpoint {path}: has {setting} {recorded[setting]}, a teacher here needs {wanted}"
-            )
-    dtype = frozen_dtype(args.precision, args.accelerator)
-    weights = model_digest(name, path)
-    key = teacher_key(weights, processor, images, dtype)
+    check_labels(args, named)
+    check_images(named, images)
+    processor = load_processor(named.name)
+    check_same_language(processor, data.processor, teacher=named.name, student=args.student_name)
+    check_same_vision(named.name, args.student_name)
     groups, n_bank = teacher_groups(data, dry_run=args.dry_run)
+    weights = model_digest(named.name, named.checkpoint)
+    key = teacher_key(weights, processor, images, frozen_dtype(args.precision, args.accelerator))
+    teacher = TeacherCache(teacher_outputs(args, named, processor, images, key, groups, data.root), groups, n_bank)
+    # A run may go on with newer code, as it may at another commit; its teacher is the same, but its outputs are new.
+    run.record["teacher_outputs"] = _short_digest({name: value for name, value in key.items() if name != "code"})
+    run.record["teacher_checkpoint"] = str(named.checkpoint) if named.checkpoint else None
+    run.record["teacher_weights"] = weights[:16]
+    if not args.dry_run:
+        scores = teacher.accuracy(
+            [row for rows in groups[n_bank:] for row in rows],
+            partial(processor.tokenizer.decode, skip_special_tokens=True),
+        )
+        run.record["teacher_val_exact_match"] = round(scores["all"], 4)
+        print(f"teacher: {named}; on val: " + ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items()))
+        warn_unless_above_blind(scores["all"], data)
+    data.use_teacher(teacher)
+    return teacher
+
+
+def teacher_outputs(
+    args: argparse.Namespace,
+    named: NamedTeacher,
+    processor: ImageTextProcessor,
+    images: ImageSettings,
+    key: Mapping[str, Any],
+    groups: Sequence[Group],
+    root: Path,
+) -> StoredOutputs | LiveTeacher:
+    """What the teacher says about these images: from disk, or with --teacher online from the model itself.
+
+    Args:
+        args: of a script that distills.
+        named: the teacher.
+        processor: its processor.
+        images: what it sees.
+        key: what decides its outputs; their folder is named by it.
+        groups: images with their questions.
+        root: ROOT_DATA_DIR.
+    """
+
+    def live() -> LiveTeacher:
+        model = named.load(frozen_dtype(args.precision, args.accelerator)).to(probe(args).strategy.root_device)
+        precision = resolve_precision(args.precision, args.accelerator)
+        return LiveTeacher(model, processor, root, images, precision, groups)
+
+    if args.teacher == "online":
+        return live()
     folder = outputs_root(ROOT / "distillation" / "teacher_outputs")
     if args.dry_run:
         folder = Path(tempfile.mkdtemp())
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    folder /= _short_digest(key)
-
-    def live() -> LiveTeacher:
-        model = (
-            restore_student(read_checkpoint(path), origin=str(path), dtype=dtype)
-            if path
-            else load_model(name, dtype=dtype)
-        )
-        precision = resolve_precision(args.precision, args.accelerator)
-        return LiveTeacher(
-            model.to(probe(args).strategy.root_device).eval(), processor, data.root, images, precision, groups
-        )
-
-    if args.teacher == "online":
-        source = live()
-    else:
-        record = key | {"name": name, "checkpoint": str(path)}
-        source = stored_outputs(folder, groups, live, record, root=data.root, batch_size=2 * args.batch_size)
-        if torch.cuda.is_available():  # the student needs the room, and its own peak is of interest
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-    teacher = TeacherCache(source, groups, n_bank)
-    # A run may go on with newer code, as it may at another commit; its teacher is the same, but is asked again.
-    same = _short_digest({name: value for name, value in key.items() if name != "code"})
-    run.record.update(
-        teacher_outputs=same, teacher_checkpoint=str(path) if path else None, teacher_weights=weights[:16]
+    record = {**key, "name": named.name, "checkpoint": str(named.checkpoint)}
+    stored = stored_outputs(
+        folder / _short_digest(key), groups, live, record, root=root, batch_size=2 * args.batch_size
     )
-    if not args.dry_run:
-        decode = partial(processor.tokenizer.decode, skip_special_tokens=True)
-        scores = teacher.accuracy([row for rows in groups[n_bank:] for row in rows], decode)
-        run.record["teacher_val_exact_match"] = round(scores["all"], 4)
-        whose = f"{path}, tuned on {100 * recorded['label_fraction']:g} % of the labels" if path else name
-        print(f"teacher: {whose}; on val: " + ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items()))
-        warn_unless_above_blind(scores["all"], data)
-    return teacher
+    if torch.cuda.is_available():  # the student needs the room, and its own peak is of interest
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return stored
 
 
-def check_labels(args: argparse.Namespace, path: Path | None, recorded: Mapping[str, Any] | None) -> None:
-    """A tuned teacher hands on every label that it has read: where --label_fraction withholds some, it may not have read those.
+def named_teacher(args: argparse.Namespace) -> NamedTeacher:
+    """The teacher that --teacher_name or --teacher_checkpoint means. Raises UserError when there is none."""
+    if not args.teacher_checkpoint:
+        return NamedTeacher(args.teacher_name, None, None)
+    path = chosen_checkpoint(args.teacher_checkpoint, experiment_folder("baseline_rgb7b"), miniature=args.miniature)
+    recorded = read_checkpoint(path)["hyper_parameters"]
+    return NamedTeacher(recorded["student_name"], path, recorded)
+
+
+def check_images(named: NamedTeacher, images: ImageSettings) -> None:
+    """Raises UserError unless a tuned teacher was tuned on the images that it is to see here."""
+    for setting in ("modality", "image_tokens") if named.recorded else ():
+        if named.recorded[setting] != (wanted := getattr(images, setting)):
+            raise UserError(
+                f"--teacher_checkpoint {named.checkpoint}: has {setting} {named.recorded[setting]}, a teacher here "
+                f"needs {wanted}"
+            )
+
+
+def check_labels(args: argparse.Namespace, named: NamedTeacher) -> None:
+    """A tuned teacher passes on every label that it was tuned on: --label_fraction may not withhold any of them.
 
     Raises:
-        UserError: it has, and --any_teacher does not say that it is meant.
+        UserError: it does, and --any_teacher does not say that it is meant.
     """
-    if path is None or args.any_teacher:
+    if named.recorded is None or args.any_teacher:
         return
-    theirs, ours = recorded["label_fraction"], getattr(args, "label_fraction", 1.0)  # phase 1 reads no labels
-    same_draw = all(recorded[name] == getattr(args, name) for name in ("seed", "subset_percentage"))
+    theirs, ours = named.recorded["label_fraction"], args.label_fraction or 1.0  # phase 1 reads no labels
+    same_draw = all(named.recorded[name] == getattr(args, name) for name in ("seed", "subset_percentage"))
     if theirs > ours or (ours < 1 and not same_draw):
         raise UserError(
-            f"--teacher_checkpoint {path}: was tuned on {100 * theirs:g} % of the labels (seed {recorded['seed']}), this student may "
-            f"see {100 * ours:g} % (seed {args.seed}), and a teacher hands on what it has read. Tune one with the same --label_fraction "
-            "and --seed, let a stock one teach (--teacher_name), or add --any_teacher if it is meant"
+            f"--teacher_checkpoint {named.checkpoint}: was tuned on {100 * theirs:g} % of the labels (seed "
+            f"{named.recorded['seed']}), this student may see {100 * ours:g} % (seed {args.seed}), and a teacher "
+            "passes on what it was tuned on. Tune one with the same --label_fraction and --seed, use a stock one "
+            "(--teacher_name), or add --any_teacher if it is meant"
         )
 
 
@@ -222,37 +345,10 @@ def warn_unless_above_blind(score: float, data: SUNRGBDDataModule) -> None:
     )
     if score <= blind:
         print(
-            f"warning: the teacher is right on {score:.3f} of the validation questions, who does not look on {blind:.3f}: there is "
-            "nothing to learn from its answers. Tune it first (distillation/baseline_rgb7b/train2.py), or choose another",
+            f"warning: the teacher is right on {score:.3f} of the validation questions, a guess without the image on "
+            f"{blind:.3f}: there is nothing to learn from its answers. Tune it first "
+            "(distillation/baseline_rgb7b/train2.py), or choose another",
             file=sys.stderr,
-        )
-
-
-def _named_teacher(args: argparse.Namespace) -> tuple[str, Path | None, dict[str, Any] | None]:
-    """Its model, its checkpoint and what that records; None twice for a stock teacher."""
-    if not args.teacher_checkpoint:
-        return args.teacher_name, None, None
-    experiment = experiment_folder("baseline_rgb7b")
-    if args.teacher_checkpoint == "best":
-        path = best_checkpoint(experiment, miniature=args.miniature)
-    else:
-        path = find_checkpoint(args.teacher_checkpoint, experiment)
-    recorded = read_checkpoint(path)["hyper_parameters"]
-    return recorded["student_name"], path, recorded
-
-
-def same_recording(recordings: Tensor, rows: Tensor) -> Tensor:
-    """(N,) recordings of the bank, (B,) rows in it -> (B, N) bool: other rows that may show the same room, false negatives."""
-    same = recordings[rows][:, None] == recordings
-    return same.scatter(1, rows[:, None], False)
-
-
-def check_bank(teacher: TeacherCache) -> None:
-    """Raises UserError unless every image has another one to be told apart from."""
-    if len(teacher.recordings().unique()) < 2:
-        raise UserError(
-            f"InfoNCE needs training images of at least 2 recordings, there are {len(teacher.rows)} images of one; use more of "
-            "them (--subset_percentage)"
         )
 
 
@@ -301,8 +397,8 @@ def check_same_vision(teacher: str, student: str) -> None:
     ]
     if widths[0] != widths[1]:
         raise UserError(
-            f"the vision features of teacher {teacher} have {widths[0]} channels, those of student {student} {widths[1]}; choose "
-            "models of one family"
+            f"the vision features of teacher {teacher} have {widths[0]} channels, those of student {student} "
+            f"{widths[1]}; choose models of one family"
         )
 
 

@@ -1,22 +1,22 @@
-"""What the teacher says about every training image, computed once, stored, verified, read back.
+"""The teacher's outputs for every training image, computed once, stored, verified, read back.
 
-The teacher is a constant: its answers and features of an image are the same in every epoch and every run. So it sees each
-image with its questions once, ever. Stored per image:
+The teacher is a constant: its answers and features of an image are the same in every epoch and every run. So each image
+with its questions goes through it once, ever. Stored per image:
 
     patches   (P, Dv)  vision features of the picture's overview tile, the tensor that the projector reads
     hidden    (t, H)   last hidden states that predict the answer tokens; through the frozen output layer: exact logits
     tokens    (t,)     those tokens, the end of the turn included
-    starts    (a + 1,) where each answer begins in `tokens` and `hidden`
+    offsets   (a + 1,) where each answer begins in `tokens` and `hidden`
 
 and apart from them, since all images' are wanted at once:
 
     pooled    (Dv,)    the mean of the patches
     squares   (Dv,)    the mean of their squares
 
-Each gold question has two answers, the gold one (teacher forcing) and the teacher's own greedy one; a question without a
-gold answer has the teacher's own. An image's name is the digest of the picture's bytes and of its questions, the folder's name
-that of the teacher's weights and settings: whatever changes leads to another file, never to a wrong one. What does not match
-its checksum is computed again.
+Each gold question has two answers, the gold one (teacher forcing) and the teacher's own greedy one; a question without
+a gold answer has the teacher's own. An image's name is the digest of the picture's bytes and of its questions, the
+folder's name that of the teacher's weights and settings: whatever changes leads to another file, never to a wrong one.
+What does not match its checksum is computed again.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ HEAD = "head"  # the output layer's name in the store
 
 @dataclass(frozen=True)
 class StoredOutputs:
-    """What the teacher said, on disk; each data loading process reads the files itself."""
+    """The teacher's outputs on disk; each data loading process reads the files itself."""
 
     store: TensorStore
     names: tuple[str, ...]  # of the images, in their order
@@ -75,7 +75,7 @@ class StoredOutputs:
 
 @dataclass(frozen=True)
 class LiveTeacher:
-    """The teacher itself, asked whenever its outputs are wanted: slow, for comparison with what is stored."""
+    """The teacher itself, which computes its outputs whenever they are wanted: slow, to compare with stored ones."""
 
     model: nn.Module  # in eval mode, on its device
     processor: ImageTextProcessor  # of the teacher; equals the student's
@@ -86,7 +86,7 @@ class LiveTeacher:
 
     def image(self, number: int) -> dict[str, Tensor]:
         """The outputs for one image, made now."""
-        (outputs,) = self.look([self.groups[number]])
+        (outputs,) = self.compute([self.groups[number]])
         return outputs
 
     def pooled(self, number: int) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ class LiveTeacher:
         head = self.model.get_output_embeddings().weight[: len(self.processor.tokenizer)]
         return head.detach().cpu().contiguous().clone()
 
-    def look(self, groups: Sequence[Group]) -> list[dict[str, Tensor]]:
+    def compute(self, groups: Sequence[Group]) -> list[dict[str, Tensor]]:
         """The outputs for a batch of images, see the module."""
         pictures = [load_images(read_frame(self.root, frame_path(rows[0])), [self.images])[0] for rows in groups]
         asked = [asked_answers(rows) for rows in groups]
@@ -112,7 +112,7 @@ class LiveTeacher:
             for blocks, picture in zip(asked, pictures, strict=True)
         ]
         model, tokenizer = self.model, self.processor.tokenizer
-        end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
         text = {k: v.to(model.device) for k, v in collate_prompts(prompts, pad_token_id=tokenizer.pad_token_id).items()}
         pixels = {
             k: v.to(model.device)
@@ -125,33 +125,33 @@ class LiveTeacher:
             answers = greedy_answers(
                 model,
                 text,
-                {"seen": features},
+                {"image_features": features},
                 vocab_size=len(tokenizer),
-                end_of_turn=end_of_turn,
+                eos_token_id=eos_token_id,
                 max_new_tokens=MAX_ANSWER_TOKENS,
-                forbidden=(self.processor.image_token_id, self.processor.video_token_id),
+                suppress_tokens=(self.processor.image_token_id, self.processor.video_token_id),
             )
         return [
-            _image_outputs(patches[i].cpu(), answers.tokens[i], answers.hidden[i], end_of_turn=end_of_turn)
+            _image_outputs(patches[i].cpu(), answers.tokens[i], answers.hidden[i], eos_token_id=eos_token_id)
             for i in range(len(groups))
         ]
 
 
 def asked_answers(rows: Group) -> list[tuple[str, str | None]]:
-    """What is stored of an image, in this order: question and gold answer, and question and None for the teacher's own."""
+    """What is stored of an image, in order: question and gold answer; question and None for the teacher's own."""
     return [(row.question, answer) for row in rows for answer in ((row.answer, None) if row.answer else (None,))]
 
 
 def _image_outputs(
-    patches: Tensor, tokens: Sequence[list[int]], hidden: Sequence[Tensor], *, end_of_turn: int
+    patches: Tensor, tokens: Sequence[list[int]], hidden: Sequence[Tensor], *, eos_token_id: int
 ) -> dict[str, Tensor]:
-    """Patches (P, Dv) and answers of one image as tensors. An answer that did not end is left empty: half a one is no target."""
-    whole = [(t, h) if t[-1] == end_of_turn else ([], h[:0]) for t, h in zip(tokens, hidden, strict=True)]
+    """Patches (P, Dv) and answers of one image as tensors. An answer that did not end is left empty, as no target."""
+    whole = [(t, h) if t[-1] == eos_token_id else ([], h[:0]) for t, h in zip(tokens, hidden, strict=True)]
     return {
         "patches": patches.clone(),
         "hidden": torch.cat([states for _, states in whole]).cpu(),
         "tokens": torch.tensor([token for answer, _ in whole for token in answer], dtype=torch.long),
-        "starts": torch.tensor([0] + [len(answer) for answer, _ in whole]).cumsum(0),
+        "offsets": torch.tensor([0] + [len(answer) for answer, _ in whole]).cumsum(0),
     }
 
 
@@ -174,7 +174,7 @@ def stored_outputs(
     root: Path,
     batch_size: int,
 ) -> StoredOutputs:
-    """What is stored of a teacher about these images; only where something is missing or damaged is the teacher loaded.
+    """A teacher's stored outputs for these images; it is loaded only where some are missing or damaged.
 
     Processes that were started side by side each take their share of the images.
 
@@ -190,20 +190,20 @@ def stored_outputs(
     names = [image_name(root, rows) for rows in groups]
 
     def missing() -> list[int]:
-        found = progress(enumerate(names), total=len(names), label="checking what the teacher said, image")
+        found = progress(enumerate(names), total=len(names), label="checking the teacher's stored outputs, image")
         return [i for i, name in found if store.get(name) is None or store.get(pooled_name(name)) is None]
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    with locked(folder, shared=world_size > 1):  # another run with this teacher waits and finds what it said
+    with locked(folder, shared=world_size > 1):  # another run with this teacher waits and finds its outputs
         own = missing()[rank::world_size]
         if own or store.get(HEAD) is None:
             write_json(folder / "teacher.json", record)
-            look_and_store(store, [(names[i], groups[i]) for i in own], live(), batch_size=batch_size)
+            compute_and_store(store, [(names[i], groups[i]) for i in own], live(), batch_size=batch_size)
     if world_size > 1:
         with locked(folder):  # not before all others have done theirs; what one of them could not do is done here
             rest = missing()
             if rest:
-                look_and_store(store, [(names[i], groups[i]) for i in rest], live(), batch_size=batch_size)
+                compute_and_store(store, [(names[i], groups[i]) for i in rest], live(), batch_size=batch_size)
     return StoredOutputs(store, tuple(names))
 
 
@@ -215,10 +215,10 @@ def image_name(root: Path, rows: Group) -> str:
     return digest.hexdigest()[:32]
 
 
-def look_and_store(
+def compute_and_store(
     store: TensorStore, missing: Sequence[tuple[str, Group]], teacher: LiveTeacher, *, batch_size: int
 ) -> None:
-    """Let the teacher look at images. Interrupted, it goes on with the batch that it was at.
+    """Compute the teacher's outputs for images. Interrupted, it goes on with the batch that it was at.
 
     Args:
         store: of this teacher.
@@ -231,8 +231,10 @@ def look_and_store(
     """
     store.put(HEAD, {"head": teacher.head()})
     batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-    for number, batch in enumerate(progress(batches, total=len(batches), label="the teacher looks, batch")):
-        outputs_of_batch = teacher.look([rows for _, rows in batch])
+    for number, batch in enumerate(
+        progress(batches, total=len(batches), label="computing the teacher's outputs, batch")
+    ):
+        outputs_of_batch = teacher.compute([rows for _, rows in batch])
         if number == 0:
             sizes = [sum(tensor.nbytes for tensor in outputs.values()) for outputs in outputs_of_batch]
             check_disk("the teacher's outputs", store.folder, sum(sizes) / len(sizes), len(missing))

@@ -16,7 +16,7 @@ from dataset.questions.rows import QuestionRow, frame_path, group_by_image
 from dataset.sunrgbd.frames import read_frame
 from distillation.decoding import greedy_answers
 from distillation.models import MINIATURE_STUDENT, STUDENT_NAME, load_model, restore_student
-from distillation.run.folders import EXPERIMENTS, best_checkpoint, experiment_folder, find_checkpoint
+from distillation.run.folders import EXPERIMENTS, chosen_checkpoint, experiment_folder
 from distillation.run.machine import frozen_dtype, resolve_precision
 from utils import ROOT, UserError, outputs_root, progress, sha256
 
@@ -61,23 +61,25 @@ def load_system(
     broken = [name for name, weights in model.named_parameters() if not torch.isfinite(weights).all()]
     if broken:
         raise UserError(
-            f"{path or model_id}: {len(broken)} of its {sum(1 for _ in model.parameters())} weight tensors hold NaN or infinity "
-            f"(first {broken[0]}), so it cannot answer anything; training diverged, evaluate an earlier checkpoint"
+            f"{path or model_id}: {len(broken)} of its {sum(1 for _ in model.parameters())} weight tensors hold NaN or "
+            f"infinity (first {broken[0]}), so it cannot answer anything; training diverged, evaluate an earlier "
+            "checkpoint"
         )
     system |= {"name": args.name or system["name"], **dataclasses.asdict(images)}
     return system, images, model, load_processor(model_id)
 
 
-def chosen_checkpoint(args: argparse.Namespace) -> Path | None:
+def checkpoint_of_flags(args: argparse.Namespace) -> Path | None:
     """The checkpoint that the flags mean; None = the stock model.
 
     Raises:
         UserError: there is none, or a bare name fits several.
     """
-    folder = experiment_folder(args.kd_model_type, args.phase_no) if args.kd_model_type else None
-    if args.ckpt_path is None:
-        return best_checkpoint(folder, miniature=args.miniature) if args.load_checkpoint else None
-    return find_checkpoint(args.ckpt_path, folder or outputs_root(ROOT / "distillation"))
+    if args.ckpt_path is None and not args.load_checkpoint:
+        return None
+    everything = outputs_root(ROOT / "distillation")
+    folder = experiment_folder(args.kd_model_type, args.phase_no) if args.kd_model_type else everything
+    return chosen_checkpoint(args.ckpt_path or "best", folder, miniature=args.miniature)
 
 
 def recorded_images(args: argparse.Namespace, recorded: dict[str, Any], path: Path) -> ImageSettings:
@@ -155,9 +157,9 @@ def answer_questions(
                 text,
                 pictures,
                 vocab_size=len(tokenizer),
-                end_of_turn=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+                eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
                 max_new_tokens=args.max_new_tokens,
-                forbidden=(processor.image_token_id, processor.video_token_id),
+                suppress_tokens=(processor.image_token_id, processor.video_token_id),
             )
         for group, tokens in zip(batch["rows"], found.tokens, strict=True):
             words = tokenizer.batch_decode(tokens, skip_special_tokens=True)

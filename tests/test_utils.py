@@ -20,6 +20,7 @@ from utils import (
     core_shares,
     locked,
     peak_memory,
+    positive,
     share,
     source_digest,
     use_cores,
@@ -157,6 +158,8 @@ def test_flags_in_their_range_are_taken(flag, given, expected):
         ("--rate", "nan", "argument --rate: nan: give at least 0"),
         ("--rate", "fast", "argument --rate: 'fast' is not a number"),
         ("--warmup", "1", "argument --warmup: 1: give at least 0 and less than 1"),
+        ("--temperature", "0", "argument --temperature: 0: give more than 0"),
+        ("--temperature", "inf", "argument --temperature: inf: give more than 0"),
         ("--part", "0", "argument --part: 0: give a share above 0 and at most 1"),
         ("--part", "nan", "argument --part: nan: give a share above 0 and at most 1"),
         ("--part", "half", "argument --part: 'half' is not a number"),
@@ -174,4 +177,5 @@ def number_flags():
     parser.add_argument("--rate", type=at_least(0.0))
     parser.add_argument("--warmup", type=at_least(0.0, below=1.0))
     parser.add_argument("--part", type=share)
+    parser.add_argument("--temperature", type=positive)
     return parser

@@ -1,4 +1,4 @@
-"""Baseline: the 7B model is adapted to RGB rooms with gold answers. The teacher of every distillation, and their ceiling.
+"""Baseline: the 7B model adapted to RGB rooms with gold answers. The teacher of every distillation, and its ceiling.
 
 Loss    cross-entropy of the gold answer tokens (the end of the turn included), mean over those of an optimizer update
 Trains  LoRA on all linear layers of the language model, and the projector; everything with --lora_rank 0
@@ -7,7 +7,7 @@ Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboa
 Rates   1e-4, ten times the full fine-tuning's, as is usual for LoRA; schedule and the rest as in its siblings
 
     python distillation/baseline_rgb7b/train2.py --batch_size 2 --max_epochs 10
-    python distillation/baseline_rgb7b/train2.py --miniature
+    On a laptop: --miniature in place of the other flags
 """
 
 import sys
@@ -16,45 +16,43 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils import run_script  # first: loads .env before transformers reads it
+from utils import at_least, run_script  # first: loads .env before transformers reads it
 
 # isort: split
 import argparse
 
 import pytorch_lightning as pl
 import torch
-from transformers import get_cosine_schedule_with_warmup
 
 from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import load_processor
-from distillation.forward import answer_logits, answers_right
+from distillation.forward import answer_logits
 from distillation.losses import answer_cross_entropy
-from distillation.models import MINIATURE_TEACHER, TEACHER_NAME, add_lora, load_model, split_parameters
-from distillation.run.callbacks import undo_averaging
+from distillation.models import MINIATURE_TEACHER, TEACHER_NAME, add_lora, load_model, parameter_groups
 from distillation.run.data import build_data
 from distillation.run.flags import add_common_args, add_vision_cache_arg, parse
 from distillation.run.folders import start_run
 from distillation.run.machine import frozen_dtype
+from distillation.run.steps import cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
 
 
-class RGBLoRA(pl.LightningModule):
+class SupervisedLoRA(pl.LightningModule):
     """The RGB model that becomes the teacher; called student here as in every script, since it is what trains."""
 
     strict_loading = False  # checkpoints hold the student only
 
-    def __init__(
-        self, *, student_name, lora_rank, lora_alpha, frozen, vocab_size, lr, vision_lr, weight_decay, warmup_share
-    ):
+    def __init__(self, args, *, vocab_size):
         super().__init__()
-        self.save_hyperparameters(ignore="frozen")
-        self.student = load_model(student_name, dtype=frozen if lora_rank else torch.float32)
-        if lora_rank:
-            self.student = add_lora(self.student, rank=lora_rank, alpha=lora_alpha)
+        self.args, self.vocab_size = args, vocab_size
+        frozen = frozen_dtype(args.precision, args.accelerator)
+        self.student = load_model(args.student_name, dtype=frozen if args.lora_rank else torch.float32)
+        if args.lora_rank:
+            self.student = add_lora(self.student, rank=args.lora_rank, alpha=args.lora_alpha)
 
     def forward_student(self, batch):
         """-> logits (n, V) that predict the n answer tokens, and those tokens (n,)."""
-        return answer_logits(self.student, batch["text"], batch["student_images"], vocab_size=self.hparams.vocab_size)
+        return answer_logits(self.student, batch["text"], batch["student_images"], vocab_size=self.vocab_size)
 
     def training_step(self, batch, batch_idx):
         logits, targets = self.forward_student(batch)
@@ -62,19 +60,12 @@ class RGBLoRA(pl.LightningModule):
         return {"loss": undo_averaging(self.trainer, batch) * loss, "terms": {"loss": loss}}
 
     def validation_step(self, batch, batch_idx):
-        logits, targets = self.forward_student(batch)
-        right = answers_right(logits, batch["text"])
-        ce = answer_cross_entropy(logits=logits, targets=targets) / len(targets)
-        self.log("val/ce", ce, batch_size=len(targets), sync_dist=True)
-        self.log("val/exact_match", right.float().mean(), batch_size=len(right), sync_dist=True)
+        log_answer_scores(self, batch, *self.forward_student(batch))
 
     def configure_optimizers(self):
-        vision, others = split_parameters(self.student)
-        groups = [{"params": vision, "lr": self.hparams.vision_lr}, {"params": others, "lr": self.hparams.lr}]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.hparams.weight_decay)
-        updates = self.trainer.estimated_stepping_batches
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(self.hparams.warmup_share * updates), updates)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        groups = parameter_groups(self.student, lr=self.args.lr, vision_lr=self.args.vision_lr)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay)
+        return cosine_with_warmup(self.trainer, optimizer, self.args.warmup_share)
 
 
 def parse_args(argv=None):
@@ -83,11 +74,11 @@ def parse_args(argv=None):
     parser.set_defaults(lr=1e-4, vision_lr=None)
     add_vision_cache_arg(parser)
     parser.add_argument("--student_name", default=TEACHER_NAME, help="hub id or folder of the model")
-    parser.add_argument("--lora_rank", type=int, default=16, help="0 = train all weights")
+    parser.add_argument("--lora_rank", type=at_least(0), default=16, help="rank of the adapters; 0 = train all weights")
     parser.add_argument(
-        "--lora_alpha", type=int, help="the adapters' weight is lora_alpha / lora_rank (twice the rank)"
+        "--lora_alpha", type=at_least(1), help="adapters are scaled by lora_alpha / lora_rank (default: 2)"
     )
-    args = parse(parser, argv, student_name=MINIATURE_TEACHER, batch_size=32, max_epochs=2, lr=1e-3, vision_lr=None)
+    args = parse(parser, argv, student_name=MINIATURE_TEACHER, batch_size=32, max_epochs=2, lr=1e-3)
     if args.lora_rank and args.vision_lr is not None:
         parser.error("--vision_lr: LoRA leaves the vision tower frozen; leave it out, or train all with --lora_rank 0")
     if not args.lora_rank and (args.vision_lr is None or args.lora_alpha is not None):
@@ -103,17 +94,7 @@ def main(args):
     run = start_run(args, __file__, images)
     processor = load_processor(args.student_name)
     data = build_data(args, processor, student=images)
-    module = RGBLoRA(
-        student_name=args.student_name,
-        lora_rank=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        frozen=frozen_dtype(args.precision, args.accelerator),
-        vocab_size=len(processor.tokenizer),
-        lr=args.lr,
-        vision_lr=args.vision_lr or 0.0,
-        weight_decay=args.weight_decay,
-        warmup_share=args.warmup_share,
-    )
+    module = SupervisedLoRA(args, vocab_size=len(processor.tokenizer))
     train(module, data, run, args)
 
 

@@ -1,14 +1,14 @@
-"""Feature-based distillation: the depth student learns gold answers and the RGB teacher's features, in vision and in language.
+"""Feature-based distillation: the depth student learns gold answers and the RGB teacher's vision and hidden features.
 
-Loss    cross-entropy of gold tokens + patch_weight * smooth-L1 of patches + hidden_weight * distance of the last hidden states
-        at answer positions, the student's through a learned linear map
+Loss    cross-entropy of gold tokens + patch_weight * smooth-L1 of patches
+        + hidden_weight * distance of the last hidden states at answer positions, the student's through a linear map
 Trains  everything: vision tower (own rate), projector, language model; and the map, which is not part of the student
 Reads   the pretrained 0.5B model; the teacher's outputs (computed once); SUNRGBD/csv_data
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/
 Rates   as in baseline_depth; the map starts from random weights and has its own
 
     python distillation/knowledge_distillation7b_feature_based/train_online_kd.py --teacher_checkpoint --batch_size 2
-    python distillation/knowledge_distillation7b_feature_based/train_online_kd.py --miniature --teacher_checkpoint
+    On a laptop: --miniature in place of --batch_size 2
 """
 
 import sys
@@ -17,76 +17,51 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils import run_script  # first: loads .env before transformers reads it
+from utils import at_least, run_script  # first: loads .env before transformers reads it
 
 # isort: split
 import argparse
 
 import pytorch_lightning as pl
 import torch
-from transformers import get_cosine_schedule_with_warmup
 
 from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import load_processor
-from distillation.forward import answer_states, answers_right, image_features, output_logits, overview_patches
+from distillation.forward import answer_states, image_features, output_logits, overview_patches
 from distillation.losses import answer_cross_entropy, answer_diagnostics, hidden_state_loss, patch_smooth_l1
-from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, STUDENT_NAME, load_model, split_parameters
-from distillation.run.callbacks import undo_averaging
+from distillation.models import STUDENT_NAME, load_model, parameter_groups
 from distillation.run.data import build_data
 from distillation.run.flags import add_common_args, add_depth_args, add_teacher_args, parse
 from distillation.run.folders import start_run
+from distillation.run.steps import cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
 from distillation.teacher import open_teacher
 
 
 class FeatureDistillation(pl.LightningModule):
-    """A depth student trained on gold answers and drawn to the teacher's features at both ends of the language model."""
+    """A depth student trained on gold answers and on the teacher's features at both ends of the language model."""
 
     strict_loading = False  # checkpoints hold the student only
 
-    def __init__(
-        self,
-        *,
-        student_name,
-        teacher,
-        patch_weight,
-        hidden_weight,
-        vocab_size,
-        lr,
-        vision_lr,
-        map_lr,
-        weight_decay,
-        warmup_share,
-    ):
+    def __init__(self, args, teacher, *, vocab_size):
         super().__init__()
-        self.save_hyperparameters(ignore="teacher")
-        self.student = load_model(student_name)
-        self.register_buffer("teacher_head", teacher.head(), persistent=False)
-        mean, std = teacher.statistics()  # (D,)
-        self.register_buffer("patch_mean", mean, persistent=False)
-        self.register_buffer("patch_std", std, persistent=False)
-        self.hidden_map = torch.nn.Linear(self.student.config.text_config.hidden_size, self.teacher_head.shape[1])
+        self.args, self.vocab_size = args, vocab_size
+        self.student = load_model(args.student_name)
+        self.teacher = teacher.constants(output_layer=True, patches=True)
+        teacher_width = self.teacher.output_layer.shape[1]
+        self.hidden_map = torch.nn.Linear(self.student.config.text_config.hidden_size, teacher_width)
 
     def forward_student(self, batch):
-        """-> logits (n, V) that predict the n answer tokens, those tokens (n,), hidden states (n, H), patches (B, P, D)."""
+        """-> logits (n, V) that predict the n answer tokens, those tokens (n,), states (n, H), patches (B, P, D)."""
         features = image_features(self.student, batch["student_images"])
-        hidden, targets = answer_states(self.student, batch["text"], {"seen": features})
-        logits = output_logits(self.student, hidden, vocab_size=self.hparams.vocab_size)
-        return logits, targets, hidden, overview_patches(self.student, batch["student_images"], features)
-
-    def forward_teacher(self, batch):
-        """-> logits (n, V) for the same tokens, from the cached hidden states through the teacher's frozen output layer."""
-        hidden = batch["teacher"]["hidden"]
-        return hidden.to(self.teacher_head.dtype) @ self.teacher_head.T
-
-    def standardise(self, patches):
-        """Vision features (B, P, D) of student or teacher, each channel by the teacher's mean and deviation."""
-        return (patches - self.patch_mean) / self.patch_std
+        hidden, targets = answer_states(self.student, batch["text"], {"image_features": features})
+        logits = output_logits(self.student, hidden, vocab_size=self.vocab_size)
+        patches = self.teacher.standardize(overview_patches(self.student, batch["student_images"], features))
+        return logits, targets, hidden, patches
 
     def training_step(self, batch, batch_idx):
         logits, targets, hidden, patches = self.forward_student(batch)
-        patches, teacher_patches = self.standardise(patches), self.standardise(batch["teacher"]["patches"])
-        teacher_logits = self.forward_teacher(batch)
+        teacher_logits, teacher_patches = self.teacher.logits(batch), self.teacher.patches(batch)
         gold, n = batch["teacher"]["gold"], batch["update"]  # n: items of the whole optimizer update
 
         ce = answer_cross_entropy(logits=logits[gold], targets=targets[gold]) / n["gold_tokens"]
@@ -94,7 +69,7 @@ class FeatureDistillation(pl.LightningModule):
         patch = patch / n["patches"]
         distance = hidden_state_loss(student=self.hidden_map(hidden), teacher=batch["teacher"]["hidden"])
         distance = distance / n["answer_tokens"]
-        loss = ce + self.hparams.patch_weight * patch + self.hparams.hidden_weight * distance
+        loss = ce + self.args.patch_weight * patch + self.args.hidden_weight * distance
 
         terms = {"loss": loss, "patch": patch, "hidden": distance}
         if n["has_gold"]:
@@ -106,19 +81,13 @@ class FeatureDistillation(pl.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         logits, targets, _, _ = self.forward_student(batch)
-        right = answers_right(logits, batch["text"])
-        ce = answer_cross_entropy(logits=logits, targets=targets) / len(targets)
-        self.log("val/ce", ce, batch_size=len(targets), sync_dist=True)
-        self.log("val/exact_match", right.float().mean(), batch_size=len(right), sync_dist=True)
+        log_answer_scores(self, batch, logits, targets)
 
     def configure_optimizers(self):
-        vision, others = split_parameters(self.student)
-        groups = [{"params": vision, "lr": self.hparams.vision_lr}, {"params": others, "lr": self.hparams.lr}]
-        groups += [{"params": self.hidden_map.parameters(), "lr": self.hparams.map_lr}]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.hparams.weight_decay)
-        updates = self.trainer.estimated_stepping_batches
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(self.hparams.warmup_share * updates), updates)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        groups = parameter_groups(self.student, lr=self.args.lr, vision_lr=self.args.vision_lr)
+        groups += [{"params": self.hidden_map.parameters(), "lr": self.args.map_lr}]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay)
+        return cosine_with_warmup(self.trainer, optimizer, self.args.warmup_share)
 
 
 def parse_args(argv=None):
@@ -127,12 +96,12 @@ def parse_args(argv=None):
     add_depth_args(parser)
     add_teacher_args(parser)
     parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
-    parser.add_argument("--patch_weight", type=float, default=0.5, help="of the distance between patches")
-    parser.add_argument("--hidden_weight", type=float, default=0.5, help="of the distance between hidden states")
+    parser.add_argument("--patch_weight", type=at_least(0.0), default=0.5, help="weight of the patch distance")
     parser.add_argument(
-        "--map_lr", type=float, default=1e-3, help="peak learning rate of the map between hidden states"
+        "--hidden_weight", type=at_least(0.0), default=0.5, help="weight of the distance between hidden states"
     )
-    return parse(parser, argv, student_name=MINIATURE_STUDENT, teacher_name=MINIATURE_TEACHER, map_lr=2.5e-4)
+    parser.add_argument("--map_lr", type=at_least(0.0), default=1e-3, help="peak learning rate of the learned map")
+    return parse(parser, argv, map_lr=2.5e-4)
 
 
 def main(args):
@@ -141,19 +110,7 @@ def main(args):
     processor = load_processor(args.student_name)
     data = build_data(args, processor, student=images)
     teacher = open_teacher(args, data, run)
-    data.use_teacher(teacher)
-    module = FeatureDistillation(
-        student_name=args.student_name,
-        teacher=teacher,
-        patch_weight=args.patch_weight,
-        hidden_weight=args.hidden_weight,
-        vocab_size=len(processor.tokenizer),
-        lr=args.lr,
-        vision_lr=args.vision_lr,
-        map_lr=args.map_lr,
-        weight_decay=args.weight_decay,
-        warmup_share=args.warmup_share,
-    )
+    module = FeatureDistillation(args, teacher, vocab_size=len(processor.tokenizer))
     train(module, data, run, args)
 
 

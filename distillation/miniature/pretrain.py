@@ -1,16 +1,16 @@
 """Make the tiny LLaVA-OneVision pair from nothing: tokenizer, processor, teacher and student, pretrained on RGB rooms.
 
-    python distillation/miniature/pretrain.py                 writes dataset/miniature/{teacher,student}/ and pretrain.log
+    python distillation/miniature/pretrain.py          writes dataset/miniature/{teacher,student}/ and pretrain.log
 
 The pair stands for the real LLaVA-OneVision 7B and 0.5B: both have seen many labelled RGB rooms, of other statistics
-(`PRETRAIN_STYLE`: other sizes, furniture, colours, cameras, other seeds) than the miniature data set's, and no depth image.
-As the real ones start from one SigLIP tower, these two start from one vision tower, trained on grounding alone.
+(`PRETRAIN_STYLE`: other sizes, furniture, colors, cameras, other seeds) than the miniature data set's, and no depth
+image. As the real ones start from one SigLIP tower, these two start from one vision tower, trained on grounding alone.
 
 What makes a tiny vision-language model learn within minutes was found by trial:
-- a grounding stage before any question: each image token predicts, through the tied output layer, class and colour of the
-  object under it, and a throw-away head regresses where that object is; the same term stays on while answering;
-- position embeddings that start as a two-dimensional sine-cosine table: with the default random table, the position of a
-  token is lost among patch embeddings ten times its size, and "left" and "right" cannot be told;
+- a grounding stage before any question: each image token predicts, through the tied output layer, class and color
+  of the object under it, and a throw-away head regresses where that object is; the same term stays on while answering;
+- position embeddings that start as a two-dimensional sine-cosine table: with the default random table, the position
+  of a token is lost among patch embeddings ten times its size, and "left" and "right" cannot be told;
 - text weights that start at a standard deviation of 0.06 instead of 0.02;
 - question mixtures that begin with the hard spatial types and end with all of them.
 """
@@ -52,7 +52,7 @@ from dataset.miniature.renderer import COLORS, NOUNS, PRETRAIN_STYLE, View, rend
 from dataset.questions.captions import CAPTION_QUESTION
 from dataset.questions.generate import frame_candidates
 from dataset.questions.rows import CAPTION_TYPE
-from distillation.forward import answer_logits, answers_right, use_packed_attention
+from distillation.forward import answer_logits, exact_matches, use_packed_attention
 from distillation.losses import answer_cross_entropy
 
 IMAGE_SIZE, PATCH = 128, 16
@@ -102,11 +102,12 @@ SPATIAL = {
     "Proximity by color": 1.0,
     "Yes/No by color": 1.0,
 }
+LAST_SHARES = {"Count": 2.0, "Direction": 2.0, "Proximity": 2.5, "Proximity by color": 0.5}
 STAGES = (
     Stage("grounding", {"teacher": 1200, "student": 300}, 2e-3),
     Stage("spatial", {"teacher": 600, "student": 500}, 1e-3, 8, EVEN | SPATIAL | {"Caption": 1.0}),
     Stage("counting", {"teacher": 500, "student": 350}, 1e-3, 8, EVEN | SPATIAL | {"Count": 4.0, "Caption": 1.0}),
-    Stage("all", {"teacher": 1500, "student": 1100}, 1e-3, 8, EVEN | {"Count": 2.0, "Direction": 2.0, "Proximity": 2.5, "Proximity by color": 0.5}),
+    Stage("all", {"teacher": 1500, "student": 1100}, 1e-3, 8, EVEN | LAST_SHARES),
 )  # fmt: skip
 BATCH = 32
 GROUNDING_WEIGHT = 0.3
@@ -144,7 +145,7 @@ def caption(view: View) -> str:
 
 
 def token_targets(view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Noun, colour and place of the object that covers most of each patch, when it covers at least a sixth of it."""
+    """Noun, color and place of the object that covers most of each patch, when it covers at least a sixth of it."""
     count = len(view.objects)
     patches = view.object_ids.reshape(GRID, PATCH, GRID, PATCH).swapaxes(1, 2).reshape(GRID * GRID, -1)
     cover = np.stack([(patches == i).mean(axis=1) for i in range(count)], axis=1)
@@ -169,7 +170,8 @@ def render_rooms(first_seed: int, count: int) -> list[Room]:
 def build_processor(texts: list[str]) -> ImageTextProcessor:
     """A byte-level BPE tokenizer trained on `texts`, the special tokens and chat template of LLaVA-OneVision, 128 px.
 
-    The template's own words count as often as any text, so that they are one token each: they stand around every question.
+    The template's own words count as often as any text, so that they are one token each: they stand around every
+    question.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -244,7 +246,7 @@ def build_model(size: Size, processor: ImageTextProcessor) -> LlavaOnevisionForC
 
 
 def sine_cosine_table(grid: int, width: int, *, amplitude: float = 0.5) -> Tensor:
-    """(grid * grid, width) two-dimensional position table: a quarter of the channels each for sin and cos of row, column."""
+    """(grid * grid, width) position table: a quarter of the channels each for sin and cos of row and of column."""
     frequencies = torch.logspace(0, math.log10(math.pi * grid / 2), width // 4)
     steps = torch.linspace(-1, 1, grid)[:, None] * frequencies  # (grid, width / 4)
     one_axis = torch.cat([steps.sin(), steps.cos()], dim=1)
@@ -315,7 +317,7 @@ class Grounding(nn.Module):
         self.nouns, self.colors = word_ids(NOUNS), word_ids(COLORS)
 
     def forward(self, model: LlavaOnevisionForConditionalGeneration, tokens: Tensor, rooms: list[Room]) -> Tensor:
-        """Loss of projected image tokens (B, N, D): class and colour words through the output layer, place by regression."""
+        """Loss of projected image tokens (B, N, D): class and color words by the output layer, place by regression."""
         nouns, colors, places = (
             torch.from_numpy(np.stack([getattr(room, name) for room in rooms]))
             for name in ("nouns", "colors", "places")
@@ -352,7 +354,7 @@ def train_stage(
         loss = grounding(model, tokens, rooms)
         if stage.questions:
             text = batches.text([questions for _, questions in drawn])
-            logits, targets = answer_logits(model, text, {"seen": features}, vocab_size=vocab_size)
+            logits, targets = answer_logits(model, text, {"image_features": features}, vocab_size=vocab_size)
             loss = answer_cross_entropy(logits=logits, targets=targets) + GROUNDING_WEIGHT * loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -376,7 +378,7 @@ def accuracy(model: LlavaOnevisionForConditionalGeneration, batches: Batches) ->
         text = batches.text(asked)
         logits, _ = answer_logits(model, text, batches.images(rooms), vocab_size=vocab_size)
         for (kind, _, _), right in zip(
-            (q for row in asked for q in row), answers_right(logits, text).tolist(), strict=True
+            (q for row in asked for q in row), exact_matches(logits, text).tolist(), strict=True
         ):
             hits.setdefault(kind, []).append(right)
     model.train()

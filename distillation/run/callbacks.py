@@ -3,7 +3,6 @@
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from utils import ProgressLine, UserError
 
 
 class KeyedRandomness(Callback):
-    """Seeds every step by (seed, epoch, batch), so that a resumed run draws the same dropout masks without stored state."""
+    """Seeds every step by (seed, epoch, batch): a resumed run draws the same dropout masks without stored state."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -37,8 +36,9 @@ class FiniteGuard(Callback):
         norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
         if not bool(torch.isfinite(norm)):
             raise UserError(
-                f"the gradient is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}); nothing was "
-                "updated. Start again with a lower --lr or another --precision, from --load_checkpoint if one was saved."
+                f"the gradient is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}); nothing "
+                "was updated. Start again with a lower --lr or another --precision, from --load_checkpoint if one was "
+                "saved."
             )
 
 
@@ -79,16 +79,6 @@ class StopOnSignal(Callback):
             trainer.save_checkpoint(self.last)
             print(f"stopped by a signal; saved {self.last}; continue with --resume auto", file=sys.stderr)
             raise SystemExit(128 + (self.received or signal.SIGTERM))
-
-
-def undo_averaging(trainer: pl.Trainer, batch: Mapping[str, Any]) -> float:
-    """What a micro-batch's part of an update's loss is multiplied by before Lightning gets it.
-
-    Lightning divides every loss by accumulate_grad_batches, also where an epoch's last update has fewer micro-batches, and DDP and
-    FSDP average gradients over ranks. Our parts are sums over the number of items in the whole update: they are to be added up, and
-    nothing else. A spare micro-batch (see `dataset.inputs.sampler`) counts nothing.
-    """
-    return 0.0 if batch["spare"] else float(trainer.accumulate_grad_batches * trainer.world_size)
 
 
 class UpdateLog(Callback):

@@ -13,7 +13,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from dataset.inputs.processor import ImageTextProcessor
 from distillation.models import export_model, load_trained_state, student_state, trained_state
-from distillation.run.folders import Run, best_checkpoint, find_checkpoint
+from distillation.run.folders import Run, chosen_checkpoint
 from distillation.run.machine import probe
 from utils import ROOT, UserError, atomic_path, checksum_path, checksummed_path, matches_checksum, outputs_root
 
@@ -86,7 +86,8 @@ class CheckpointContents(Callback):
         }
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
         if stands_inside_epoch(trainer) and epochs["current"]["processed"] == epochs["current"]["started"]:
-            # --max_steps has ended the run inside this epoch, and Lightning counts it as done: the rest would never be read.
+            # --max_steps has ended the run inside this epoch, and Lightning counts it as done: the rest would never be
+            # read.
             for counts in (epochs["current"], epochs["total"]):
                 counts["processed"] -= 1
                 counts["completed"] = min(counts["completed"], counts["processed"])
@@ -147,8 +148,8 @@ def resume_batch(position: Mapping[str, int], run: Run, args: argparse.Namespace
         return 0
     if position["world_size"] != (now := probe(args).world_size):
         raise UserError(
-            f"--resume {run.resume_from}: was interrupted inside an epoch on {position['world_size']} device(s), now there are {now}; go on with as "
-            "many until the epoch is done"
+            f"--resume {run.resume_from}: was interrupted inside an epoch on {position['world_size']} device(s), now "
+            f"there are {now}; go on with as many until the epoch is done"
         )
     return position["batch"]
 
@@ -156,10 +157,10 @@ def resume_batch(position: Mapping[str, int], run: Run, args: argparse.Namespace
 def put_starting_weights(
     student: torch.nn.Module, run: Run, args: argparse.Namespace, *, builds_on: str | None = None
 ) -> dict[str, int] | None:
-    """Give the student the weights that the run starts from: the resumed run's, a checkpoint's, or the stock ones that it has.
+    """Give the student the weights that the run starts from: the resumed run's, a checkpoint's, or the stock ones.
 
-    The one place that decides it, before anything looks at the weights. Lightning restores a resumed run's once more, with the
-    optimizer.
+    The one place that decides it, before anything looks at the weights. Lightning restores a resumed run's once more,
+    with the optimizer.
 
     Returns:
         The position of a resumed run, for `resume_batch`; None where the run is new.
@@ -175,10 +176,7 @@ def put_starting_weights(
         return checkpoint["position"]
     if args.load_checkpoint:
         source = outputs_root(ROOT / "distillation" / builds_on) if builds_on else run.experiment
-        best = args.load_checkpoint == "best"
-        path = (
-            best_checkpoint(source, miniature=args.miniature) if best else find_checkpoint(args.load_checkpoint, source)
-        )
+        path = chosen_checkpoint(args.load_checkpoint, source, miniature=args.miniature)
         load_student(student, path, run.record, builds_on=builds_on)
         run.record["load_checkpoint"] = str(path)
     return None
@@ -197,8 +195,8 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
     for name in sorted(run.record.keys() - free):
         if recorded.get(name) != run.record[name]:
             raise UserError(
-                f"--resume {run.resume_from}: was started with {name} {recorded.get(name)}, now it is {run.record[name]}; "
-                "give the same, or start a new run with --load_checkpoint"
+                f"--resume {run.resume_from}: was started with {name} {recorded.get(name)}, now it is "
+                f"{run.record[name]}; give the same, or start a new run with --load_checkpoint"
             )
 
 
@@ -222,19 +220,20 @@ def load_student(
             raise UserError(
                 f"--load_checkpoint {path}: trained with {name} {theirs.get(name)}, this run has {record.get(name)}"
             )
-    # Another share or another seed has other gold answers: together they would be more than either run may see.
-    kept = ("label_fraction", "subset_percentage", "seed")
-    if builds_on and min(theirs.get("label_fraction", 1), record.get("label_fraction", 1)) < 1:
-        for name in kept if "label_fraction" in theirs else ():
+    # With another share or seed the phase before read other labels: both phases together would use more than allowed.
+    both_read_labels = None not in (theirs.get("label_fraction"), record.get("label_fraction"))
+    if builds_on and both_read_labels and min(theirs["label_fraction"], record["label_fraction"]) < 1:
+        for name in ("label_fraction", "subset_percentage", "seed"):
             if theirs[name] != record[name]:
                 raise UserError(
-                    f"--load_checkpoint {path}: trained with {name} {theirs[name]}, this run has {record[name]}; give the path of "
-                    "one that was trained on the same labels"
+                    f"--load_checkpoint {path}: trained with {name} {theirs[name]}, this run has {record[name]}; give "
+                    "the path of one that was trained on the same labels"
                 )
     if builds_on and theirs.get("teacher_weights") != record["teacher_weights"] and not record["any_teacher"]:
+        their_teacher = theirs["teacher_checkpoint"] or theirs["teacher_name"]
         raise UserError(
-            f"--load_checkpoint {path}: was trained with another teacher ({theirs['teacher_checkpoint'] or theirs['teacher_name']}); "
-            "give the same one, or add --any_teacher if it is meant"
+            f"--load_checkpoint {path}: was trained with another teacher ({their_teacher}); give the same one, or add "
+            "--any_teacher if it is meant"
         )
     load_trained_state(student, student_state(checkpoint), origin=str(path))
     print(f"starting from {path}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.datamodule import SUNRGBDDataModule
+from dataset.datamodule import SUNRGBDDataModule, SUNRGBDDataset
 from dataset.inputs.pictures import ImageSettings, PictureCache, picture_key
 from dataset.inputs.processor import ImageTextProcessor
 from dataset.miniature.world import ensure_world
@@ -38,10 +38,10 @@ def build_data(
         student=student,
         batch_size=args.batch_size,
         accumulate_grad_batches=args.accumulate_grad_batches,
-        questions_per_image=getattr(args, "questions_per_image", None),  # phase 1 has no flags about questions
-        teacher_questions=getattr(args, "teacher_questions", 0),
+        questions_per_image=args.questions_per_image,
+        teacher_questions=args.teacher_questions or 0,
         subset_percentage=args.subset_percentage,
-        label_fraction=getattr(args, "label_fraction", 1.0),
+        label_fraction=args.label_fraction or 1.0,
         augmentation=args.augmentation,
         cache=cache,
         num_workers=args.num_workers,
@@ -67,45 +67,58 @@ def check_disk(what: str, folder: Path, bytes_each: float, n: int) -> None:
 
 
 def use_vision_cache(student: torch.nn.Module, data: SUNRGBDDataModule, args: argparse.Namespace) -> None:
-    """Let a frozen vision tower see every picture once, and train on what it saw, read from disk.
+    """Compute a frozen vision tower's features of every picture once, and train on them, read from disk.
 
-    Exact but for the order of float additions. Features are keyed by the tower's weights, the pictures and the precision; what
-    another run has stored is used.
+    Exact but for the order of float additions. Features are keyed by the tower's weights, the pictures and the
+    precision; what another run has stored is used.
 
     Raises:
         UserError: the tower trains, or the disk has no room.
     """
     tower = vision_tower(student)
     if any(parameter.requires_grad for parameter in tower.parameters()):
-        raise UserError("--vision_cache: the vision tower trains here, what it sees changes; leave it out")
-    digest = hashlib.sha256()
-    for name, weight in sorted(tower.state_dict().items()):
-        digest.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        raise UserError("--vision_cache: the vision tower trains here, its features change; leave it out")
     precision = resolve_precision(args.precision, args.accelerator)
-    key = picture_key(data.processor, data.student) | {"tower": digest.hexdigest(), "precision": precision}
+    key = picture_key(data.processor, data.student) | {"tower": weights_digest(tower), "precision": precision}
     cache = PictureCache(outputs_root(ROOT / "distillation" / "vision_cache"), key, data.student)
     device, half = probe(args).strategy.root_device, half_dtype(precision)
     with locked(cache.store.folder), torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
         for dataset in (data.train, data.val):
-            missing = [i for i in range(len(dataset)) if cache.find(dataset.frame(i)) is None]
-            loader = torch.utils.data.DataLoader(
-                dataset,
-                sampler=[(0, i) for i in missing],
-                batch_size=2 * args.batch_size,
-                collate_fn=list,
-                num_workers=args.num_workers,
-            )
-            batches = progress(loader, total=len(loader), label="the frozen tower looks, batch")
-            places = iter(missing)
-            for items in batches:
-                pictures = [item["picture"] for item in items]
-                tiles = torch.cat([picture.tiles for picture in pictures]).to(device)
-                features = (
-                    tower_features(student.to(device), tiles).cpu().contiguous().split([len(p.tiles) for p in pictures])
-                )
-                for picture, seen in zip(pictures, features, strict=True):
-                    place = next(places)
-                    if place == missing[0]:
-                        check_disk("--vision_cache", cache.store.folder, seen.nbytes, len(missing))
-                    cache.put(dataset.frame(place), replace(picture, tiles=seen))
+            store_features(student.to(device), dataset, cache, args)
     data.use_features(cache)
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Hex digest of a model's weights and their names."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def store_features(
+    student: torch.nn.Module, dataset: SUNRGBDDataset, cache: PictureCache, args: argparse.Namespace
+) -> None:
+    """Put the vision features of all pictures of a data set into the cache, unless they are there.
+
+    Raises:
+        UserError: the disk has no room for what the first picture promises.
+    """
+    missing = [i for i in range(len(dataset)) if cache.find(dataset.frame(i)) is None]
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        sampler=[(0, i) for i in missing],
+        batch_size=2 * args.batch_size,
+        collate_fn=list,
+        num_workers=args.num_workers,
+    )
+    device, numbers = next(student.parameters()).device, iter(missing)
+    for items in progress(loader, total=len(loader), label="precomputing vision features, batch"):
+        pictures = [item["picture"] for item in items]
+        tiles = torch.cat([picture.tiles for picture in pictures]).to(device)
+        features = tower_features(student, tiles).cpu().contiguous()
+        for picture, own in zip(pictures, features.split([len(p.tiles) for p in pictures]), strict=True):
+            number = next(numbers)
+            if number == missing[0]:
+                check_disk("--vision_cache", cache.store.folder, own.nbytes, len(missing))
+            cache.put(dataset.frame(number), replace(picture, tiles=own))

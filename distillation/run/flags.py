@@ -1,14 +1,16 @@
 """The flags that training scripts share, checked where they are declared."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dataset.inputs.depth_encodings import ENCODINGS
 from dataset.inputs.pictures import DEPTH_SOURCES
 from dataset.inputs.processor import IMAGE_TOKENS
-from distillation.models import TEACHER_NAME
+from distillation.losses import DIVERGENCES
+from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, TEACHER_NAME
+from utils import at_least, positive, share
 
 MINIATURE_DEFAULTS = dict(
     batch_size=8,
@@ -18,112 +20,132 @@ MINIATURE_DEFAULTS = dict(
     lr=2.5e-4,
     vision_lr=2.5e-4,
     num_workers=1,
+    student_name=MINIATURE_STUDENT,
+    teacher_name=MINIATURE_TEACHER,
 )
-# Ten times that of fine-tuning, for every student whose tower has seen colour pictures and now sees depth: a control that learns to
-# see more slowly than its rivals would flatter them.
+# Ten times that of fine-tuning, for every student whose tower was pretrained on color pictures and now sees depth: a
+# control that learns to see more slowly than its rivals would flatter them.
 DEPTH_VISION_LR = 2e-5
-LEAST = dict(  # smallest value that a flag takes
-    batch_size=1,
-    accumulate_grad_batches=1,
-    max_epochs=1,
-    num_nodes=1,
-    questions_per_image=1,
-    teacher_questions=0,
-    num_workers=0,
-    lr=0,
-    vision_lr=0,
-    map_lr=0,
-    weight_decay=0,
-    warmup_share=0,
-    gradient_clip=0,
-    seed=0,
-    lora_rank=0,
-    lora_alpha=1,
-)
 
 
 def add_common_args(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = ()) -> None:
-    """The flags that every training script has, with the defaults for real SUN RGB-D, but those that it could not obey."""
+    """The flags that every training script has, with the defaults for real SUN RGB-D, but those that it could not obey.
+
+    Of flags that a script does not have, the parsed arguments hold None (False where they are switches), so that shared
+    code can read all of them.
+
+    Args:
+        parser: of a training script.
+        leave_out: flags that this script does not have.
+    """
+    parser.set_defaults(teacher=None, teacher_checkpoint=None, teacher_questions=None, any_teacher=False)
+    parser.set_defaults(vision_cache=False, **{flag.removeprefix("--"): None for flag in leave_out})
 
     def add(flag: str, **options: Any) -> None:
         if flag not in leave_out:
             parser.add_argument(flag, **options)
 
-    # data
-    add("--miniature", action="store_true", help="the built-in world and tiny models, with sizes that suit them")
-    add("--subset_percentage", type=float, default=1.0, help="share of the training images, in (0, 1]")
-    add(
-        "--label_fraction",
-        type=float,
-        default=1.0,
-        help="share of the training questions with a gold answer, in (0, 1]",
-    )
-    add("--questions_per_image", type=int, default=None, help="at most so many questions of an image per step (all)")
+    for group in (_add_data_args, _add_optimization_args, _add_machine_args, _add_run_args):
+        group(add)
+
+
+def _add_data_args(add: Callable[..., None]) -> None:
+    add("--miniature", action="store_true", help="use the built-in world and tiny models, with sizes that suit them")
+    add("--subset_percentage", type=share, default=1.0, help="share of the training images to use, in (0, 1]")
+    add("--label_fraction", type=share, default=1.0, help="share of the training questions with a label, in (0, 1]")
+    add("--questions_per_image", type=at_least(1), help="limit on the questions of an image per step (default: all)")
     add(
         "--augmentation",
         action="store_true",
-        help="colour jitter on RGB, noise and holes on depth, shared crop and roll",
+        help="color jitter on RGB, noise and holes on depth, the same random crop and roll on both",
     )
     add(
         "--picture_cache",
         action=argparse.BooleanOptionalAction,
-        help="keep the student's pictures on disk, ready to use (with --miniature: yes, unless --augmentation)",
+        help="keep the student's preprocessed pictures on disk (default: with --miniature, unless --augmentation)",
     )
     add(
         "--image_tokens",
         choices=IMAGE_TOKENS,
         default="anyres",
-        help="tiles of a grid and an overview, one tile and an overview, or one",
+        help="a grid of tiles and an overview, one tile and an overview, or one tile alone",
     )
-    add("--num_workers", type=int, default=4, help="data loading processes")
-    # optimisation
-    add("--batch_size", type=int, default=2, help="images per step and device")
-    add("--accumulate_grad_batches", type=int, default=16, help="steps per optimizer update")
-    add("--max_epochs", type=int, default=5, help="passes over the training images")
-    add("--max_steps", type=int, default=-1, help="stop after so many optimizer updates (-1: --max_epochs decides)")
-    add("--lr", type=float, default=1e-5, help="peak learning rate")
-    add("--vision_lr", type=float, default=2e-6, help="peak learning rate of the vision tower")
-    add("--weight_decay", type=float, default=0.0, help="AdamW's, on all weights that train")
-    add("--warmup_share", type=float, default=0.03, help="share of the updates in which the rate rises")
-    add("--gradient_clip", type=float, default=1.0, help="largest gradient norm; 0 = no clipping")
-    add("--seed", type=int, default=0, help="of the order of the data, augmentation, adapters and dropout")
-    # machine
+    add("--num_workers", type=at_least(0), default=4, help="number of data loading processes")
+
+
+def _add_optimization_args(add: Callable[..., None]) -> None:
+    add("--batch_size", type=at_least(1), default=2, help="images per step and device")
+    add("--accumulate_grad_batches", type=at_least(1), default=16, help="steps per optimizer update")
+    add("--max_epochs", type=at_least(1), default=5, help="passes over the training images")
+    add("--max_steps", type=step_limit, default=-1, help="stop after so many optimizer updates (-1: no limit)")
+    add("--lr", type=at_least(0.0), default=1e-5, help="peak learning rate of language model and projector")
+    add("--vision_lr", type=at_least(0.0), default=2e-6, help="peak learning rate of the vision tower")
+    add("--weight_decay", type=at_least(0.0), default=0.0, help="weight decay of AdamW, on all weights that train")
+    add(
+        "--warmup_share",
+        type=at_least(0.0, below=1.0),
+        default=0.03,
+        help="share of the updates in which the learning rate rises",
+    )
+    add("--gradient_clip", type=at_least(0.0), default=1.0, help="largest gradient norm; 0 = no clipping")
+    add("--seed", type=at_least(0), default=0, help="seed of data order, augmentation, adapters and dropout")
+
+
+def _add_machine_args(add: Callable[..., None]) -> None:
     add(
         "--gradient_checkpointing",
         action="store_true",
-        help="keep less of the forward pass and compute it again: the same gradients in less memory, a third slower",
+        help="recompute activations in the backward pass: the same gradients in less memory, a third slower",
     )
     add("--precision", default="auto", help="a Lightning precision; auto = bf16-mixed where the GPU can, else 32-true")
     add("--accelerator", default="auto", help="a Lightning accelerator: auto, cpu, gpu, ...")
-    add("--devices", default="auto", help="a Lightning device list or count, of each machine")
-    add("--num_nodes", type=int, default=1, help="machines, with torchrun on each of them")
+    add("--devices", default="auto", help="number or list of devices of each machine, as Lightning takes it")
+    add("--num_nodes", type=at_least(1), default=1, help="number of machines, with torchrun on each of them")
     add("--strategy", default="auto", help="a Lightning strategy: auto, ddp, fsdp (with --gradient_clip 0), ...")
-    # where from, where to
+
+
+def _add_run_args(add: Callable[..., None]) -> None:
     add(
         "--load_checkpoint",
         nargs="?",
         const="best",
-        help="start from these weights: a path or a run's name; without one: the best of the phase before, else of this experiment",
+        help="start from these weights: a path or a run's name; without one: the best of the phase before, else of "
+        "this experiment",
     )
     add("--resume", help="continue an interrupted run exactly: auto (the newest, a new run if there is none) or a path")
-    add("--run_name", help="name of the run's folders (the time it started)")
-    add("--export", type=Path, help="write the best student as a Hugging Face folder")
+    add("--run_name", help="name of the run's folders (default: the time it started)")
+    add("--export", type=new_path, help="write the best student as a Hugging Face folder to this path")
     add(
-        "--save_final_pt", type=Path, help="write the best student's weights as a plain state dict (LoRA: the adapters)"
+        "--save_final_pt",
+        type=new_path,
+        help="write the best student's weights as a plain state dict to this path (with LoRA: the adapters)",
     )
     add("--dry_run", action="store_true", help="say what would happen and what it costs; write nothing")
+
+
+def step_limit(text: str) -> int:
+    """An argparse type: at least 1, or -1 for no limit."""
+    return -1 if text == "-1" else at_least(1)(text)
+
+
+def new_path(text: str) -> Path:
+    """An argparse type: a path where nothing is yet."""
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} is there already; give a new path")
+    return Path(text)
 
 
 def add_depth_args(parser: argparse.ArgumentParser) -> None:
     """The flags of every script whose student sees depth; its tower's rate is higher, since depth is new to it."""
     if parser.get_default("vision_lr") is not None:  # where the tower trains
         parser.set_defaults(vision_lr=DEPTH_VISION_LR)
-    parser.add_argument("--depth_encoding", choices=tuple(ENCODINGS), default="metric_log3", help="depth -> 3 channels")
-    parser.add_argument("--depth_source", choices=DEPTH_SOURCES, default="raw", help="raw, or bfx = hole-filled")
+    add = parser.add_argument
+    add("--depth_encoding", choices=tuple(ENCODINGS), default="metric_log3", help="how depth becomes 3 channels")
+    add("--depth_source", choices=DEPTH_SOURCES, default="raw", help="depth as recorded, or with filled holes (bfx)")
 
 
 def add_teacher_args(parser: argparse.ArgumentParser, *, asks: bool = True) -> None:
-    """The flags of every script that distils: which teacher and, where its answers count, what it is asked."""
+    """The flags of every script that distills: which teacher and, where its answers count, its number of questions."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--teacher_name", default=TEACHER_NAME, help="hub id or folder of a stock teacher")
     which.add_argument(
@@ -135,66 +157,71 @@ def add_teacher_args(parser: argparse.ArgumentParser, *, asks: bool = True) -> N
     parser.add_argument(
         "--any_teacher",
         action="store_true",
-        help="accept a teacher that the phase before did not have, or that was tuned on labels which the student may not see",
+        help="accept a teacher other than the phase before had, or one tuned on labels that the student may not see",
     )
     parser.add_argument(
         "--teacher",
         choices=("cached", "online"),
         default="cached",
-        help="look at every image once and store it, or look again in every step: the same loss, slow (--num_workers 0)",
+        help="compute its outputs once and store them, or again in every step: the same loss, slow (--num_workers 0)",
     )
     if asks:
         parser.add_argument(
             "--teacher_questions",
-            type=int,
+            type=at_least(0),
             default=0,
-            help="per image and step so many further questions, answered by the teacher",
+            help="number of further questions per image and step that the teacher answers",
         )
 
 
 def add_vision_cache_arg(parser: argparse.ArgumentParser) -> None:
     """The flag of every script whose vision tower is frozen."""
     parser.add_argument(
-        "--vision_cache", action="store_true", help="let the frozen vision tower see every picture once (on disk)"
+        "--vision_cache", action="store_true", help="compute the frozen vision tower's features once and store them"
     )
 
 
+def add_divergence_args(parser: argparse.ArgumentParser) -> None:
+    """The flags of every script with a KL term."""
+    add = parser.add_argument
+    add(
+        "--divergence",
+        choices=tuple(DIVERGENCES),
+        default="forward_kl",
+        help="the KL term: KL(teacher || student), KL(student || teacher), or their mean over a mixture of both",
+    )
+    add("--kl_weight", type=at_least(0.0), default=1.0, help="weight of the KL term")
+    add("--temperature", type=positive, default=1.0, help="temperature T that softens both distributions")
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniature_defaults: Any) -> argparse.Namespace:
-    """Parse and check; --miniature changes the defaults, and what is given explicitly still wins."""
+    """Parse, and stop where flags contradict each other. What is given explicitly wins over all defaults.
+
+    Args:
+        parser: of a training script.
+        argv: the command line; None = this process's.
+        **miniature_defaults: with --miniature, instead of `MINIATURE_DEFAULTS` or besides them.
+    """
     args = parser.parse_args(argv)
     if args.miniature:
-        parser.set_defaults(**MINIATURE_DEFAULTS | miniature_defaults)
+        defaults = MINIATURE_DEFAULTS | miniature_defaults
+        parser.set_defaults(**{name: v for name, v in defaults.items() if parser.get_default(name) is not None})
         args = parser.parse_args(argv)
-    for name, least in LEAST.items():
-        value = getattr(args, name, None)
-        if value is not None and not value >= least:  # nan is no value either
-            parser.error(f"--{name} {value}: give at least {least}")
-    if args.max_steps != -1 and args.max_steps < 1:
-        parser.error(f"--max_steps {args.max_steps}: give at least 1, or -1 for no limit")
-    for name in ("subset_percentage", "label_fraction"):
-        if not 0 < getattr(args, name, 1.0) <= 1:
-            parser.error(f"--{name} {getattr(args, name)}: give a share above 0 and at most 1")
-    if not args.warmup_share < 1:
-        parser.error(f"--warmup_share {args.warmup_share}: give a share below 1")
     if args.strategy.startswith("fsdp") and args.gradient_clip:
         parser.error(
             "--strategy fsdp cannot clip the norm of gradients that are spread over devices: --gradient_clip 0"
         )
-    if getattr(args, "teacher", "cached") == "online" and args.num_workers:
-        parser.error("--teacher online is asked where the student trains: add --num_workers 0")
+    if args.teacher == "online" and args.num_workers:
+        parser.error("--teacher online computes its outputs where the student trains: add --num_workers 0")
     if args.resume not in (None, "auto") and args.load_checkpoint:
         parser.error("--resume continues a run with its own weights; leave out --load_checkpoint")
     if args.resume and args.dry_run:
         parser.error("--dry_run says what a new run costs; leave out --resume")
-    for name in ("picture_cache", "vision_cache"):
-        if getattr(args, name, False) and args.augmentation:
-            parser.error(f"--augmentation makes every picture anew: leave out --{name}")
+    for name, given in (("picture_cache", args.picture_cache), ("vision_cache", args.vision_cache)):
+        if given and args.augmentation:
+            parser.error(f"--augmentation changes every picture in every epoch: leave out --{name}")
     if args.picture_cache is None:
         args.picture_cache = args.miniature and not args.augmentation
-    for name in ("export", "save_final_pt"):
-        path = getattr(args, name)
-        if path is not None and path.exists():
-            parser.error(f"--{name} {path}: is there already; give a new path")
     return args
 
 
@@ -207,8 +234,8 @@ def need_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, e
         parser.error("--from_stock leaves the phases before out; leave out --load_checkpoint")
     resumed = args.resume not in (None, "auto")  # auto may find nothing to continue
     if not (args.load_checkpoint or resumed or args.from_stock):
+        same_flags = " --miniature" * args.miniature + " --teacher_checkpoint" * bool(args.teacher_checkpoint)
         parser.error(
-            f"--load_checkpoint is needed: this script starts from a checkpoint of {experiment}; alone it takes the best one. "
-            f"To make one: python distillation/{experiment}/train_online_kd.py{' --miniature' * args.miniature}"
-            f"{' --teacher_checkpoint' * bool(args.teacher_checkpoint)}"
+            f"--load_checkpoint is needed: this script starts from a checkpoint of {experiment}; alone it takes the "
+            f"best one. To make one: python distillation/{experiment}/train_online_kd.py{same_flags}"
         )

@@ -164,6 +164,15 @@ def best_checkpoint(experiment: Path, *, miniature: bool) -> Path:
     return max(found, key=_score_and_age)
 
 
+def chosen_checkpoint(name: str, experiment: Path, *, miniature: bool) -> Path:
+    """The checkpoint that a flag means: `best` of all runs of an experiment, a path, or a run's name.
+
+    Raises:
+        UserError: there is none, or several fit.
+    """
+    return best_checkpoint(experiment, miniature=miniature) if name == "best" else find_checkpoint(name, experiment)
+
+
 def finished_run(run: Run, args: argparse.Namespace) -> dict[str, Any] | None:
     """What run.json says of a resumed run that is finished already; None where there is something left to do."""
     path = run.logs / "run.json"

@@ -71,7 +71,7 @@ def quieten() -> None:
 
 
 def resolve_precision(name: str, accelerator: str = "auto") -> str:
-    """`auto` -> bf16-mixed on a GPU that has bfloat16, else 32-true: never pure bf16, which rounds small updates away."""
+    """`auto` -> bf16-mixed on a GPU that has bfloat16, else 32-true; never pure bf16, which rounds updates away."""
     if name != "auto":
         return name
     fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -79,7 +79,7 @@ def resolve_precision(name: str, accelerator: str = "auto") -> str:
 
 
 def allow_open_files() -> None:
-    """As many as this process may have: batches of a whole update wait in shared memory, a file for every tensor of them."""
+    """Raise the limit as far as this process may: the tensors of a whole update wait in shared memory, a file each."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for wanted in (OPEN_FILES, OPEN_FILES_MACOS):
         allowed = min(hard, wanted) if hard != resource.RLIM_INFINITY else wanted

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from dataset.datamodule import SUNRGBDDataModule
 from distillation.models import count_parameters, trained_state
@@ -55,15 +55,14 @@ def train(
         run: folders and record.
         args: of the common flags.
         monitor: logged in validation; the best checkpoint is where it is highest.
-        builds_on: experiment whose checkpoint this one starts from (a folder below distillation/); None = its own, if any.
+        builds_on: experiment whose checkpoint this one starts from (a folder below distillation/); None = its own.
 
     Raises:
         UserError: bad input; the run's earlier checkpoints stay.
     """
     trainable, total = count_parameters(module.student)
-    print(
-        f"{run.record['script']}: {trainable:,} of {total:,} parameters train; {data.images_per_epoch} images per epoch"
-    )
+    script = run.record["script"]
+    print(f"{script}: {trainable:,} of {total:,} parameters train; {data.images_per_epoch} images per epoch")
     position = put_starting_weights(module.student, run, args, builds_on=builds_on)
     if (finished := finished_run(run, args)) is not None:
         if is_first_process():  # behind torchrun all ranks come here
@@ -76,39 +75,52 @@ def train(
     if args.dry_run:
         dry_run(module, data, args)
         return
-    if getattr(args, "vision_cache", False):
+    if args.vision_cache:
         use_vision_cache(module.student, data, args)
-    allow_open_files()
-    start = time.monotonic()
     if position:
         data.resume_batch = resume_batch(position, run, args)
+    start = time.monotonic()
+    trainer = fit(module, data, run, args, monitor)
+    finish(trainer, module, data, run, args, monitor, seconds=time.monotonic() - start)
+
+
+def fit(
+    module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, args: argparse.Namespace, monitor: str
+) -> pl.Trainer:
+    """Train and validate; a run that fails before it has a checkpoint leaves no folder behind."""
+    allow_open_files()
     try:
         trainer = build_trainer(args, run, monitor)
         if trainer.is_global_zero:
             write_json(run.logs / "run.json", run.record)
         trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
     except BaseException:
-        if (
-            not any(run.checkpoints.glob("*.ckpt")) and not run.resume_from
-        ):  # a run that failed before it had anything to keep leaves no trace
+        if not any(run.checkpoints.glob("*.ckpt")) and not run.resume_from:
             shutil.rmtree(run.checkpoints, ignore_errors=True)
             shutil.rmtree(run.logs, ignore_errors=True)
         raise
+    return trainer
+
+
+def finish(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    data: SUNRGBDDataModule,
+    run: Run,
+    args: argparse.Namespace,
+    monitor: str,
+    *,
+    seconds: float,
+) -> None:
+    """Note and say what came out, and write what --export and --save_final_pt ask for."""
     best, score = best_of_run(trainer, module, data, run, monitor)
-    summary = {
-        "best": str(best),
-        monitor: score,
-        "optimizer_steps": trainer.global_step,
-        "seconds": round(time.monotonic() - start, 1),
-        "peak_memory_gib": round(peak_memory_gib(), 2),
-    }
-    if trainer.is_global_zero:
-        write_json(run.logs / "run.json", run.record | summary)
-        print(
-            f"{trainer.global_step} updates in {duration(summary['seconds'])}, peak memory {summary['peak_memory_gib']} GiB; "
-            f"best: {best} ({monitor} {score:.4f})"
-        )
-        write_outputs(module, data.processor, best, args)
+    if not trainer.is_global_zero:
+        return
+    steps, seconds, memory_gib = trainer.global_step, round(seconds, 1), round(peak_memory_gib(), 2)
+    summary = {"best": str(best), monitor: score, "optimizer_steps": steps, "seconds": seconds}
+    write_json(run.logs / "run.json", run.record | summary | {"peak_memory_gib": memory_gib})
+    print(f"{steps} updates in {duration(seconds)}, peak memory {memory_gib} GiB; best: {best} ({monitor} {score:.4f})")
+    write_outputs(module, data.processor, best, args)
 
 
 def best_of_run(
@@ -116,7 +128,7 @@ def best_of_run(
 ) -> tuple[Path, float]:
     """The best checkpoint and its score.
 
-    --max_steps may end a run inside an epoch, after the last validation; then what it ended with is validated now.
+    --max_steps may end a run between two validations. Its last weights are validated here in that case.
     """
     kept = trainer.checkpoint_callback
     validated = [callback.validated_step for callback in trainer.callbacks if isinstance(callback, Progress)]
@@ -131,23 +143,9 @@ def best_of_run(
 
 
 def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Trainer:
-    """Loggers, checkpoints and callbacks, the same for every experiment."""
+    """The Trainer of every experiment."""
     quieten()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    best = BestCheckpoint(
-        dirpath=run.checkpoints,
-        filename=f"best-epoch{{epoch:02d}}-score{{{monitor}:.4f}}",
-        auto_insert_metric_name=False,
-        monitor=monitor,
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,  # with the validation, before StopOnSignal may end the epoch
-    )
-    # ModelCheckpoint(save_last=True) writes last.ckpt only when there is a new best one.
-    last = ModelCheckpoint(dirpath=run.checkpoints, filename="last", enable_version_counter=False)
-    where = dict(save_dir=run.logs.parent, name="", version=run.name)
-    metrics = run.logs / "metrics.csv"
-    if metrics.is_file():  # of the run that is resumed; CSVLogger would delete it
-        metrics.rename(run.logs / f"metrics.{len(list(run.logs.glob('metrics*.csv')))}.csv")
     return pl.Trainer(
         max_epochs=args.max_epochs,
         max_steps=args.max_steps,
@@ -158,10 +156,9 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
         devices=args.devices,
         num_nodes=args.num_nodes,
         strategy=args.strategy,
-        logger=[TensorBoardLogger(**where), CSVLogger(**where)],
+        logger=build_loggers(run),
         callbacks=[
-            best,
-            last,
+            *checkpoint_callbacks(run, monitor),
             CheckpointContents(run.record),
             KeyedRandomness(args.seed),
             FiniteGuard(),
@@ -176,6 +173,31 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
         enable_model_summary=False,
         log_every_n_steps=10,
     )
+
+
+def build_loggers(run: Run) -> list[Logger]:
+    """TensorBoard and a CSV file, both with the run's record; the CSV file of a run that is resumed stays."""
+    metrics = run.logs / "metrics.csv"
+    if metrics.is_file():  # CSVLogger would delete it
+        metrics.rename(run.logs / f"metrics.{len(list(run.logs.glob('metrics*.csv')))}.csv")
+    where = dict(save_dir=run.logs.parent, name="", version=run.name)
+    loggers = [TensorBoardLogger(**where, default_hp_metric=False), CSVLogger(**where)]
+    for logger in loggers:
+        logger.log_hyperparams(run.record)
+    return loggers
+
+
+def checkpoint_callbacks(run: Run, monitor: str) -> tuple[ModelCheckpoint, ModelCheckpoint]:
+    """The best checkpoint and the last one. ModelCheckpoint(save_last=True) writes last.ckpt with a new best only."""
+    best = BestCheckpoint(
+        dirpath=run.checkpoints,
+        filename=f"best-epoch{{epoch:02d}}-score{{{monitor}:.4f}}",
+        auto_insert_metric_name=False,
+        monitor=monitor,
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,  # with the validation, before StopOnSignal may end the epoch
+    )
+    return best, ModelCheckpoint(dirpath=run.checkpoints, filename="last", enable_version_counter=False)
 
 
 def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.Namespace) -> None:

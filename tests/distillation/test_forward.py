@@ -46,7 +46,7 @@ def test_greedy_answers_of_packed_blocks_equal_one_by_one(places, world, tiny_fo
     groups = [rows[: 3 + i] for i, rows in enumerate(groups)]
     images = data.collate([data.val[0, data.val.images.index(_whole(data, g))] for g in groups])["student_images"]
     n = processor.num_image_tokens + 1
-    options = dict(vocab_size=len(processor.tokenizer), end_of_turn=processor.tokenizer.eos_token_id, max_new_tokens=7)
+    options = dict(vocab_size=len(processor.tokenizer), eos_token_id=processor.tokenizer.eos_token_id, max_new_tokens=7)
 
     def ask(questions, answers, pictures):
         prompts = [pack_questions(processor, q, a, n_image_tokens=n) for q, a in zip(questions, answers, strict=True)]

@@ -10,7 +10,7 @@ from distillation.models import (
     export_model,
     load_model,
     load_trained_state,
-    split_parameters,
+    parameter_groups,
     trained_state,
 )
 from tests.helpers.prompts import ANSWERS, QUESTIONS, loss_and_gradients, picture
@@ -22,7 +22,11 @@ def test_loaded_student_trains_in_float32(tiny_folder):
     assert model.training and all(p.dtype == torch.float32 for p in model.parameters())
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert len(frozen) == 2 and all("vision_tower.post_layernorm" in name for name in frozen)
-    vision, others = split_parameters(model)
+    groups = parameter_groups(model, lr=1e-5, vision_lr=2e-6)
+    assert [group["lr"] for group in groups] == [2e-6, 1e-5]
+    with pytest.raises(ValueError, match="vision_lr: .* no learning rate"):
+        parameter_groups(model, lr=1e-5)
+    vision, others = (group["params"] for group in groups)
     assert {id(p) for p in vision}.isdisjoint(id(p) for p in others)
     assert len(vision) + len(others) == len(list(model.parameters())) - 2
 

@@ -18,7 +18,7 @@ from distillation import teacher_cache
 from distillation.forward import answer_logits, overview_patches
 from distillation.models import load_model
 from distillation.run import data as run_data
-from distillation.teacher import same_recording
+from distillation.teacher import TeacherConstants
 from tests.helpers.training import STRATEGIES, data_module, distill, flags, teacher_of, train
 from utils import UserError, load_script
 
@@ -52,32 +52,32 @@ def test_cached_outputs_are_the_teachers(places, world, tiny_folder, tiny_teache
     forbidden = [data.processor.image_token_id, data.processor.video_token_id]
     logits[:, forbidden] = -torch.inf
     assert (logits.argmax(-1) == targets)[own].all()  # its own answers are what it holds most likely
-    bank = teacher.bank()
+    bank = teacher.memory_bank()
     mean, std = teacher.statistics()
     for i, row in enumerate(batch["teacher"]["bank_rows"]):
         torch.testing.assert_close(bank[row], ((patches[i] - mean) / std).mean(0), atol=1e-4, rtol=1e-4)
 
 
-def test_the_teacher_looks_once(places, world, tiny_folder, tiny_teacher, monkeypatch):
+def test_the_teacher_computes_once(places, world, tiny_folder, tiny_teacher, monkeypatch):
     """Killed half-way, damaged, with other images: only what is missing is computed; then no model is loaded at all."""
-    looked, look = [], teacher_cache.LiveTeacher.look
+    computed, compute = [], teacher_cache.LiveTeacher.compute
 
     def counting(self, groups):
-        looked.extend(rows[0].image_path for rows in groups)
-        if len(looked) > 20 and not (places / "go_on").exists():
+        computed.extend(rows[0].image_path for rows in groups)
+        if len(computed) > 20 and not (places / "go_on").exists():
             raise KeyboardInterrupt
-        return look(self, groups)
+        return compute(self, groups)
 
-    monkeypatch.setattr(teacher_cache.LiveTeacher, "look", counting)
+    monkeypatch.setattr(teacher_cache.LiveTeacher, "compute", counting)
     data = data_module(world, tiny_folder)
     with pytest.raises(KeyboardInterrupt):
         teacher_of(data, tiny_folder, tiny_teacher)
-    done = len(looked) - 8  # in batches of 8
+    done = len(computed) - 8  # in batches of 8
     (places / "go_on").touch()
-    looked.clear()
+    computed.clear()
     teacher = teacher_of(data, tiny_folder, tiny_teacher)
     images = len(data.train.images) + len(data.val.images)
-    assert len(looked) == images - done and done > 0
+    assert len(computed) == images - done and done > 0
     folder = teacher.source.store.folder
     outputs = sorted(folder.rglob("*.tensors"))
     assert len(outputs) == 2 * images + 1  # outputs and their means; the output layer
@@ -88,14 +88,14 @@ def test_the_teacher_looks_once(places, world, tiny_folder, tiny_teacher, monkey
         before = teacher.source.store.get(name)
         path.write_bytes(data_bytes[:100] + bytes([data_bytes[100] ^ 1]) + data_bytes[101:])
         assert teacher.source.store.get(name) is None
-        looked.clear()
+        computed.clear()
         teacher_of(data, tiny_folder, tiny_teacher)
-        assert len(looked) == n
+        assert len(computed) == n
         after = teacher.source.store.get(name)  # alone, not among seven others: the same but for the last bits
         torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
-    looked.clear()
+    computed.clear()
     teacher_of(data_module(world, tiny_folder, subset_percentage=0.5), tiny_folder, tiny_teacher)
-    assert not looked  # all of them are known
+    assert not computed  # all of them are known
     monkeypatch.setattr(teacher_module, "load_model", None)
     again = teacher_of(data, tiny_folder, tiny_teacher)
     assert again.source.names == teacher.source.names
@@ -106,9 +106,9 @@ def test_the_teacher_looks_once(places, world, tiny_folder, tiny_teacher, monkey
 
 
 def test_processes_side_by_side_share_the_looking(places, world, tiny_folder, tiny_teacher, monkeypatch):
-    data, looked, look = data_module(world, tiny_folder), [], teacher_cache.LiveTeacher.look
+    data, computed, look = data_module(world, tiny_folder), [], teacher_cache.LiveTeacher.compute
     monkeypatch.setattr(
-        teacher_cache.LiveTeacher, "look", lambda self, groups: looked.extend(groups) or look(self, groups)
+        teacher_cache.LiveTeacher, "compute", lambda self, groups: computed.extend(groups) or look(self, groups)
     )
     rows = [group for group in (*data.train.images, *data.val.images)]
     live = live_teacher(data, tiny_teacher, rows)
@@ -116,9 +116,9 @@ def test_processes_side_by_side_share_the_looking(places, world, tiny_folder, ti
     for rank in (1, 0):  # one after the other: the first finds that the other's share is missing and does it as well
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        looked.clear()
+        computed.clear()
         teacher_cache.stored_outputs(places / "t", rows, lambda: live, {}, root=world, batch_size=4)
-        shares.append(len(looked))
+        shares.append(len(computed))
     assert shares == [len(rows), 0]
 
 
@@ -256,9 +256,22 @@ def test_a_teacher_may_not_have_read_more_labels_than_its_student(places, tiny_f
     student("c", "--teacher_checkpoint", "all", *half, "--any_teacher")
 
 
+class FourImages:
+    """A stored teacher of four training images, the third of another recording."""
+
+    def memory_bank(self):
+        return torch.eye(4)
+
+    def recordings(self):
+        return torch.tensor([0, 0, 1, 0])
+
+
 def test_images_of_one_recording_are_no_negatives():
-    mask = same_recording(torch.tensor([0, 0, 1, 0]), torch.tensor([0, 2]))
-    assert mask.tolist() == [[False, True, False, True], [False] * 4]
+    constants = TeacherConstants(FourImages(), output_layer=False, patches=False, memory_bank=True)
+    found = constants.memory_bank({"teacher": {"bank_rows": torch.tensor([0, 2])}})
+    assert found["excluded"].tolist() == [[False, True, False, True], [False] * 4]
+    assert found["positives"].tolist() == [0, 2] and found["bank"].shape == (4, 4)
+    assert not constants.state_dict() and not list(constants.parameters())  # neither saved nor trained
 
 
 def test_a_bank_of_one_recording_is_refused(places, tiny_folder, tiny_teacher):

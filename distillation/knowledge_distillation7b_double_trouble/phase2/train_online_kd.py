@@ -1,14 +1,15 @@
-"""Double trouble, phase 2: the language model learns to read the aligned depth features, from gold answers and the teacher.
+"""Double trouble, phase 2: the language model learns to read aligned depth features, from gold answers and the teacher.
 
 Loss    cross-entropy of gold tokens + kl_weight * T^2 * KL(LoCa-calibrated teacher || student) over all answer tokens
 Trains  projector and language model; the vision tower stays as phase 1 left it
 Reads   phase 1's checkpoint (--load_checkpoint); the teacher's outputs (computed once); SUNRGBD/csv_data
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/
-Rates   as in baseline_depth; LoCa (https://arxiv.org/abs/2409.04778) with alpha 0.9: where the teacher is wrong about a gold
-        token, that token gets a lead of 0.1 and the other proportions stay
+Rates   as in baseline_depth; LoCa (https://arxiv.org/abs/2409.04778) with alpha 0.9: where the teacher is wrong about a
+        gold token, that token gets a lead of 0.1 and the other proportions stay
 
-    python distillation/knowledge_distillation7b_double_trouble/phase2/train_online_kd.py --teacher_checkpoint --batch_size 2 --load_checkpoint
-    python distillation/knowledge_distillation7b_double_trouble/phase2/train_online_kd.py --miniature --teacher_checkpoint --load_checkpoint
+    python distillation/knowledge_distillation7b_double_trouble/phase2/train_online_kd.py \
+        --teacher_checkpoint --load_checkpoint --batch_size 2
+    On a laptop: --miniature in place of --batch_size 2
 """
 
 import sys
@@ -17,35 +18,35 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from utils import run_script  # first: loads .env before transformers reads it
+from utils import at_least, run_script  # first: loads .env before transformers reads it
 
 # isort: split
 import argparse
 
 import pytorch_lightning as pl
 import torch
-from transformers import get_cosine_schedule_with_warmup
 
 from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import load_processor
-from distillation.forward import answer_logits, answers_right
-from distillation.losses import answer_cross_entropy, answer_diagnostics, forward_kl, loca_logits
-from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, STUDENT_NAME, load_model, set_trainable
-from distillation.run.callbacks import undo_averaging
+from distillation.forward import answer_logits
+from distillation.losses import DIVERGENCES, answer_cross_entropy, answer_diagnostics, loca_logits
+from distillation.models import STUDENT_NAME, load_model, parameter_groups, set_trainable
 from distillation.run.data import build_data
 from distillation.run.flags import (
     add_common_args,
     add_depth_args,
+    add_divergence_args,
     add_teacher_args,
     add_vision_cache_arg,
     need_checkpoint,
     parse,
 )
 from distillation.run.folders import start_run
+from distillation.run.steps import cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
 from distillation.teacher import open_teacher
 
-PHASE_1 = "knowledge_distillation7b_double_trouble/phase1"
+BUILDS_ON = "knowledge_distillation7b_double_trouble/phase1"
 
 
 class CalibratedDistillation(pl.LightningModule):
@@ -53,50 +54,34 @@ class CalibratedDistillation(pl.LightningModule):
 
     strict_loading = False  # checkpoints hold the student only
 
-    def __init__(
-        self,
-        *,
-        student_name,
-        teacher,
-        kl_weight,
-        temperature,
-        loca_alpha,
-        vocab_size,
-        lr,
-        weight_decay,
-        warmup_share,
-    ):
+    def __init__(self, args, teacher, *, vocab_size):
         super().__init__()
-        self.save_hyperparameters(ignore="teacher")
-        self.student = load_model(student_name)
+        self.args, self.vocab_size = args, vocab_size
+        self.student = load_model(args.student_name)
         set_trainable(self.student, vision=False, projector=True, language=True)
-        self.register_buffer("teacher_head", teacher.head(), persistent=False)
+        self.teacher = teacher.constants(output_layer=True)
 
     def forward_student(self, batch):
         """-> logits (n, V) that predict the n answer tokens, and those tokens (n,)."""
-        return answer_logits(self.student, batch["text"], batch["student_images"], vocab_size=self.hparams.vocab_size)
-
-    def forward_teacher(self, batch):
-        """-> logits (n, V) for the same tokens, from the cached hidden states through the teacher's frozen output layer."""
-        hidden = batch["teacher"]["hidden"]
-        return hidden.to(self.teacher_head.dtype) @ self.teacher_head.T
+        return answer_logits(self.student, batch["text"], batch["student_images"], vocab_size=self.vocab_size)
 
     def training_step(self, batch, batch_idx):
         logits, targets = self.forward_student(batch)
-        teacher_logits = self.forward_teacher(batch)
+        teacher_logits = self.teacher.logits(batch)
         gold, n = batch["teacher"]["gold"], batch["update"]  # n: items of the whole optimizer update
 
         calibrated, corrected = loca_logits(
             teacher_logits=teacher_logits,
             targets=targets,
-            alpha=self.hparams.loca_alpha,
-            temperature=self.hparams.temperature,
+            alpha=self.args.loca_alpha,
+            temperature=self.args.temperature,
         )
 
         ce = answer_cross_entropy(logits=logits[gold], targets=targets[gold]) / n["gold_tokens"]
-        kl = forward_kl(student_logits=logits, teacher_logits=calibrated, temperature=self.hparams.temperature)
+        divergence = DIVERGENCES[self.args.divergence]
+        kl = divergence(student_logits=logits, teacher_logits=calibrated, temperature=self.args.temperature)
         kl = kl / n["answer_tokens"]
-        loss = ce + self.hparams.kl_weight * kl
+        loss = ce + self.args.kl_weight * kl
 
         terms = {"loss": loss, "kl": kl}
         if n["has_gold"]:
@@ -107,20 +92,12 @@ class CalibratedDistillation(pl.LightningModule):
         return {"loss": undo_averaging(self.trainer, batch) * loss, "terms": terms}
 
     def validation_step(self, batch, batch_idx):
-        logits, targets = self.forward_student(batch)
-        right = answers_right(logits, batch["text"])
-        ce = answer_cross_entropy(logits=logits, targets=targets) / len(targets)
-        self.log("val/ce", ce, batch_size=len(targets), sync_dist=True)
-        self.log("val/exact_match", right.float().mean(), batch_size=len(right), sync_dist=True)
+        log_answer_scores(self, batch, *self.forward_student(batch))
 
     def configure_optimizers(self):
-        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=self.hparams.lr, betas=(0.9, 0.98), weight_decay=self.hparams.weight_decay
-        )
-        updates = self.trainer.estimated_stepping_batches
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(self.hparams.warmup_share * updates), updates)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        groups = parameter_groups(self.student, lr=self.args.lr)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay)
+        return cosine_with_warmup(self.trainer, optimizer, self.args.warmup_share)
 
 
 def parse_args(argv=None):
@@ -128,14 +105,15 @@ def parse_args(argv=None):
     add_common_args(parser, leave_out=["--vision_lr"])
     add_depth_args(parser)
     add_teacher_args(parser)
+    add_divergence_args(parser)
     add_vision_cache_arg(parser)
-    parser.add_argument("--from_stock", action="store_true", help="leave out the phases before: from the stock student")
+    parser.add_argument("--from_stock", action="store_true", help="start without the phases before")
     parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
-    parser.add_argument("--kl_weight", type=float, default=1.0, help="of the divergence from the teacher")
-    parser.add_argument("--temperature", type=float, default=1.0, help="T, softens both distributions")
-    parser.add_argument("--loca_alpha", type=float, default=0.9, help="a corrected token leads by 1 - alpha")
-    args = parse(parser, argv, student_name=MINIATURE_STUDENT, teacher_name=MINIATURE_TEACHER, lr=1e-3)
-    need_checkpoint(parser, args, PHASE_1)
+    parser.add_argument(
+        "--loca_alpha", type=at_least(0.01, below=1.0), default=0.9, help="LoCa: a corrected token leads by 1 - alpha"
+    )
+    args = parse(parser, argv, lr=1e-3)
+    need_checkpoint(parser, args, BUILDS_ON)
     return args
 
 
@@ -145,19 +123,8 @@ def main(args):
     processor = load_processor(args.student_name)
     data = build_data(args, processor, student=images)
     teacher = open_teacher(args, data, run)
-    data.use_teacher(teacher)
-    module = CalibratedDistillation(
-        student_name=args.student_name,
-        teacher=teacher,
-        kl_weight=args.kl_weight,
-        temperature=args.temperature,
-        loca_alpha=args.loca_alpha,
-        vocab_size=len(processor.tokenizer),
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        warmup_share=args.warmup_share,
-    )
-    train(module, data, run, args, builds_on=PHASE_1)
+    module = CalibratedDistillation(args, teacher, vocab_size=len(processor.tokenizer))
+    train(module, data, run, args, builds_on=BUILDS_ON)
 
 
 if __name__ == "__main__":

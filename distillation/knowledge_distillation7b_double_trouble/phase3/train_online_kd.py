@@ -1,4 +1,4 @@
-"""Double trouble, phase 3: all of the student learns, from gold answers, the calibrated teacher and the teacher's vision.
+"""Double trouble, phase 3: the whole student learns, from gold answers, the calibrated teacher and its vision.
 
 Loss    cross-entropy of gold tokens + kl_weight * T^2 * KL(LoCa-calibrated teacher || student) over all answer tokens
         + patch_weight * smooth-L1 of patches + contrastive_weight * InfoNCE of pooled features, as in phase 1
@@ -7,8 +7,9 @@ Reads   phase 2's checkpoint (--load_checkpoint); the teacher's outputs (compute
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/
 Rates   as in baseline_depth
 
-    python distillation/knowledge_distillation7b_double_trouble/phase3/train_online_kd.py --teacher_checkpoint --batch_size 2 --load_checkpoint
-    python distillation/knowledge_distillation7b_double_trouble/phase3/train_online_kd.py --miniature --teacher_checkpoint --load_checkpoint
+    python distillation/knowledge_distillation7b_double_trouble/phase3/train_online_kd.py \
+        --teacher_checkpoint --load_checkpoint --batch_size 2
+    On a laptop: --miniature in place of --batch_size 2
 """
 
 import sys
@@ -17,114 +18,86 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from utils import run_script  # first: loads .env before transformers reads it
+from utils import at_least, positive, run_script  # first: loads .env before transformers reads it
 
 # isort: split
 import argparse
 
 import pytorch_lightning as pl
 import torch
-from transformers import get_cosine_schedule_with_warmup
 
 from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import load_processor
-from distillation.forward import answer_logits, answers_right, image_features, overview_patches
+from distillation.forward import answer_logits, image_features, overview_patches
 from distillation.losses import (
+    DIVERGENCES,
     answer_cross_entropy,
     answer_diagnostics,
-    forward_kl,
     info_nce,
     loca_logits,
     patch_smooth_l1,
 )
-from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, STUDENT_NAME, load_model, split_parameters
-from distillation.run.callbacks import undo_averaging
+from distillation.models import STUDENT_NAME, load_model, parameter_groups
 from distillation.run.data import build_data
-from distillation.run.flags import add_common_args, add_depth_args, add_teacher_args, need_checkpoint, parse
+from distillation.run.flags import (
+    add_common_args,
+    add_depth_args,
+    add_divergence_args,
+    add_teacher_args,
+    need_checkpoint,
+    parse,
+)
 from distillation.run.folders import start_run
+from distillation.run.steps import cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
-from distillation.teacher import check_bank, open_teacher, same_recording
+from distillation.teacher import open_teacher
 
-PHASE_2 = "knowledge_distillation7b_double_trouble/phase2"
+BUILDS_ON = "knowledge_distillation7b_double_trouble/phase2"
 
 
 class JointDistillation(pl.LightningModule):
-    """A depth student that goes on with both of the teacher's lessons at once, what it sees and what it says."""
+    """A depth student that goes on with both at once: the teacher's vision and the teacher's answers."""
 
     strict_loading = False  # checkpoints hold the student only
 
-    def __init__(
-        self,
-        *,
-        student_name,
-        teacher,
-        kl_weight,
-        temperature,
-        loca_alpha,
-        patch_weight,
-        contrastive_weight,
-        contrastive_temperature,
-        vocab_size,
-        lr,
-        vision_lr,
-        weight_decay,
-        warmup_share,
-    ):
+    def __init__(self, args, teacher, *, vocab_size):
         super().__init__()
-        self.save_hyperparameters(ignore="teacher")
-        self.student = load_model(student_name)
-        self.register_buffer("teacher_head", teacher.head(), persistent=False)
-        mean, std = teacher.statistics()  # (D,)
-        self.register_buffer("patch_mean", mean, persistent=False)
-        self.register_buffer("patch_std", std, persistent=False)
-        self.register_buffer("bank", teacher.bank(), persistent=False)  # (N, D), a row per training image
-        self.register_buffer("recordings", teacher.recordings(), persistent=False)  # (N,)
+        self.args, self.vocab_size = args, vocab_size
+        self.student = load_model(args.student_name)
+        self.teacher = teacher.constants(output_layer=True, patches=True, memory_bank=True)
 
     def forward_student(self, batch):
-        """-> logits (n, V) that predict the n answer tokens, those tokens (n,), vision features (B, P, D)."""
+        """-> logits (n, V) that predict the n answer tokens, those tokens (n,), standardized patches (B, P, D)."""
         features = image_features(self.student, batch["student_images"])
-        logits, targets = answer_logits(
-            self.student, batch["text"], {"seen": features}, vocab_size=self.hparams.vocab_size
-        )
-        return logits, targets, overview_patches(self.student, batch["student_images"], features)
-
-    def forward_teacher(self, batch):
-        """-> logits (n, V) for the same tokens, from the cached hidden states through the teacher's frozen output layer."""
-        hidden = batch["teacher"]["hidden"]
-        return hidden.to(self.teacher_head.dtype) @ self.teacher_head.T
-
-    def standardise(self, patches):
-        """Vision features (B, P, D) of student or teacher, each channel by the teacher's mean and deviation."""
-        return (patches - self.patch_mean) / self.patch_std
+        images = {"image_features": features}
+        logits, targets = answer_logits(self.student, batch["text"], images, vocab_size=self.vocab_size)
+        patches = self.teacher.standardize(overview_patches(self.student, batch["student_images"], features))
+        return logits, targets, patches
 
     def training_step(self, batch, batch_idx):
         logits, targets, patches = self.forward_student(batch)
-        patches, teacher_patches = self.standardise(patches), self.standardise(batch["teacher"]["patches"])
-        teacher_logits = self.forward_teacher(batch)
+        teacher_logits, teacher_patches = self.teacher.logits(batch), self.teacher.patches(batch)
         gold, n = batch["teacher"]["gold"], batch["update"]  # n: items of the whole optimizer update
 
         calibrated, corrected = loca_logits(
             teacher_logits=teacher_logits,
             targets=targets,
-            alpha=self.hparams.loca_alpha,
-            temperature=self.hparams.temperature,
+            alpha=self.args.loca_alpha,
+            temperature=self.args.temperature,
         )
 
         ce = answer_cross_entropy(logits=logits[gold], targets=targets[gold]) / n["gold_tokens"]
-        kl = forward_kl(student_logits=logits, teacher_logits=calibrated, temperature=self.hparams.temperature)
+        divergence = DIVERGENCES[self.args.divergence]
+        kl = divergence(student_logits=logits, teacher_logits=calibrated, temperature=self.args.temperature)
         kl = kl / n["answer_tokens"]
-        measured, rows = batch["teacher"]["measured"], batch["teacher"]["bank_rows"]
-        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=measured) / n["patches"]
+        patch = patch_smooth_l1(student=patches, teacher=teacher_patches, weights=batch["teacher"]["measured"])
+        patch = patch / n["patches"]
         contrastive, hits, candidates = info_nce(
-            queries=patches.mean(1),
-            bank=self.bank,
-            positives=rows,
-            excluded=same_recording(self.recordings, rows),
-            temperature=self.hparams.contrastive_temperature,
+            queries=patches.mean(1), **self.teacher.memory_bank(batch), temperature=self.args.contrastive_temperature
         )
         contrastive = contrastive / n["images"]
-        loss = ce + self.hparams.kl_weight * kl
-        loss = loss + self.hparams.patch_weight * patch + self.hparams.contrastive_weight * contrastive
+        loss = ce + self.args.kl_weight * kl
+        loss = loss + self.args.patch_weight * patch + self.args.contrastive_weight * contrastive
 
         terms = {"loss": loss, "kl": kl, "patch": patch, "contrastive": contrastive}
         terms["contrastive_accuracy"] = hits / n["images"]
@@ -138,18 +111,12 @@ class JointDistillation(pl.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         logits, targets, _ = self.forward_student(batch)
-        right = answers_right(logits, batch["text"])
-        ce = answer_cross_entropy(logits=logits, targets=targets) / len(targets)
-        self.log("val/ce", ce, batch_size=len(targets), sync_dist=True)
-        self.log("val/exact_match", right.float().mean(), batch_size=len(right), sync_dist=True)
+        log_answer_scores(self, batch, logits, targets)
 
     def configure_optimizers(self):
-        vision, others = split_parameters(self.student)
-        groups = [{"params": vision, "lr": self.hparams.vision_lr}, {"params": others, "lr": self.hparams.lr}]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.hparams.weight_decay)
-        updates = self.trainer.estimated_stepping_batches
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(self.hparams.warmup_share * updates), updates)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        groups = parameter_groups(self.student, lr=self.args.lr, vision_lr=self.args.vision_lr)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay)
+        return cosine_with_warmup(self.trainer, optimizer, self.args.warmup_share)
 
 
 def parse_args(argv=None):
@@ -157,16 +124,17 @@ def parse_args(argv=None):
     add_common_args(parser)
     add_depth_args(parser)
     add_teacher_args(parser)
-    parser.add_argument("--from_stock", action="store_true", help="leave out the phases before: from the stock student")
+    add_divergence_args(parser)
+    parser.add_argument("--from_stock", action="store_true", help="start without the phases before")
     parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
-    parser.add_argument("--kl_weight", type=float, default=1.0, help="of the divergence from the teacher")
-    parser.add_argument("--temperature", type=float, default=1.0, help="T, softens both distributions")
-    parser.add_argument("--loca_alpha", type=float, default=0.9, help="a corrected token leads by 1 - alpha")
-    parser.add_argument("--patch_weight", type=float, default=0.5, help="of the distance between patches")
-    parser.add_argument("--contrastive_weight", type=float, default=0.1, help="of InfoNCE")
-    parser.add_argument("--contrastive_temperature", type=float, default=0.07, help="of InfoNCE")
-    args = parse(parser, argv, student_name=MINIATURE_STUDENT, teacher_name=MINIATURE_TEACHER, vision_lr=5e-4)
-    need_checkpoint(parser, args, PHASE_2)
+    parser.add_argument(
+        "--loca_alpha", type=at_least(0.01, below=1.0), default=0.9, help="LoCa: a corrected token leads by 1 - alpha"
+    )
+    parser.add_argument("--patch_weight", type=at_least(0.0), default=0.5, help="weight of the patch distance")
+    parser.add_argument("--contrastive_weight", type=at_least(0.0), default=0.1, help="weight of InfoNCE")
+    parser.add_argument("--contrastive_temperature", type=positive, default=0.07, help="temperature of InfoNCE")
+    args = parse(parser, argv, vision_lr=5e-4)
+    need_checkpoint(parser, args, BUILDS_ON)
     return args
 
 
@@ -176,24 +144,8 @@ def main(args):
     processor = load_processor(args.student_name)
     data = build_data(args, processor, student=images)
     teacher = open_teacher(args, data, run)
-    data.use_teacher(teacher)
-    check_bank(teacher)
-    module = JointDistillation(
-        student_name=args.student_name,
-        teacher=teacher,
-        kl_weight=args.kl_weight,
-        temperature=args.temperature,
-        loca_alpha=args.loca_alpha,
-        patch_weight=args.patch_weight,
-        contrastive_weight=args.contrastive_weight,
-        contrastive_temperature=args.contrastive_temperature,
-        vocab_size=len(processor.tokenizer),
-        lr=args.lr,
-        vision_lr=args.vision_lr,
-        weight_decay=args.weight_decay,
-        warmup_share=args.warmup_share,
-    )
-    train(module, data, run, args, builds_on=PHASE_2)
+    module = JointDistillation(args, teacher, vocab_size=len(processor.tokenizer))
+    train(module, data, run, args, builds_on=BUILDS_ON)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ from distillation.run.folders import EXPERIMENTS
 from distillation.run.machine import peak_memory_gib, quieten
 from evaluation.caption_scores import caption_scores
 from evaluation.metrics import evaluate_rows, recording
-from evaluation.system import answer_questions, chosen_checkpoint, load_system
+from evaluation.system import answer_questions, checkpoint_of_flags, load_system
 from evaluation.wups import wordnet_similarity, wups_scores
 
 
@@ -132,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
     """Answer all questions of the split, score, write."""
     start = time.monotonic()
     quieten()
-    path = chosen_checkpoint(args)
+    path = checkpoint_of_flags(args)
     checkpoint = read_checkpoint(path) if path else None
     args.miniature |= bool(checkpoint and checkpoint["hyper_parameters"]["miniature"])
     if args.miniature and args.dataset == "daquar":

@@ -16,7 +16,7 @@ from dataset.inputs.prompts import (
     render_question,
 )
 from distillation.decoding import greedy_answers
-from distillation.forward import answer_logits, answers_right, packed_attention, use_packed_attention
+from distillation.forward import answer_logits, exact_matches, packed_attention, use_packed_attention
 from distillation.models import load_model
 from tests.helpers.prompts import ANSWERS, QUESTIONS, batch, loss_and_gradients, picture
 from utils import UserError
@@ -100,7 +100,7 @@ def test_a_question_does_not_see_its_neighbours(processor, tiny_folder):
 def test_padding_changes_nothing(processor, tiny_folder):
     """Of the prefix and of the blocks: beside a wider picture with more questions, answers given and generated."""
     model, vocab_size = load_model(str(tiny_folder)).eval(), len(processor.tokenizer)
-    options = dict(vocab_size=vocab_size, end_of_turn=processor.tokenizer.eos_token_id, max_new_tokens=6)
+    options = dict(vocab_size=vocab_size, eos_token_id=processor.tokenizer.eos_token_id, max_new_tokens=6)
 
     def run(groups):
         logits, _ = answer_logits(model, *batch(processor, groups, image_tokens="anyres"), vocab_size=vocab_size)
@@ -176,16 +176,16 @@ def test_mask_equals_the_rule_written_out():
                 assert mask[b, 0, i - 3, j].item() == (j <= i and (same or prefix))
 
 
-def test_answers_right_is_greedy_exact_match(processor, tiny_folder):
+def test_exact_matches_is_greedy_exact_match(processor, tiny_folder):
     """Feeding what the model itself generates is all right; changing one token is not."""
     text, _ = batch(processor, [(picture(1), QUESTIONS, ANSWERS)])
     _, targets = answer_targets(text["labels"])
     logits = F.one_hot(targets, len(processor.tokenizer)).float()
-    assert answers_right(logits, text).tolist() == [True, True, True]
+    assert exact_matches(logits, text).tolist() == [True, True, True]
     logits[0] = -logits[0]
-    assert answers_right(logits, text).tolist() == [False, True, True]
+    assert exact_matches(logits, text).tolist() == [False, True, True]
     logits[0], logits[-1] = -logits[0], -logits[-1]
-    assert answers_right(logits, text).tolist() == [True, True, False]
+    assert exact_matches(logits, text).tolist() == [True, True, False]
 
 
 def test_positions_restart_after_the_prefix(processor):
