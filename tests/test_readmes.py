@@ -1,13 +1,12 @@
 """What the READMEs promise: commands that parse, links that lead somewhere, tables that agree."""
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from utils import ROOT
+from utils import ROOT, load_script
 
 READMES = sorted(
     [
@@ -59,9 +58,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command):
     script, *argv = shlex.split(command.removeprefix("python ").replace(EXAMPLE, COPIED), comments=True)
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(script)
     if "--help" in argv:
         with pytest.raises(SystemExit, match="0"):
             module.parse_args(argv)
