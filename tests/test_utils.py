@@ -26,7 +26,10 @@ from utils import (
     use_cores,
 )
 
-HOLD = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import utils\nwith utils.locked(pathlib.Path(sys.argv[2])): print('in')"
+HOLD = (
+    "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import utils\n"
+    "with utils.locked(pathlib.Path(sys.argv[2])): print('in')"
+)
 
 
 def test_one_process_at_a_time_and_who_waits_says_so(tmp_path):

@@ -163,7 +163,7 @@ def test_picture_cache_knows_what_a_picture_is_made_from(world, processor, tmp_p
 
 
 def test_augmentation_keeps_rgb_and_depth_registered():
-    """A block that is red and near stays red and near in the same pixels; colour never reaches the depth."""
+    """A block that is red and near stays red and near in the same pixels; color never reaches the depth."""
     rgb = np.full((96, 96, 3), 90, np.uint8)
     depth_m = np.full((96, 96), 3.0, np.float32)
     rgb[30:60, 50:80] = (220, 20, 20)

@@ -68,7 +68,7 @@ def write_results(folder: Path, rows: list[dict], *, name: str | None = None, bl
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    """A data folder with small frames: a coloured room and a slanted depth with a hole."""
+    """A data folder with small frames: a colored room and a slanted depth with a hole."""
     for image in range(N_IMAGES):
         frame = tmp_path / "data" / "SUNRGBD" / f"frame{image}"
         (frame / "image").mkdir(parents=True)
@@ -127,7 +127,7 @@ def test_table_agrees_with_metrics_and_statistics(folders):
 
 
 def test_pictures_of_one_recording_are_one_cluster(tmp_path):
-    """Two SUN3D scans of five frames each: two systems cannot be told apart by two rooms, and the report says what there is."""
+    """Two SUN3D scans of five frames each: two rooms cannot tell two systems apart, and the report says so."""
     rows = [
         row | {"Image_Path": f"SUNRGBD/xtion/sun3ddata/hotel/scan{n // 30}/{n // 6}/image/rgb.jpg"}
         for n, row in enumerate(question_rows())

@@ -127,7 +127,7 @@ def test_paired_difference_is_antisymmetric_and_sharper_than_unpaired():
 
 
 def test_seeds_and_rooms_drawn_together_cover_the_truth():
-    """Five seeds and 60 rooms, both with effects of their own on the gain: rooms alone claim too much, both together do not."""
+    """Five seeds and 60 rooms, both with effects on the gain: rooms alone claim too much, both together do not."""
     rng, hits, hits_of_rooms = np.random.default_rng(7), 0, 0
     clusters = np.repeat(np.arange(60), 4)
     for trial in range(200):

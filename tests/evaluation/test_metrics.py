@@ -120,7 +120,7 @@ def test_cells_equal_counting_by_hand(rows):
 
 
 def test_intervals_resample_recordings(rows):
-    """Frames of a SUN3D scan or of a day of kv2 are one cluster, NYUv2's each its own; a row's own cluster goes before that."""
+    """Frames of a SUN3D scan or of a day of kv2 are one cluster, NYUv2's each their own; rows may name theirs."""
     day = "SUNRGBD/kv2/kinect2data/{:06d}_2014-05-26_14-23-37_260595134347_rgbf000103-resize/image/0.jpg"
     scan, alone = "SUNRGBD/xtion/sun3ddata/hotel/scan1/frame{}/image/0.jpg", "SUNRGBD/kv1/NYUdata/NYU{:04d}/image/0.jpg"
     for path, n_recordings in ((day, 1), (scan, 1), (alone, 42)):
@@ -254,7 +254,7 @@ def test_text_classifier_of_a_single_answer_or_unrepeated_words():
 
 @pytest.mark.parametrize("leak", [0.2, 0.6])
 def test_text_classifier_reaches_a_planted_leak_without_a_warning(leak, recwarn):
-    """The noun tells the answer with probability `leak`; the best guess then is right in (1 + leak) / 2 of the cases."""
+    """The noun tells the answer with probability `leak`; the best guess is right in (1 + leak) / 2 of the cases."""
     train, asked = ([r for r in world(2000, seed=s, leak=leak) if r["Question_Type"] == "Yes/No"] for s in (0, 1))
     answers = blind.text_classifier(train, asked)
     accuracy = np.mean([a == r["Answers"] for a, r in zip(answers, asked, strict=True)])

@@ -12,7 +12,8 @@ from evaluation.metrics import accuracy
 from evaluation.wups import THRESHOLDS, wordnet_similarity, wups, wups_scores
 
 PARENT = {
-    "furniture": "thing", "seat": "furniture", "chair": "seat", "armchair": "chair", "sofa": "seat", "table": "furniture",
+    "furniture": "thing", "seat": "furniture", "chair": "seat", "armchair": "chair", "sofa": "seat",
+    "table": "furniture",
     "coffee_table": "table", "animal": "thing", "cat": "animal", "dog": "animal",
 }  # fmt: skip
 WORDS = [*PARENT, "gizmo", "2"]  # the last two are not in the taxonomy
@@ -101,7 +102,7 @@ def test_lies_between_accuracy_and_a_lower_threshold():
 
 
 def test_each_word_is_compared_the_published_way_round():
-    """A similarity need not be symmetric: a right word comes first when it looks for a predicted one, and the other way round."""
+    """A similarity need not be symmetric: the word whose partner is searched comes first, in both directions."""
     asked = []
     wups("sofa", "chair", threshold=0.0, similarity=lambda a, b: asked.append((a, b)) or 0.5)
     assert sorted(asked) == [("chair", "sofa"), ("sofa", "chair")]

@@ -115,7 +115,7 @@ def test_padding_changes_nothing(processor, tiny_folder):
 
 
 def test_what_would_be_misread_is_refused(processor, tiny_folder):
-    """A model without our attention, prompts of another picture, a text model that is no Qwen2, a mask after a cache."""
+    """A model without our attention, prompts of another picture, a text model that is no Qwen2, masks after a cache."""
     text, images = batch(processor, [(picture(1), QUESTIONS, ANSWERS)])
     stock = LlavaOnevisionForConditionalGeneration.from_pretrained(str(tiny_folder))
     with pytest.raises(ValueError, match="call use_packed_attention"):

@@ -1,4 +1,4 @@
-"""The rendered rooms: exact geometry, colour that depth cannot know, well-posed objects."""
+"""The rendered rooms: exact geometry, color that depth cannot know, well-posed objects."""
 
 from collections import Counter, defaultdict
 
@@ -41,7 +41,7 @@ def test_a_ray_exactly_parallel_to_a_wall_hits_another(recwarn):
     assert not recwarn.list
 
 
-def test_colours_leave_no_trace_in_geometry():
+def test_colors_leave_no_trace_in_geometry():
     for seed in range(10):
         a, b = render_room(seed, color_seed=1), render_room(seed, color_seed=2)
         assert a.depth_m.tobytes() == b.depth_m.tobytes() and a.object_ids.tobytes() == b.object_ids.tobytes()
@@ -49,7 +49,7 @@ def test_colours_leave_no_trace_in_geometry():
         assert not np.array_equal(a.rgb, b.rgb)
 
 
-def test_favourite_colour_is_the_only_prior():
+def test_favorite_color_is_the_only_prior():
     drawn = defaultdict(Counter)
     for seed in range(150):
         for thing in render_room(seed % 15, color_seed=seed).objects:
@@ -168,7 +168,7 @@ def test_every_class_and_every_count_occurs(views):
     assert min(per_answer.values()) >= 15
 
 
-def test_colour_names_can_be_read_from_the_pixels(views):
+def test_color_names_can_be_read_from_the_pixels(views):
     names, values = list(COLORS), np.array(list(COLORS.values()), float)
     right = total = 0
     for view in views:

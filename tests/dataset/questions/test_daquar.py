@@ -290,7 +290,7 @@ def test_normalising_keeps_real_answers_apart(real):
 
 
 def test_no_test_image_is_in_the_training_half(real, samples):
-    """On the real split file: DAQUAR's training questions are about its first half, its test questions about its second."""
+    """On the real split file: DAQUAR trains on its first half of the frames, and tests on its second."""
     paths = {split: {question.frame_path for question in asked} for split, asked in real.items()}
     frames = [SimpleNamespace(path=path) for path in paths["train"] | paths["test"]]
     official = official_split(samples, frames)

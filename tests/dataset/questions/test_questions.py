@@ -1,4 +1,4 @@
-"""Questions: answers against naive geometry, ambiguity, colours, balance, and the files."""
+"""Questions: answers against naive geometry, ambiguity, colors, balance, and the files."""
 
 import csv
 from collections import Counter, defaultdict
@@ -81,7 +81,7 @@ def test_every_answer_agrees_with_naive_geometry():
             assert question.answer == naive_answer(question, room), question
             assert len(question.answer.split()) <= 2 and question.answer == question.answer.lower()
             seen[question.template, question.answer] += 1
-    assert len({template for template, _ in seen}) == 14  # all but colour
+    assert len({template for template, _ in seen}) == 14  # all but color
     for template, _ in seen:
         if template.startswith("Is "):
             assert seen[template, "yes"] and seen[template, "no"]

@@ -20,9 +20,11 @@ from utils import UserError
     ("raw", "noun"),
     [
         ("chair:occluded", "chair"), ("Night_Stand2", "night stand"), ("bedside table:truncated", "night stand"),
-        ("lamp#2", "lamp"), ("keyboard\\", "keyboard"), ("TrashCan", "bin"), ("garbage_bin", "bin"), ("couch_ ", "sofa"),
+        ("lamp#2", "lamp"), ("keyboard\\", "keyboard"), ("TrashCan", "bin"), ("garbage_bin", "bin"),
+        ("couch_ ", "sofa"),
         ("chairs", "chair"), ("mice", "mouse"), ("wal;l", "wall"), ("??????", None), ("", None), ("123", None),
-        ("computerizedmachinesandcording", None), ("objects", None), ("I think", None), ("chair\\", "chair"), ("CHAIR 12", "chair"),
+        ("computerizedmachinesandcording", None), ("objects", None), ("I think", None), ("chair\\", "chair"),
+        ("CHAIR 12", "chair"),
     ],
 )  # fmt: skip
 def test_canonical_noun(raw, noun):
@@ -228,7 +230,7 @@ def test_a_box_without_its_rectangle_is_projected(make_frame):
 
 
 def test_an_object_that_the_layers_call_differently_is_no_answer(make_frame):
-    """What is "box" in one layer and "projector" in the other may be either: nothing is asked about both, and neither answers."""
+    """What is "box" in one layer and "projector" in the other may be either: nothing is asked about it."""
     entries = [box3d("projector", (0, 0.5, 2), (1, 1, 1)), box3d("sofa", (0, 0.5, 2), (1, 1, 1))]
     links = [rectangle(10, 10, 50, 50, 0), rectangle(52, 10, 90, 50, 1)]
     shapes = [rectangle(12, 10, 50, 48, 0), rectangle(52, 10, 90, 50, 1)]
@@ -299,7 +301,8 @@ def test_groups_unknown_names_and_structure_are_counted(make_frame):
     instances, unsure = frame_objects(frame, drops)
     assert [thing.noun for thing in instances] == ["lamp"] and unsure == {"chair", "sofa"}
     assert drops == {
-        "group of objects": 1, "wall, floor or ceiling": 1, "name not in the noun table": 2, "polygon of no named object": 1,
+        "group of objects": 1, "wall, floor or ceiling": 1, "name not in the noun table": 2,
+        "polygon of no named object": 1,
     }  # fmt: skip
     assert frame_nouns(frame) == {"chair", "lamp", "sofa"}
 

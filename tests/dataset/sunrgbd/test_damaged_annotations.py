@@ -15,8 +15,10 @@ from tests.helpers.annotations import box3d, boxes, polygons, rectangle
 from utils import UserError
 
 JUNK = (
-    None, True, False, [], {}, "", "chair", "wall", "chairs", "wal;l", "\ud800", 0, -1, 1, 2, 99, 10**12, 10**400, 1e308, -1e308,
-    float("nan"), float("inf"), -float("inf"), 0.5, [None], [[]], {"0": None}, {"00": 1, "0": 2}, {"9" * 5000: 1}, {"name": "sofa"},
+    None, True, False, [], {}, "", "chair", "wall", "chairs", "wal;l", "\ud800", 0, -1, 1, 2, 99, 10**12, 10**400,
+    1e308, -1e308,
+    float("nan"), float("inf"), -float("inf"), 0.5, [None], [[]], {"0": None}, {"00": 1, "0": 2}, {"9" * 5000: 1},
+    {"name": "sofa"},
     ["a", 1, None], {"x": [1, 5, 5], "y": [1, 1, 5], "object": 0},
 )  # fmt: skip
 TOKENS = (
@@ -38,7 +40,7 @@ TOKENS = (
     ":",
     "null",
 )
-# Every polygon of the layer that was read is an instance or counted here; every 3D object has a partner or is counted there.
+# Every polygon of the layer that was read is an instance or counted; every 3D object has a partner or is counted.
 POLYGON_REASONS = (
     "polygon of no named object", "name not in the noun table", "wall, floor or ceiling", "group of objects",
     "outline without area in the image", "piece joined to its object", "object outlined twice",

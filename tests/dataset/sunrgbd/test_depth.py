@@ -32,7 +32,7 @@ def test_rotation_oracles():
 
 
 def test_all_words_decode_as_in_the_toolbox():
-    """read3dPoints.m: bitor(bitshift(d, -3), bitshift(d, 16 - 3)) in 16 bits, over 1000 in single precision, at most 8."""
+    """read3dPoints.m: bitor(bitshift(d, -3), bitshift(d, 16 - 3)) in 16 bits, over 1000 in single, at most 8."""
     words = np.arange(65536)
     toolbox = ((words // 8) | (words * 2**13 % 2**16)).astype(np.float32) / np.float32(1000)
     toolbox[toolbox > 8] = 8

@@ -86,7 +86,8 @@ def test_both_archives_without_what_does_not_belong(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     "name",
     [
-        "../evil", "SUNRGBD/../../evil", "SUNRGBD/kv1/..", "/evil", "//evil", "C:/evil", "c:evil", "..\\evil", "SUNRGBD/a\\..\\b",
+        "../evil", "SUNRGBD/../../evil", "SUNRGBD/kv1/..", "/evil", "//evil", "C:/evil", "c:evil", "..\\evil",
+        "SUNRGBD/a\\..\\b",
         "SUNRGBD/kv1/a.jpg\0.txt", "__MACOSX/../evil",
     ],
 )  # fmt: skip

@@ -100,7 +100,7 @@ def test_resuming_a_finished_run_changes_nothing(places, tiny_folder, capsys):
 
 
 def test_equal_scores_are_told_apart_by_cross_entropy(places, tiny_folder):
-    """The tiny model answers nothing right; its cross-entropy falls, so that the first epoch's weights are not the best ones."""
+    """The tiny model answers nothing right; its cross-entropy falls: a later epoch is the best one."""
     train("baseline_depth", tiny_folder, "--max_epochs", "3")
     logs = places / "baseline_depth/tensorboard_logs/t"
     scores, ces = (
@@ -225,7 +225,7 @@ def lose_focus(depth: Path) -> Path:
     ],
 )
 def test_a_damaged_frame_as_a_subprocess(world, tiny_folder, tmp_path, damage, workers, complaint):
-    """Found by a loading process in the middle of the first epoch: one line that names the file, nothing left behind."""
+    """Found by a loading process in the middle of the first epoch: one line names the file, nothing is left behind."""
     shutil.copytree(world, tmp_path / "world")
     rows = read_questions(questions_file(tmp_path / "world", "train"))
     damaged = damage(tmp_path / "world" / rows[0].depth_path)
