@@ -11,8 +11,7 @@ A batch (tensors; B images, T tokens, S the vision tower's image size):
         gold        (n,) bool, True for tokens of gold answers, False for those that the teacher generated
         patches     (B, P, Dv) its vision features of the overview tiles
         valid_share (B, P) float32 in [0, 1], how much of each patch has depth: 0 in holes and padding
-        bank_rows   (B,) int64, the images' rows in the memory bank of InfoNCE; -1 for validation images, which have
-        none
+        memory_bank_rows   (B,) int64, the images' rows in the memory bank of InfoNCE; -1 for validation images
     question_ids    B lists of ids, in the order of the blocks; image_paths: B paths
     counts          how many items the batch has; each loss term is a sum over one kind of them:
         gold_tokens     tokens of gold answers, each with its end-of-turn token
@@ -325,7 +324,7 @@ class SUNRGBDDataModule(pl.LightningDataModule):
             "gold": torch.tensor(gold).repeat_interleave(torch.tensor([len(states) for states in hidden])),
             "patches": torch.stack([self.teacher.patches(path) for path in paths]),
             "valid_share": torch.stack([picture.valid_share for picture in pictures]),
-            "bank_rows": torch.tensor([self.teacher.rows.get(path, -1) for path in paths]),
+            "memory_bank_rows": torch.tensor([self.teacher.rows.get(path, -1) for path in paths]),
         }
 
 

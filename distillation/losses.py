@@ -195,7 +195,7 @@ def entropy(*, logits: Tensor, temperature: float = 1.0) -> Tensor:
 def info_nce(
     *,
     queries: Tensor,
-    bank: Tensor,
+    memory_bank: Tensor,
     positives: Tensor,
     excluded: Tensor | None = None,
     temperature: float = 0.07,
@@ -207,8 +207,8 @@ def info_nce(
 
     Args:
         queries: (B, D) student features, any float dtype and length.
-        bank: (N, D) teacher features, any length.
-        positives: (B,) int64, the bank row of each query's own image.
+        memory_bank: (N, D) teacher features, any length.
+        positives: (B,) int64, the memory bank's row of each query's own image.
         excluded: (B, N) bool, rows that are no fair negatives (same scene); never the positive. None = none.
         temperature: > 0, divides the cosines. The loss is not multiplied by its square: it softens no target.
 
@@ -218,31 +218,38 @@ def info_nce(
         Candidates: (B,) int64, rows that a query is compared with, the positive included.
 
     Raises:
-        ValueError: shapes do not fit, the temperature is not positive, a positive is excluded or no row of the bank, or
-            a query has fewer than 2 candidates, which would make its loss 0 whatever the student does.
+        ValueError: shapes do not fit, the temperature is not positive, a positive is excluded or no row of the memory
+            bank, or a query has fewer than 2 candidates, which would make its loss 0 whatever the student does.
 
-    Source: van den Oord et al. 2018, https://arxiv.org/abs/1807.03748, equation 4; a bank of negatives as in He et al.
-    2020 (MoCo), https://arxiv.org/abs/1911.05722, equation 1, and Tian et al. 2020 (CRD),
+    Source: van den Oord et al. 2018, https://arxiv.org/abs/1807.03748, equation 4; a memory bank of negatives as in He
+    et al. 2020 (MoCo), https://arxiv.org/abs/1911.05722, equation 1, and Tian et al. 2020 (CRD),
     https://arxiv.org/abs/1910.10699. Differs: no queue, no momentum encoder, no sampling of negatives.
     """
     _check_positive("temperature", temperature)
-    if queries.ndim != 2 or bank.ndim != 2 or queries.shape[1] != bank.shape[1] or positives.shape != queries.shape[:1]:
+    if (
+        queries.ndim != 2
+        or memory_bank.ndim != 2
+        or queries.shape[1] != memory_bank.shape[1]
+        or positives.shape != queries.shape[:1]
+    ):
         raise ValueError(
-            "expected queries (B, D), bank (N, D) and positives (B,), got "
-            f"{tuple(queries.shape)}, {tuple(bank.shape)} and {tuple(positives.shape)}"
+            "expected queries (B, D), memory_bank (N, D) and positives (B,), got "
+            f"{tuple(queries.shape)}, {tuple(memory_bank.shape)} and {tuple(positives.shape)}"
         )
-    shape = (len(queries), len(bank))
+    shape = (len(queries), len(memory_bank))
     excluded = torch.zeros(shape, dtype=torch.bool, device=queries.device) if excluded is None else excluded
     if excluded.shape != shape or excluded.dtype != torch.bool:
         raise ValueError(f"expected excluded {shape} bool, got {tuple(excluded.shape)} {excluded.dtype}")
-    if ((positives < 0) | (positives >= len(bank))).any():
-        raise ValueError(f"positives must be rows of the bank, 0 to {len(bank) - 1}, got {positives.tolist()}")
+    if ((positives < 0) | (positives >= len(memory_bank))).any():
+        raise ValueError(
+            f"positives must be rows of the memory bank, 0 to {len(memory_bank) - 1}, got {positives.tolist()}"
+        )
     if excluded.gather(1, positives[:, None]).any():
         raise ValueError("a query's positive is among its excluded rows")
     candidates = (~excluded).sum(dim=1)
     if (candidates < 2).any():
         raise ValueError(f"every query needs 2 candidates or more, got {candidates.tolist()}")
-    similarities = (_cosines(queries, bank.detach()) / temperature).masked_fill(excluded, -math.inf)
+    similarities = (_cosines(queries, memory_bank.detach()) / temperature).masked_fill(excluded, -math.inf)
     loss = F.cross_entropy(similarities, positives, reduction="sum")
     hits = similarities.detach().argmax(dim=1) == positives
     return loss, hits.to(loss.dtype).sum(), candidates
@@ -329,7 +336,8 @@ def _cosines(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of every row of a with every row of b; autocast would round the products to half precision."""
     with torch.autocast(a.device.type, enabled=False):
         a, b = _unit(a), _wide(b)
-        lengths = b.norm(dim=-1).clamp(min=1e-6)  # divided out last: a unit copy of a bank costs more than its product
+        # Lengths are divided out last: a copy of the memory bank in unit length costs more than the product.
+        lengths = b.norm(dim=-1).clamp(min=1e-6)
         return (a @ b.to(a.dtype).mT) / lengths.to(a.dtype)[..., None, :]
 
 

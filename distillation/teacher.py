@@ -182,14 +182,14 @@ class TeacherConstants(nn.Module):
         return self.standardize(batch["teacher"]["patches"])
 
     def memory_bank(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """For `info_nce`: the bank (N, Dv), the rows of a batch's images (B,), rows that are no negatives (B, N).
+        """For `info_nce`: the memory bank (N, Dv), rows of a batch's images (B,), rows that are no negatives (B, N).
 
         Other images of a recording may show the same room: as negatives they would be false ones.
         """
-        rows = batch["teacher"]["bank_rows"]
+        rows = batch["teacher"]["memory_bank_rows"]
         same_recording = self.recordings[rows][:, None] == self.recordings  # (B, N)
         excluded = same_recording.scatter(1, rows[:, None], False)
-        return {"bank": self.bank, "positives": rows, "excluded": excluded}
+        return {"memory_bank": self.bank, "positives": rows, "excluded": excluded}
 
 
 @dataclass(frozen=True)

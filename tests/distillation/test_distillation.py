@@ -2,12 +2,14 @@
 
 import csv
 import json
+import math
 
 import pytest
 import torch
 
 from distillation import teacher as teacher_module
 from distillation.models import load_model, set_trainable
+from distillation.run.callbacks import UpdateLog
 from distillation.run.checkpoints import read_checkpoint
 from tests.helpers.training import STRATEGIES, TROUBLE, distill, interrupted, train
 from utils import UserError
@@ -55,6 +57,33 @@ def test_the_three_phases_hand_over_and_move_only_their_parts(places, tiny_folde
     for term in ("student_entropy", "teacher_entropy", "teacher_ce"):
         assert f"train/{term}" in logged.split(",")
     assert "starting from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("logit", ()), ("phase2", ("--from_stock",)), ("phase3", ("--from_stock",))]
+)
+def test_the_divergence_is_the_one_of_the_flag(places, tiny_folder, tiny_teacher, monkeypatch, name, more):
+    """The KL term of the first step, of the same student: each divergence has its own value, the mixture's the least."""
+    terms, log = [], UpdateLog.on_train_batch_end
+
+    def keep(self, trainer, module, outputs, *args):
+        terms.append({term: float(value.detach()) for term, value in outputs["terms"].items()})
+        log(self, trainer, module, outputs, *args)
+
+    monkeypatch.setattr(UpdateLog, "on_train_batch_end", keep)
+    found = {}
+    for divergence in ("forward_kl", "reverse_kl", "jensen_shannon"):
+        terms.clear()
+        flags = ("--divergence", divergence, "--max_steps", "1", "--run_name", divergence)
+        distill(name, tiny_folder, tiny_teacher, *more, *flags)
+        found[divergence], ce = terms[0]["kl"], terms[0]["ce"]
+        assert terms[0]["loss"] == pytest.approx(
+            ce + found[divergence] + 0.5 * terms[0].get("patch", 0) + 0.1 * terms[0].get("contrastive", 0), rel=1e-5
+        )
+    forward, reverse, middle = found.values()
+    assert forward > 0 and reverse > 0 and abs(forward - reverse) > 0.01 * forward
+    # KL is convex: at most a quarter of the symmetric divergence; and never above ln 2.
+    assert 0 < middle <= min((forward + reverse) / 4, math.log(2))
 
 
 @pytest.mark.parametrize("name", ["feature", "logit"])

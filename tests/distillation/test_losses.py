@@ -53,7 +53,7 @@ ALL = {
     **{name: (call, (4, 7)) for name, call in TOKENS.items()},
     **{name: (call, (2, 5, 4)) for name, call in PATCH_LOSSES.items()},
     "hidden_state_loss": (lambda s, t: hidden_state_loss(student=s, teacher=t), (4, 6)),
-    "info_nce": (lambda s, t: info_nce(queries=s, bank=t, positives=torch.arange(len(s)))[0], (4, 6)),
+    "info_nce": (lambda s, t: info_nce(queries=s, memory_bank=t, positives=torch.arange(len(s)))[0], (4, 6)),
 }
 each_loss = pytest.mark.parametrize(("call", "shape"), ALL.values(), ids=ALL)
 each_divergence = pytest.mark.parametrize("call", DIVERGENCES.values(), ids=DIVERGENCES)
@@ -90,7 +90,7 @@ def test_items_add_up_however_they_are_cut(call, shape):
 
         def call(s, t):
             rows = torch.tensor([int((row == student).all(1).nonzero()) for row in s.detach()])
-            return info_nce(queries=s, bank=teacher, positives=rows)[0]
+            return info_nce(queries=s, memory_bank=teacher, positives=rows)[0]
 
     whole, gradient = loss_and_gradient(call, student, teacher)
     parts = [loss_and_gradient(call, student[rows], teacher[rows]) for rows in (slice(0, 1), slice(1, None))]
@@ -331,7 +331,9 @@ def test_info_nce_equals_a_loop():
         scores = {j: cosine / 0.07 for j, cosine in enumerate(cosines) if not forbidden[j]}
         total += math.log(sum(math.exp(score) for score in scores.values())) - scores[positive]
         hits += max(scores, key=scores.get) == positive
-    loss, found, candidates = info_nce(queries=queries, bank=bank, positives=torch.tensor(positives), excluded=excluded)
+    loss, found, candidates = info_nce(
+        queries=queries, memory_bank=bank, positives=torch.tensor(positives), excluded=excluded
+    )
     assert loss.item() == pytest.approx(total, rel=1e-10) and found.item() == hits
     assert candidates.tolist() == (~excluded).sum(1).tolist() and excluded.any()
 
@@ -339,17 +341,20 @@ def test_info_nce_equals_a_loop():
 def test_excluded_rows_are_as_good_as_absent():
     queries, bank, positives = random(3, 5), random(9, 5, seed=1), torch.tensor([0, 1, 2])
     excluded = (torch.arange(9) >= 6).expand(3, 9)
-    with_mask, _, candidates = info_nce(queries=queries, bank=bank, positives=positives, excluded=excluded)
-    without, _, fewer = info_nce(queries=queries, bank=bank[:6], positives=positives)
+    with_mask, _, candidates = info_nce(queries=queries, memory_bank=bank, positives=positives, excluded=excluded)
+    without, _, fewer = info_nce(queries=queries, memory_bank=bank[:6], positives=positives)
     torch.testing.assert_close(with_mask, without)
-    assert torch.equal(candidates, fewer) and with_mask < info_nce(queries=queries, bank=bank, positives=positives)[0]
+    assert (
+        torch.equal(candidates, fewer)
+        and with_mask < info_nce(queries=queries, memory_bank=bank, positives=positives)[0]
+    )
 
 
 def test_info_nce_of_aligned_and_of_unrelated_features():
     bank, positives = random(256, 64), torch.arange(256).flip(0)
-    loss, hits, _ = info_nce(queries=3 * bank[positives], bank=bank, positives=positives)
+    loss, hits, _ = info_nce(queries=3 * bank[positives], memory_bank=bank, positives=positives)
     assert hits == 256 and loss < 0.05 * 256
-    loss, hits, _ = info_nce(queries=random(256, 64, seed=1), bank=bank, positives=positives, temperature=1.0)
+    loss, hits, _ = info_nce(queries=random(256, 64, seed=1), memory_bank=bank, positives=positives, temperature=1.0)
     assert loss.item() / 256 == pytest.approx(math.log(256), abs=0.05) and hits < 0.05 * 256
 
 
@@ -359,15 +364,15 @@ def test_info_nce_refuses_unfair_questions():
 
     def fails(match, **changes):
         with pytest.raises(ValueError, match=match):
-            info_nce(**{"queries": queries, "bank": bank, "positives": positives, "excluded": nobody, **changes})
+            info_nce(**{"queries": queries, "memory_bank": bank, "positives": positives, "excluded": nobody, **changes})
 
     fails("among its excluded", excluded=torch.tensor([[False, True, False], [False, True, False]]))
     fails("2 candidates", excluded=torch.tensor([[False, True, True], [False] * 3]))
-    fails("2 candidates", bank=bank[:1], positives=positives * 0, excluded=None)
-    fails("rows of the bank", positives=torch.tensor([0, 3]))
-    fails("rows of the bank", positives=torch.tensor([-1, 0]))
+    fails("2 candidates", memory_bank=bank[:1], positives=positives * 0, excluded=None)
+    fails("rows of the memory bank", positives=torch.tensor([0, 3]))
+    fails("rows of the memory bank", positives=torch.tensor([-1, 0]))
     fails("excluded", excluded=nobody[:1])
-    fails("bank", bank=bank[:, :3])
+    fails("bank", memory_bank=bank[:, :3])
 
 
 def naive_patch_loss(name, student, teacher, weights):
@@ -459,7 +464,7 @@ def test_a_temperature_must_be_positive(temperature):
     calls = [lambda T, call=call: call(z, z, temperature=T) for call in DIVERGENCES.values()] + [
         lambda T: loca_logits(teacher_logits=z, targets=row, temperature=T),
         lambda T: entropy(logits=z, temperature=T),
-        lambda T: info_nce(queries=z, bank=z, positives=row, temperature=T),
+        lambda T: info_nce(queries=z, memory_bank=z, positives=row, temperature=T),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=f"temperature must be positive and finite, got {temperature}"):

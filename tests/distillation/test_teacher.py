@@ -54,7 +54,7 @@ def test_cached_outputs_are_the_teachers(places, world, tiny_folder, tiny_teache
     assert (logits.argmax(-1) == targets)[own].all()  # its own answers are what it holds most likely
     bank = teacher.memory_bank()
     mean, std = teacher.statistics()
-    for i, row in enumerate(batch["teacher"]["bank_rows"]):
+    for i, row in enumerate(batch["teacher"]["memory_bank_rows"]):
         torch.testing.assert_close(bank[row], ((patches[i] - mean) / std).mean(0), atol=1e-4, rtol=1e-4)
 
 
@@ -268,9 +268,9 @@ class FourImages:
 
 def test_images_of_one_recording_are_no_negatives():
     constants = TeacherConstants(FourImages(), output_layer=False, patches=False, memory_bank=True)
-    found = constants.memory_bank({"teacher": {"bank_rows": torch.tensor([0, 2])}})
+    found = constants.memory_bank({"teacher": {"memory_bank_rows": torch.tensor([0, 2])}})
     assert found["excluded"].tolist() == [[False, True, False, True], [False] * 4]
-    assert found["positives"].tolist() == [0, 2] and found["bank"].shape == (4, 4)
+    assert found["positives"].tolist() == [0, 2] and found["memory_bank"].shape == (4, 4)
     assert not constants.state_dict() and not list(constants.parameters())  # neither saved nor trained
 
 
