@@ -63,7 +63,7 @@ def test_the_three_phases_hand_over_and_move_only_their_parts(places, tiny_folde
     ("name", "more"), [("logit", ()), ("phase2", ("--from_stock",)), ("phase3", ("--from_stock",))]
 )
 def test_the_divergence_is_the_one_of_the_flag(places, tiny_folder, tiny_teacher, monkeypatch, name, more):
-    """The KL term of the first step, of the same student: each divergence has its own value, the mixture's the least."""
+    """The KL term of the first step, of one student: each divergence has its own value, the mixture's the least."""
     terms, log = [], UpdateLog.on_train_batch_end
 
     def keep(self, trainer, module, outputs, *args):
