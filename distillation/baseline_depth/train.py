@@ -70,7 +70,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_args(parser)
     add_depth_args(parser)
-    parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
+    parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student (%(default)s)")
     return parse(parser, argv)
 
 

@@ -73,11 +73,11 @@ def parse_args(argv=None):
     add_common_args(parser)
     parser.set_defaults(lr=1e-4, vision_lr=None)
     add_vision_cache_arg(parser)
-    parser.add_argument("--student_name", default=TEACHER_NAME, help="hub id or folder of the model")
-    parser.add_argument("--lora_rank", type=at_least(0), default=16, help="rank of the adapters; 0 = train all weights")
+    parser.add_argument("--student_name", default=TEACHER_NAME, help="hub id or folder of the model (%(default)s)")
     parser.add_argument(
-        "--lora_alpha", type=at_least(1), help="adapters are scaled by lora_alpha / lora_rank (default: 2)"
+        "--lora_rank", type=at_least(0), default=16, help="rank of adapters; 0 = all weights (%(default)s)"
     )
+    parser.add_argument("--lora_alpha", type=at_least(1), help="scale of adapters, times lora_rank (twice the rank)")
     args = parse(parser, argv, student_name=MINIATURE_TEACHER, batch_size=32, max_epochs=2, lr=1e-3)
     if args.lora_rank and args.vision_lr is not None:
         parser.error("--vision_lr: LoRA leaves the vision tower frozen; leave it out, or train all with --lora_rank 0")

@@ -95,12 +95,16 @@ def parse_args(argv=None):
     add_common_args(parser)
     add_depth_args(parser)
     add_teacher_args(parser)
-    parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
-    parser.add_argument("--patch_weight", type=at_least(0.0), default=0.5, help="weight of the patch distance")
+    parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student (%(default)s)")
     parser.add_argument(
-        "--hidden_weight", type=at_least(0.0), default=0.5, help="weight of the distance between hidden states"
+        "--patch_weight", type=at_least(0.0), default=0.5, help="weight of patch distances (%(default)s)"
     )
-    parser.add_argument("--map_lr", type=at_least(0.0), default=1e-3, help="peak learning rate of the learned map")
+    parser.add_argument(
+        "--hidden_weight", type=at_least(0.0), default=0.5, help="weight of hidden state distances (%(default)s)"
+    )
+    parser.add_argument(
+        "--map_lr", type=at_least(0.0), default=1e-3, help="peak learning rate of the map (%(default)s)"
+    )
     return parse(parser, argv, map_lr=2.5e-4)
 
 

@@ -86,7 +86,7 @@ def parse_args(argv=None):
     add_depth_args(parser)
     add_teacher_args(parser)
     add_divergence_args(parser)
-    parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
+    parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student (%(default)s)")
     return parse(parser, argv)
 
 

@@ -41,9 +41,10 @@ def add_common_args(parser: argparse.ArgumentParser, *, leave_out: Sequence[str]
     parser.set_defaults(teacher=None, teacher_checkpoint=None, teacher_questions=None, any_teacher=False)
     parser.set_defaults(vision_cache=False, **{flag.removeprefix("--"): None for flag in leave_out})
 
-    def add(flag: str, **options: Any) -> None:
+    def add(flag: str, *, help: str, **options: Any) -> None:
         if flag not in leave_out:
-            parser.add_argument(flag, **options)
+            shown = "" if options.get("default") is None else " (%(default)s)"
+            parser.add_argument(flag, help=help + shown, **options)
 
     for group in (_add_data_args, _add_optimization_args, _add_machine_args, _add_run_args):
         group(add)
@@ -77,7 +78,7 @@ def _add_optimization_args(add: Callable[..., None]) -> None:
     add("--batch_size", type=at_least(1), default=2, help="images per step and device")
     add("--accumulate_grad_batches", type=at_least(1), default=16, help="steps per optimizer update")
     add("--max_epochs", type=at_least(1), default=5, help="passes over the training images")
-    add("--max_steps", type=step_limit, default=-1, help="stop after so many optimizer updates (-1: no limit)")
+    add("--max_steps", type=step_limit, default=-1, help="stop after so many optimizer updates; -1 = no limit")
     add("--lr", type=at_least(0.0), default=1e-5, help="peak learning rate of language model and projector")
     add("--vision_lr", type=at_least(0.0), default=2e-6, help="peak learning rate of the vision tower")
     add("--weight_decay", type=at_least(0.0), default=0.0, help="weight decay of AdamW, on all weights that train")
@@ -140,14 +141,24 @@ def add_depth_args(parser: argparse.ArgumentParser) -> None:
     if parser.get_default("vision_lr") is not None:  # where the tower trains
         parser.set_defaults(vision_lr=DEPTH_VISION_LR)
     add = parser.add_argument
-    add("--depth_encoding", choices=tuple(ENCODINGS), default="metric_log3", help="how depth becomes 3 channels")
-    add("--depth_source", choices=DEPTH_SOURCES, default="raw", help="depth as recorded, or with filled holes (bfx)")
+    add(
+        "--depth_encoding",
+        choices=tuple(ENCODINGS),
+        default="metric_log3",
+        help="how depth becomes 3 channels (%(default)s)",
+    )
+    add(
+        "--depth_source",
+        choices=DEPTH_SOURCES,
+        default="raw",
+        help="depth as recorded, or bfx: with filled holes (%(default)s)",
+    )
 
 
 def add_teacher_args(parser: argparse.ArgumentParser, *, asks: bool = True) -> None:
     """The flags of every script that distills: which teacher and, where its answers count, its number of questions."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--teacher_name", default=TEACHER_NAME, help="hub id or folder of a stock teacher")
+    which.add_argument("--teacher_name", default=TEACHER_NAME, help="hub id or folder of a stock teacher (%(default)s)")
     which.add_argument(
         "--teacher_checkpoint",
         nargs="?",
@@ -163,14 +174,14 @@ def add_teacher_args(parser: argparse.ArgumentParser, *, asks: bool = True) -> N
         "--teacher",
         choices=("cached", "online"),
         default="cached",
-        help="compute its outputs once and store them, or again in every step: the same loss, slow (--num_workers 0)",
+        help="compute its outputs once and store them, or again in every step: the same loss, slow (%(default)s)",
     )
     if asks:
         parser.add_argument(
             "--teacher_questions",
             type=at_least(0),
             default=0,
-            help="number of further questions per image and step that the teacher answers",
+            help="number of further questions per image and step that the teacher answers (%(default)s)",
         )
 
 
@@ -188,10 +199,11 @@ def add_divergence_args(parser: argparse.ArgumentParser) -> None:
         "--divergence",
         choices=tuple(DIVERGENCES),
         default="forward_kl",
-        help="the KL term: KL(teacher || student), KL(student || teacher), or their mean over a mixture of both",
+        help="the KL term: KL(teacher || student), KL(student || teacher), or their mean over a mixture of both "
+        "(%(default)s)",
     )
-    add("--kl_weight", type=at_least(0.0), default=1.0, help="weight of the KL term")
-    add("--temperature", type=positive, default=1.0, help="temperature T that softens both distributions")
+    add("--kl_weight", type=at_least(0.0), default=1.0, help="weight of the KL term (%(default)s)")
+    add("--temperature", type=positive, default=1.0, help="temperature T that softens both distributions (%(default)s)")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniature_defaults: Any) -> argparse.Namespace:

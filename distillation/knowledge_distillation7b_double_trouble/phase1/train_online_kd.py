@@ -90,10 +90,16 @@ def parse_args(argv=None):
     add_common_args(parser, leave_out=["--lr", "--label_fraction", "--questions_per_image"])
     add_depth_args(parser)
     add_teacher_args(parser, asks=False)
-    parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
-    parser.add_argument("--patch_weight", type=at_least(0.0), default=1.0, help="weight of the patch distance")
-    parser.add_argument("--contrastive_weight", type=at_least(0.0), default=0.01, help="weight of InfoNCE")
-    parser.add_argument("--contrastive_temperature", type=positive, default=0.07, help="temperature of InfoNCE")
+    parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student (%(default)s)")
+    parser.add_argument(
+        "--patch_weight", type=at_least(0.0), default=1.0, help="weight of patch distances (%(default)s)"
+    )
+    parser.add_argument(
+        "--contrastive_weight", type=at_least(0.0), default=0.01, help="weight of InfoNCE (%(default)s)"
+    )
+    parser.add_argument(
+        "--contrastive_temperature", type=positive, default=0.07, help="InfoNCE temperature (%(default)s)"
+    )
     return parse(parser, argv, vision_lr=1e-3)
 
 

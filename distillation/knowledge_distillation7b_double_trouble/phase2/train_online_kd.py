@@ -108,9 +108,12 @@ def parse_args(argv=None):
     add_divergence_args(parser)
     add_vision_cache_arg(parser)
     parser.add_argument("--from_stock", action="store_true", help="start without the phases before")
-    parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
+    parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student (%(default)s)")
     parser.add_argument(
-        "--loca_alpha", type=at_least(0.01, below=1.0), default=0.9, help="LoCa: a corrected token leads by 1 - alpha"
+        "--loca_alpha",
+        type=at_least(0.01, below=1.0),
+        default=0.9,
+        help="LoCa: a corrected token leads by 1 - alpha (%(default)s)",
     )
     args = parse(parser, argv, lr=1e-3)
     need_checkpoint(parser, args, BUILDS_ON)

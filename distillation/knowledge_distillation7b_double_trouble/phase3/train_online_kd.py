@@ -126,13 +126,20 @@ def parse_args(argv=None):
     add_teacher_args(parser)
     add_divergence_args(parser)
     parser.add_argument("--from_stock", action="store_true", help="start without the phases before")
-    parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student")
+    parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student (%(default)s)")
     parser.add_argument(
-        "--loca_alpha", type=at_least(0.01, below=1.0), default=0.9, help="LoCa: a corrected token leads by 1 - alpha"
+        "--loca_alpha",
+        type=at_least(0.01, below=1.0),
+        default=0.9,
+        help="LoCa: a corrected token leads by 1 - alpha (%(default)s)",
     )
-    parser.add_argument("--patch_weight", type=at_least(0.0), default=0.5, help="weight of the patch distance")
-    parser.add_argument("--contrastive_weight", type=at_least(0.0), default=0.1, help="weight of InfoNCE")
-    parser.add_argument("--contrastive_temperature", type=positive, default=0.07, help="temperature of InfoNCE")
+    parser.add_argument(
+        "--patch_weight", type=at_least(0.0), default=0.5, help="weight of patch distances (%(default)s)"
+    )
+    parser.add_argument("--contrastive_weight", type=at_least(0.0), default=0.1, help="weight of InfoNCE (%(default)s)")
+    parser.add_argument(
+        "--contrastive_temperature", type=positive, default=0.07, help="InfoNCE temperature (%(default)s)"
+    )
     args = parse(parser, argv, vision_lr=5e-4)
     need_checkpoint(parser, args, BUILDS_ON)
     return args
