@@ -274,7 +274,7 @@ def at_least(minimum: int | float, *, below: float = math.inf) -> Callable[[str]
     def number(text: str) -> int | float:
         value = _number(text, type(minimum))
         if not minimum <= value < below:  # nan is neither
-            limit = f" and less than {below:g}" if below < math.inf else ""
+            limit = f" and less than {below:g}" if below < math.inf or value == below else ""
             raise argparse.ArgumentTypeError(f"{text}: give at least {minimum:g}{limit}")
         return value
 
@@ -284,7 +284,7 @@ def at_least(minimum: int | float, *, below: float = math.inf) -> Callable[[str]
 def positive(text: str) -> float:
     """An argparse type: a finite number above 0."""
     if not 0 < (value := _number(text, float)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: give more than 0")
+        raise argparse.ArgumentTypeError(f"{text}: give a finite number above 0")
     return value
 
 
@@ -292,6 +292,13 @@ def share(text: str) -> float:
     """An argparse type: a number above 0 and at most 1."""
     if not 0 < (value := _number(text, float)) <= 1:
         raise argparse.ArgumentTypeError(f"{text}: give a share above 0 and at most 1")
+    return value
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number above 0 and below 1."""
+    if not 0 < (value := _number(text, float)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a number above 0 and below 1")
     return value
 
 

@@ -49,11 +49,11 @@ REMEMBERED = 64  # images whose outputs stay in memory: all answers of a batch a
 class TeacherCache:
     """What the teacher said about all training and validation images."""
 
-    def __init__(self, source: StoredOutputs | LiveTeacher, groups: Sequence[Group], n_bank: int) -> None:
-        """`groups` are the images in the order of the source; the first `n_bank` of them are the training images."""
+    def __init__(self, source: StoredOutputs | LiveTeacher, groups: Sequence[Group], n_train: int) -> None:
+        """`groups` are the images in the order of the source; the first `n_train` of them are the training images."""
         self.source = source
         self.number = {rows[0].image_path: i for i, rows in enumerate(groups)}
-        self.rows = dict(list(self.number.items())[:n_bank])
+        self.rows = dict(list(self.number.items())[:n_train])
         # By their words, since two question files may number their questions alike.
         self.position = {
             (rows[0].image_path, *asked): i for rows in groups for i, asked in enumerate(asked_answers(rows))
@@ -103,7 +103,7 @@ class TeacherCache:
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (Dv,) of the vision features over all training images, per channel.
 
-        Features are compared after standardising both sides with these: SigLIP has a few channels a hundred times
+        Features are compared after standardizing both sides with these: SigLIP has a few channels a hundred times
         larger than the others, which would be all that a distance or a cosine sees.
         """
         pooled, squares = (values.double().mean(0) for values in self._pooled)
@@ -234,17 +234,17 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
     processor = load_processor(named.name)
     check_same_language(processor, data.processor, teacher=named.name, student=args.student_name)
     check_same_vision(named.name, args.student_name)
-    groups, n_bank = teacher_groups(data, dry_run=args.dry_run)
+    groups, n_train = teacher_groups(data, dry_run=args.dry_run)
     weights = model_digest(named.name, named.checkpoint)
     key = teacher_key(weights, processor, images, frozen_dtype(args.precision, args.accelerator))
-    teacher = TeacherCache(teacher_outputs(args, named, processor, images, key, groups, data.root), groups, n_bank)
+    teacher = TeacherCache(teacher_outputs(args, named, processor, images, key, groups, data.root), groups, n_train)
     # A run may go on with newer code, as it may at another commit; its teacher is the same, but its outputs are new.
     run.record["teacher_outputs"] = _short_digest({name: value for name, value in key.items() if name != "code"})
     run.record["teacher_checkpoint"] = str(named.checkpoint) if named.checkpoint else None
     run.record["teacher_weights"] = weights[:16]
     if not args.dry_run:
         scores = teacher.accuracy(
-            [row for rows in groups[n_bank:] for row in rows],
+            [row for rows in groups[n_train:] for row in rows],
             partial(processor.tokenizer.decode, skip_special_tokens=True),
         )
         run.record["teacher_val_exact_match"] = round(scores["all"], 4)
@@ -354,15 +354,15 @@ def warn_unless_above_blind(score: float, data: SUNRGBDDataModule) -> None:
 
 def teacher_groups(data: SUNRGBDDataModule, *, dry_run: bool) -> tuple[list[Group], int]:
     """Training images with all their questions, then the validation images; and how many of them are for training."""
-    unanswered = {}
+    unlabelled = {}
     if unanswered_file(data.root).is_file():
-        unanswered = {rows[0].image_path: rows for rows in group_by_image(data.unlabelled_rows())}
+        unlabelled = {rows[0].image_path: rows for rows in group_by_image(data.unlabelled_rows())}
     elif data.teacher_questions:
         raise UserError(
             f"--teacher_questions: no {unanswered_file(data.root)}; make it with: python dataset/prepare_sunrgbd.py"
         )
     gold = group_by_image(subset_of_images(data.rows("train"), data.subset_percentage, seed=data.seed))
-    train = [rows + unanswered.get(rows[0].image_path, []) for rows in gold]
+    train = [rows + unlabelled.get(rows[0].image_path, []) for rows in gold]
     val = group_by_image(data.rows("val"))
     if dry_run:
         train, val = train[: 2 * data.batch_size], []

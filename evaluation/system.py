@@ -103,7 +103,8 @@ def checkpoint_of_flags(args: argparse.Namespace) -> Path | None:
         return None
     everything = outputs_root(ROOT / "distillation")
     folder = experiment_folder(args.kd_model_type, args.phase_no) if args.kd_model_type else everything
-    return chosen_checkpoint(args.ckpt_path or "best", folder, miniature=args.miniature)
+    name = "best" if args.ckpt_path is None else args.ckpt_path
+    return chosen_checkpoint(name, folder, miniature=args.miniature)
 
 
 def recorded_images(args: argparse.Namespace, recorded: dict[str, Any], path: Path) -> ImageSettings:

@@ -18,6 +18,7 @@ from utils import (
     at_least,
     available_cores,
     core_shares,
+    fraction,
     locked,
     peak_memory,
     positive,
@@ -161,8 +162,10 @@ def test_flags_in_their_range_are_taken(flag, given, expected):
         ("--rate", "nan", "argument --rate: nan: give at least 0"),
         ("--rate", "fast", "argument --rate: 'fast' is not a number"),
         ("--warmup", "1", "argument --warmup: 1: give at least 0 and less than 1"),
-        ("--temperature", "0", "argument --temperature: 0: give more than 0"),
-        ("--temperature", "inf", "argument --temperature: inf: give more than 0"),
+        ("--temperature", "0", "argument --temperature: 0: give a finite number above 0"),
+        ("--temperature", "inf", "argument --temperature: inf: give a finite number above 0"),
+        ("--rate", "inf", "argument --rate: inf: give at least 0 and less than inf"),
+        ("--alpha", "1", "argument --alpha: 1: give a number above 0 and below 1"),
         ("--part", "0", "argument --part: 0: give a share above 0 and at most 1"),
         ("--part", "nan", "argument --part: nan: give a share above 0 and at most 1"),
         ("--part", "half", "argument --part: 'half' is not a number"),
@@ -181,4 +184,5 @@ def number_flags():
     parser.add_argument("--warmup", type=at_least(0.0, below=1.0))
     parser.add_argument("--part", type=share)
     parser.add_argument("--temperature", type=positive)
+    parser.add_argument("--alpha", type=fraction)
     return parser

@@ -80,12 +80,12 @@ def pack_questions(
     """
     parts = [_question_tokens(processor, question, with_image=n_image_tokens > 0) for question in questions]
     prefix = [*parts[0][0], *[processor.image_token_id] * n_image_tokens]
-    end_of_turn = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    eos_token_id = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     blocks = []
     for k, (_, prompt) in enumerate(parts):
         # The answer is tokenized apart from its prompt: no token spans both, as none does when the model generates.
         answer = [] if answers is None or answers[k] is None else answers[k]
-        answer = [*_tokens(processor, answer), end_of_turn] if isinstance(answer, str) else list(answer)
+        answer = [*_tokens(processor, answer), eos_token_id] if isinstance(answer, str) else list(answer)
         blocks.append((prompt, answer))
     return pack_blocks(prefix, blocks)
 

@@ -121,11 +121,10 @@ def depth_edges(depth_m: np.ndarray) -> np.ndarray:
 def sensor_noise(depth_m: np.ndarray, sensor: str, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
     """What one of the four SUN RGB-D sensors would have measured.
 
-    kv1 and xtion project a pattern: noise and quantisation grow with z^2, and objects cast shadows. kv2 measures time
-        of
-    flight: nearly constant noise, and flying pixels at edges. realsense loses large areas and everything beyond about
-    4.5 m. The formulas are those cited at the functions. The shares and widths are our choice: kv1 and kv2 lose 10 to
-    30 % of the pixels with them, close to the real frames (13 to 38 %).
+    kv1 and xtion project a pattern: noise and quantisation grow with z^2, and objects cast shadows. kv2 measures
+    time of flight: nearly constant noise, and flying pixels at edges. realsense loses large areas and everything
+    beyond about 4.5 m. The formulas are those cited at the functions. The shares and widths are our choice: kv1 and
+    kv2 lose 10 to 30 % of the pixels with them, close to the real frames (13 to 38 %).
 
     Args:
         depth_m: (H, W) float32 exact depth.

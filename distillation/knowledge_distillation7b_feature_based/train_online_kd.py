@@ -41,7 +41,7 @@ from distillation.teacher import open_teacher
 class FeatureDistillation(pl.LightningModule):
     """A depth student trained on gold answers and on the teacher's features at both ends of the language model."""
 
-    strict_loading = False  # checkpoints hold the student only
+    strict_loading = False  # checkpoints hold the student and the map only
 
     def __init__(self, args, teacher, *, vocab_size):
         super().__init__()

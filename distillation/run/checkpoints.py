@@ -17,6 +17,8 @@ from distillation.run.folders import Run, chosen_checkpoint
 from distillation.run.machine import probe
 from utils import ROOT, UserError, atomic_path, checksum_path, checksummed_path, matches_checksum, outputs_root
 
+ADDED_FLAGS = {"divergence": "forward_kl"}  # what runs did that are older than the flag
+
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of ours, verified against its checksum, without running any code that it might contain.
@@ -159,7 +161,7 @@ def put_starting_weights(
 ) -> dict[str, int] | None:
     """Give the student the weights that the run starts from: the resumed run's, a checkpoint's, or the stock ones.
 
-    The one place that decides it, before anything looks at the weights. Lightning restores a resumed run's once more,
+    The one place that decides it, before anything reads the weights. Lightning restores a resumed run's once more,
     with the optimizer.
 
     Returns:
@@ -193,10 +195,11 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
     free |= {"gradient_checkpointing", "num_nodes", "any_teacher"}
     free |= {"teacher_val_exact_match"}  # follows from the teacher
     for name in sorted(run.record.keys() - free):
-        if recorded.get(name) != run.record[name]:
+        theirs = recorded.get(name, ADDED_FLAGS.get(name))
+        if theirs != run.record[name]:
             raise UserError(
-                f"--resume {run.resume_from}: was started with {name} {recorded.get(name)}, now it is "
-                f"{run.record[name]}; give the same, or start a new run with --load_checkpoint"
+                f"--resume {run.resume_from}: was started with {name} {theirs}, now it is {run.record[name]}; "
+                "give the same, or start a new run with --load_checkpoint"
             )
 
 

@@ -31,8 +31,9 @@ DEPTH_VISION_LR = 2e-5
 def add_common_args(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = ()) -> None:
     """The flags that every training script has, with the defaults for real SUN RGB-D, but those that it could not obey.
 
-    Of flags that a script does not have, the parsed arguments hold None (False where they are switches), so that shared
-    code can read all of them.
+    Shared code reads some flags that not every script has: --teacher, --teacher_checkpoint, --teacher_questions,
+    --any_teacher, --vision_cache, and what is left out. Where a script has none of these, its arguments hold None, or
+    False for a switch.
 
     Args:
         parser: of a training script.
@@ -126,7 +127,12 @@ def _add_run_args(add: Callable[..., None]) -> None:
 
 def step_limit(text: str) -> int:
     """An argparse type: at least 1, or -1 for no limit."""
-    return -1 if text == "-1" else at_least(1)(text)
+    if text == "-1":
+        return -1
+    try:
+        return at_least(1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or -1 for no limit") from None
 
 
 def new_path(text: str) -> Path:
@@ -199,8 +205,8 @@ def add_divergence_args(parser: argparse.ArgumentParser) -> None:
         "--divergence",
         choices=tuple(DIVERGENCES),
         default="forward_kl",
-        help="the KL term: KL(teacher || student), KL(student || teacher), or their mean over a mixture of both "
-        "(%(default)s)",
+        help="the KL term: KL(teacher || student), KL(student || teacher), or the mean of KL(teacher || m) and "
+        "KL(student || m), m their average (%(default)s)",
     )
     add("--kl_weight", type=at_least(0.0), default=1.0, help="weight of the KL term (%(default)s)")
     add("--temperature", type=positive, default=1.0, help="temperature T that softens both distributions (%(default)s)")
@@ -212,7 +218,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
     Args:
         parser: of a training script.
         argv: the command line; None = this process's.
-        **miniature_defaults: with --miniature, instead of `MINIATURE_DEFAULTS` or besides them.
+        **miniature_defaults: with --miniature, instead of `MINIATURE_DEFAULTS` or besides them; of both only those
+            of flags that the script has a default for.
     """
     args = parser.parse_args(argv)
     if args.miniature:

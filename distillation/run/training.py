@@ -81,7 +81,7 @@ def train(
         data.resume_batch = resume_batch(position, run, args)
     start = time.monotonic()
     trainer = fit(module, data, run, args, monitor)
-    finish(trainer, module, data, run, args, monitor, seconds=time.monotonic() - start)
+    finish(trainer, module, data, run, args, monitor, start=start)
 
 
 def fit(
@@ -110,13 +110,16 @@ def finish(
     args: argparse.Namespace,
     monitor: str,
     *,
-    seconds: float,
+    start: float,
 ) -> None:
-    """Note and say what came out, and write what --export and --save_final_pt ask for."""
+    """Note and say what came out since `start`, and write what --export and --save_final_pt ask for."""
     best, score = best_of_run(trainer, module, data, run, monitor)
     if not trainer.is_global_zero:
         return
-    steps, seconds, memory_gib = trainer.global_step, round(seconds, 1), round(peak_memory_gib(), 2)
+    tensorboard, _ = trainer.loggers
+    tensorboard.log_hyperparams(run.record, {f"best/{monitor.removeprefix('val/')}": score})  # its table of runs
+    seconds = round(time.monotonic() - start, 1)
+    steps, memory_gib = trainer.global_step, round(peak_memory_gib(), 2)
     summary = {"best": str(best), monitor: score, "optimizer_steps": steps, "seconds": seconds}
     write_json(run.logs / "run.json", run.record | summary | {"peak_memory_gib": memory_gib})
     print(f"{steps} updates in {duration(seconds)}, peak memory {memory_gib} GiB; best: {best} ({monitor} {score:.4f})")
@@ -176,15 +179,14 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
 
 
 def build_loggers(run: Run) -> list[Logger]:
-    """TensorBoard and a CSV file, both with the run's record; the CSV file of a run that is resumed stays."""
+    """TensorBoard and a CSV file, with the run's record beside them; the CSV file of a run that is resumed stays."""
     metrics = run.logs / "metrics.csv"
-    if metrics.is_file():  # CSVLogger would delete it
+    if is_first_process() and metrics.is_file():  # CSVLogger would delete it
         metrics.rename(run.logs / f"metrics.{len(list(run.logs.glob('metrics*.csv')))}.csv")
     where = dict(save_dir=run.logs.parent, name="", version=run.name)
-    loggers = [TensorBoardLogger(**where, default_hp_metric=False), CSVLogger(**where)]
-    for logger in loggers:
-        logger.log_hyperparams(run.record)
-    return loggers
+    csv = CSVLogger(**where)
+    csv.log_hyperparams(run.record)
+    return [TensorBoardLogger(**where, default_hp_metric=False), csv]
 
 
 def checkpoint_callbacks(run: Run, monitor: str) -> tuple[ModelCheckpoint, ModelCheckpoint]:

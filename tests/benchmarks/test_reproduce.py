@@ -190,7 +190,7 @@ def test_every_command_line_is_one_that_its_script_takes():
             args = reproduce.training_script(stage.script).parse_args(["--miniature", *flags, *start])
             assert (args.batch_size, args.accumulate_grad_batches, args.precision, args.seed) == (8, 1, "auto", 3)
             assert not stage.labels or args.label_fraction == 0.1
-            assert hasattr(args, "teacher_checkpoint") == bool(stage.teacher)
+            assert (args.teacher is not None) == bool(stage.teacher)
             if stage.teacher:
                 assert args.teacher_checkpoint is None  # few labels: a teacher that has read none
                 assert "--teacher_checkpoint" in reproduce.stage_flags(stage, Job(name, 1.0, 3))

@@ -10,7 +10,7 @@ import torch
 from distillation import teacher as teacher_module
 from distillation.models import load_model, set_trainable
 from distillation.run.callbacks import UpdateLog
-from distillation.run.checkpoints import read_checkpoint
+from distillation.run.checkpoints import SafeCheckpointIO, read_checkpoint
 from tests.helpers.training import STRATEGIES, TROUBLE, distill, interrupted, train
 from utils import UserError
 
@@ -213,6 +213,19 @@ def test_a_resumed_run_reads_the_features_of_its_own_tower(places, tiny_folder, 
     pixels, cached = (read_checkpoint(runs / run / "last.ckpt")["state_dict"] for run in ("pixels", "cached"))
     for key, value in pixels.items():
         torch.testing.assert_close(cached[key], value, atol=2e-4, rtol=1e-3)
+
+
+def test_a_run_older_than_a_flag_goes_on_with_what_it_did(places, tiny_folder, tiny_teacher):
+    with interrupted(8):
+        distill("logit", tiny_folder, tiny_teacher)
+    path = places / STRATEGIES["logit"] / "checkpoints/t/last.ckpt"
+    checkpoint = read_checkpoint(path)
+    del checkpoint["hyper_parameters"]["divergence"]
+    SafeCheckpointIO().save_checkpoint(checkpoint, path)
+    with pytest.raises(UserError, match="was started with divergence forward_kl, now it is reverse_kl"):
+        distill("logit", tiny_folder, tiny_teacher, "--resume", "auto", "--divergence", "reverse_kl")
+    distill("logit", tiny_folder, tiny_teacher, "--resume", "auto")
+    assert read_checkpoint(path)["global_step"] == 12
 
 
 def test_an_interrupted_distillation_resumes_bit_exactly(places, tiny_folder, tiny_teacher):

@@ -105,7 +105,7 @@ def test_the_teacher_computes_once(places, world, tiny_folder, tiny_teacher, mon
         again.patches(data.train.images[0][0].image_path)
 
 
-def test_processes_side_by_side_share_the_looking(places, world, tiny_folder, tiny_teacher, monkeypatch):
+def test_processes_side_by_side_share_the_images(places, world, tiny_folder, tiny_teacher, monkeypatch):
     data, computed, compute = data_module(world, tiny_folder), [], teacher_cache.LiveTeacher.compute
     monkeypatch.setattr(
         teacher_cache.LiveTeacher, "compute", lambda self, groups: computed.extend(groups) or compute(self, groups)
@@ -181,7 +181,7 @@ def test_other_code_or_libraries_ask_the_teacher_again(tiny_teacher, tmp_path, m
     assert len(set(seen)) == 8
 
 
-def test_no_room_for_what_the_teacher_says(places, tiny_folder, tiny_teacher, monkeypatch):
+def test_no_room_for_the_teachers_outputs(places, tiny_folder, tiny_teacher, monkeypatch):
     monkeypatch.setattr(run_data.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="the teacher's outputs: no room in"):
         distill("logit", tiny_folder, tiny_teacher)
@@ -274,6 +274,6 @@ def test_images_of_one_recording_are_no_negatives():
     assert not constants.state_dict() and not list(constants.parameters())  # neither saved nor trained
 
 
-def test_a_bank_of_one_recording_is_refused(places, tiny_folder, tiny_teacher):
+def test_a_memory_bank_of_one_recording_is_refused(places, tiny_folder, tiny_teacher):
     with pytest.raises(UserError, match="at least 2 recordings"):
         distill("phase1", tiny_folder, tiny_teacher, "--subset_percentage", "0.01")

@@ -1,4 +1,4 @@
-"""Double trouble, phase 1: the vision tower learns to see in depth what the teacher's tower sees in color.
+r"""Double trouble, phase 1: the vision tower learns to see in depth what the teacher's tower sees in color.
 
 Loss    patch_weight * smooth-L1 of matching patches (holes and padding left out)
         + contrastive_weight * InfoNCE of pooled features against a memory bank with a row for every training image
@@ -75,8 +75,8 @@ class VisionAlignment(pl.LightningModule):
         patches = self.teacher.standardize(overview_patches(self.student, batch["student_images"]))
         weights = batch["teacher"]["valid_share"]
         distance = patch_cosine(student=patches, teacher=self.teacher.patches(batch), weights=weights)
-        n = batch["counts"]["patches"] or 1e-6  # a batch without depth counts for nothing
-        self.log("val/patch_cosine", 1 - distance / n, batch_size=n, sync_dist=True)
+        weight = batch["counts"]["patches"] or 1e-6  # of the batch in the mean: one without depth counts for nothing
+        self.log("val/patch_cosine", 1 - distance / weight, batch_size=weight, sync_dist=True)
         log_answer_scores(self, batch, *self.forward_student(batch))
 
     def configure_optimizers(self):

@@ -1,6 +1,7 @@
-"""Double trouble, phase 2: the language model learns to read aligned depth features, from gold answers and the teacher.
+r"""Double trouble, phase 2: the language model learns to read aligned depth, from gold answers and the teacher.
 
-Loss    cross-entropy of gold tokens + kl_weight * T^2 * KL(LoCa-calibrated teacher || student) over all answer tokens
+Loss    cross-entropy of gold tokens + kl_weight * T^2 * KL(LoCa-calibrated teacher || student) over all answer tokens;
+        --divergence takes another one
 Trains  projector and language model; the vision tower stays as phase 1 left it
 Reads   phase 1's checkpoint (--load_checkpoint); the teacher's outputs (computed once); SUNRGBD/csv_data
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/
@@ -18,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from utils import at_least, run_script  # first: loads .env before transformers reads it
+from utils import fraction, run_script  # first: loads .env before transformers reads it
 
 # isort: split
 import argparse
@@ -111,7 +112,7 @@ def parse_args(argv=None):
     parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student (%(default)s)")
     parser.add_argument(
         "--loca_alpha",
-        type=at_least(0.01, below=1.0),
+        type=fraction,
         default=0.9,
         help="LoCa: a corrected token leads by 1 - alpha (%(default)s)",
     )

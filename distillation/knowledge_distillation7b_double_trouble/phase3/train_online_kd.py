@@ -1,6 +1,7 @@
-"""Double trouble, phase 3: the whole student learns, from gold answers, the calibrated teacher and its vision.
+r"""Double trouble, phase 3: the whole student learns, from gold answers, the calibrated teacher and its vision.
 
-Loss    cross-entropy of gold tokens + kl_weight * T^2 * KL(LoCa-calibrated teacher || student) over all answer tokens
+Loss    cross-entropy of gold tokens + kl_weight * T^2 * KL(LoCa-calibrated teacher || student) over all answer tokens;
+        --divergence takes another one
         + patch_weight * smooth-L1 of patches + contrastive_weight * InfoNCE of pooled features, as in phase 1
 Trains  everything: vision tower (own rate), projector, language model
 Reads   phase 2's checkpoint (--load_checkpoint); the teacher's outputs (computed once); SUNRGBD/csv_data
@@ -18,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from utils import at_least, positive, run_script  # first: loads .env before transformers reads it
+from utils import at_least, fraction, positive, run_script  # first: loads .env before transformers reads it
 
 # isort: split
 import argparse
@@ -129,7 +130,7 @@ def parse_args(argv=None):
     parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student (%(default)s)")
     parser.add_argument(
         "--loca_alpha",
-        type=at_least(0.01, below=1.0),
+        type=fraction,
         default=0.9,
         help="LoCa: a corrected token leads by 1 - alpha (%(default)s)",
     )

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dataset.questions.rows import questions_file, read_questions
 from distillation.models import add_lora, load_model
@@ -79,6 +81,19 @@ def test_an_interrupted_run_resumes_bit_exactly(places, tiny_folder, name, stop_
 def column(path: Path, name: str) -> list[str]:
     with open(path, encoding="utf-8", newline="") as handle:
         return [row.get(name) for row in csv.DictReader(handle)]
+
+
+def test_tensorboard_lists_a_run_with_its_flags_and_its_best_score(places, tiny_folder):
+    """And with no other score: Lightning's own placeholder would be -1 for every run."""
+    train("baseline_depth", tiny_folder)
+    logs = places / "baseline_depth/tensorboard_logs/t"
+    events = EventAccumulator(str(logs)).Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    flags = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert flags["lr"].number_value == 1e-3 and flags["modality"].string_value == "depth"
+    (best,) = events.Scalars("best/exact_match")
+    assert best.value == json.loads((logs / "run.json").read_text())["val/exact_match"]
+    assert "hp_metric" not in events.Tags()["scalars"]
 
 
 def test_resuming_a_finished_run_changes_nothing(places, tiny_folder, capsys):
