@@ -105,7 +105,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--map_lr", type=at_least(0.0), default=1e-3, help="peak learning rate of the map (%(default)s)"
     )
-    return parse(parser, argv, map_lr=2.5e-4)
+    return parse(parser, argv, lr=2.5e-4, vision_lr=5e-4, map_lr=1e-3)
 
 
 def main(args):

@@ -88,7 +88,7 @@ def parse_args(argv=None):
     add_teacher_args(parser)
     add_divergence_args(parser)
     parser.add_argument("--student_name", default=STUDENT_NAME, help="hub id or folder of the student (%(default)s)")
-    return parse(parser, argv)
+    return parse(parser, argv, lr=5e-4)
 
 
 def main(args):

@@ -100,7 +100,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--contrastive_temperature", type=positive, default=0.07, help="InfoNCE temperature (%(default)s)"
     )
-    return parse(parser, argv, vision_lr=1e-3)
+    return parse(parser, argv, vision_lr=4e-3)
 
 
 def main(args):

@@ -116,7 +116,7 @@ def parse_args(argv=None):
         default=0.9,
         help="LoCa: a corrected token leads by 1 - alpha (%(default)s)",
     )
-    args = parse(parser, argv, lr=1e-3)
+    args = parse(parser, argv, lr=5e-4)
     need_checkpoint(parser, args, BUILDS_ON)
     return args
 

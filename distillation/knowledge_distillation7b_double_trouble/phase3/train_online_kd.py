@@ -141,7 +141,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--contrastive_temperature", type=positive, default=0.07, help="InfoNCE temperature (%(default)s)"
     )
-    args = parse(parser, argv, vision_lr=5e-4)
+    args = parse(parser, argv, lr=5e-4, vision_lr=5e-4)
     need_checkpoint(parser, args, BUILDS_ON)
     return args
 
