@@ -7,6 +7,8 @@ Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboa
 Rates   LLaVA-OneVision's fine-tuning: 1e-5, vision tower 2e-6, cosine, 3 % warm-up, no weight decay
         (LLaVA-VL/LLaVA-NeXT, scripts/train/finetune_ov.sh); the tower of a depth student 2e-5: depth is new to it.
         AdamW's betas 0.9 and 0.98 are those of Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 5.3
+Cost    of the miniature: 0.11 s per update of 8 images on one core, 0.6 GiB (make demo)
+Result  miniature, test: 79.8 % of all questions, 75.7 % by depth (make demo, half of the images once)
 
     python distillation/baseline_rgb05b/train.py --batch_size 2 --max_epochs 15
     On a laptop: --miniature in place of the other flags

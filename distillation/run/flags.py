@@ -25,7 +25,8 @@ MINIATURE_DEFAULTS = dict(
     student_name=MINIATURE_STUDENT,
     teacher_name=MINIATURE_TEACHER,
 )
-MINIATURE_DEPTH_RATES = dict(lr=1.25e-4, vision_lr=2.5e-4)
+# The search, of five epochs, chose lr=1.25e-4 here. The demo trains three: .481 on val with it, .496 with this one.
+MINIATURE_DEPTH_RATES = dict(lr=2.5e-4, vision_lr=2.5e-4)
 # Ten times that of fine-tuning, for every student whose tower was pretrained on color pictures and now sees depth: a
 # control that learns to see more slowly than its rivals would flatter them.
 DEPTH_VISION_LR = 2e-5
