@@ -76,8 +76,8 @@ def test_every_system_is_searched_from_its_own_rates_on_command_lines_that_its_s
         stage.system for stages in (reproduce.VARIANTS | reproduce.FULL_LABEL_VARIANTS).values() for stage in stages
     }
     assert used == STAGES.keys()
-    assert start_of(STAGES["feature-based"]) == {"lr": 2.5e-4, "vision_lr": 2.5e-4, "map_lr": 2.5e-4}
-    assert start_of(STAGES["phase 1"]) == {"vision_lr": 1e-3} and start_of(STAGES["phase 2"]) == {"lr": 1e-3}
+    assert start_of(STAGES["feature-based"]) == {"lr": 2.5e-4, "vision_lr": 5e-4, "map_lr": 1e-3}
+    assert start_of(STAGES["phase 1"]) == {"vision_lr": 4e-3} and start_of(STAGES["phase 2"]) == {"lr": 5e-4}
     for name, stage in STAGES.items():
         tried = {rate: 2 * value for rate, value in start_of(stage).items()}
         flags = Search(stage, tmp_path, 0.5).flags(tried)

@@ -149,6 +149,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """Refuse flags that do not go together."""
     if args.phase_no and args.kd_model_type != "double_trouble":
         parser.error("--phase_no goes with --kd_model_type double_trouble")
+    if args.ckpt_path == "":  # an unset variable of a shell
+        parser.error("--ckpt_path is empty; give a path or a run's name, or leave it out")
     if args.ckpt_path == "best" and not args.kd_model_type:
         parser.error("--ckpt_path best needs --kd_model_type (and --phase_no), which say of what")
     if args.load_checkpoint and not (args.ckpt_path or args.kd_model_type):
