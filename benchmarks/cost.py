@@ -70,6 +70,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
 from benchmarks.flops import QUESTIONS, true_flops
+from benchmarks.processes import check_cores
 from dataset.inputs.prompts import IGNORE, collate_prompts, pack_blocks
 from distillation.decoding import greedy_answers
 from distillation.forward import answer_logits, answer_states, tower_features, use_packed_attention
@@ -623,13 +624,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rounds", type=at_least(1), default=3, help="number of measurements of every variant (3)")
-    add("--seconds", type=at_least(0.0), default=2.0, help="least seconds per measurement; 0 = a single step (2)")
-    add("--cores", type=at_least(1), default=1, help="number of cores to use; the fewer, the less noise (1)")
+    add("--rounds", type=at_least(1), default=3, help="number of measurements of every variant (%(default)s)")
+    add(
+        "--seconds",
+        type=at_least(0.0),
+        default=2.0,
+        help="least seconds per measurement; 0 = a single step (%(default)s)",
+    )
+    add("--cores", type=at_least(1), default=1, help="number of cores to use; the fewer, the less noise (%(default)s)")
     add("--output", type=Path, default=ROOT / "benchmarks" / "cost", help="folder for the tables (benchmarks/cost)")
     args = parser.parse_args(argv)
-    if args.cores > len(available_cores()):
-        parser.error(f"--cores {args.cores}: this machine has {len(available_cores())}")
+    check_cores(parser, args.cores)
     return args
 
 

@@ -38,6 +38,7 @@ import time
 import numpy as np
 from PIL import Image, ImageDraw
 
+from benchmarks.processes import check_cores
 from dataset.sunrgbd.depth import encode_sunrgbd
 from dataset.sunrgbd.frames import read_official_list
 from dataset.sunrgbd.nouns import asked_nouns, nouns
@@ -148,7 +149,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     n_all = len(read_official_list())
-    add, cores = parser.add_argument, len(available_cores())
+    add = parser.add_argument
     add(
         "--frames",
         type=at_least(1),
@@ -161,8 +162,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if max(args.frames) > n_all:
         parser.error(f"--frames {max(args.frames)}: the official split names {n_all}")
-    if args.cores > cores:
-        parser.error(f"--cores {args.cores}: this machine has {cores}")
+    check_cores(parser, args.cores)
     return args
 
 

@@ -1,5 +1,6 @@
-"""Commands of this repository side by side, each on its own share of the machine's cores."""
+"""The machine's cores: commands of this repository side by side, each on its own share of them."""
 
+import argparse
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from utils import ROOT, UserError, core_shares, duration, use_cores
+from utils import ROOT, UserError, available_cores, core_shares, duration, use_cores
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Task:
     title: str
     command: tuple[str, ...]
     log: Path | None = None
+
+
+def check_cores(parser: argparse.ArgumentParser, cores: int) -> None:
+    """End with an error when --cores asks for more cores than there are."""
+    if cores > (n := len(available_cores())):
+        parser.error(f"--cores {cores}: this machine has {n}")
 
 
 def run_side_by_side(chains: Sequence[Sequence[Task]], jobs: int, *, finish_running: bool = False) -> None:

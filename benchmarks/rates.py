@@ -308,7 +308,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     reproduce.add_study_args(parser)
     parser.add_argument(
-        "--subset_percentage", type=share, default=1.0, help="share of the training images to use, in (0, 1] (1.0)"
+        "--subset_percentage",
+        type=share,
+        default=1.0,
+        help="share of the training images to use, in (0, 1] (%(default)s)",
     )
     parser.add_argument("--system", choices=tuple(STAGES), help="make a single run of this system, with --rates")
     parser.add_argument("--rates", nargs="+", metavar="NAME=VALUE", help="all learning rates of --system's run")

@@ -547,11 +547,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--seeds", type=at_least(1), default=5, help="number of seeds that every variant is repeated with (5)")
+    add(
+        "--seeds", type=at_least(1), default=5, help="number of seeds that every variant is repeated with (%(default)s)"
+    )
     add_study_args(parser)
     add("--variant", choices=[*VARIANTS, *FULL_LABEL_VARIANTS], help="train and score one run of this variant only")
-    add("--fraction", type=float, choices=FRACTIONS, default=1.0, help="share of the labels of --variant's run (1.0)")
-    add("--seed", type=at_least(0), default=0, help="seed of --variant's run (0)")
+    add(
+        "--fraction",
+        type=float,
+        choices=FRACTIONS,
+        default=1.0,
+        help="share of the labels of --variant's run (%(default)s)",
+    )
+    add("--seed", type=at_least(0), default=0, help="seed of --variant's run (%(default)s)")
     add("--tables", action="store_true", help="train nothing; write the tables again from the records in --output")
     args = parser.parse_args(argv)
     if args.variant is None and (args.fraction, args.seed) != (1.0, 0):

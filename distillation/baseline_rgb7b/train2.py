@@ -79,7 +79,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--lora_rank", type=at_least(0), default=16, help="rank of adapters; 0 = all weights (%(default)s)"
     )
-    parser.add_argument("--lora_alpha", type=at_least(1), help="scale of adapters, times lora_rank (twice the rank)")
+    parser.add_argument(
+        "--lora_alpha", type=at_least(1), help="adapters are scaled by lora_alpha / lora_rank (twice the rank)"
+    )
     args = parse(parser, argv, student_name=MINIATURE_TEACHER, batch_size=32, max_epochs=2, lr=1e-3)
     if args.lora_rank and args.vision_lr is not None:
         parser.error("--vision_lr: LoRA leaves the vision tower frozen; leave it out, or train all with --lora_rank 0")

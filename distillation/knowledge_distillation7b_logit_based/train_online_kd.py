@@ -1,7 +1,7 @@
 """Logit-based distillation: the depth student learns gold answers and the RGB teacher's distribution over tokens.
 
 Loss    cross-entropy of gold tokens + kl_weight * T^2 * KL(teacher || student) over all answer tokens
-        (--divergence takes another one than KL)
+        (--divergence takes another divergence)
 Trains  everything: vision tower (own rate), projector, language model
 Reads   the pretrained 0.5B model; the teacher's outputs (computed once); SUNRGBD/csv_data
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/

@@ -1,7 +1,7 @@
 r"""Double trouble, phase 2: the language model learns to read aligned depth, from gold answers and the teacher.
 
 Loss    cross-entropy of gold tokens + kl_weight * T^2 * KL(LoCa-calibrated teacher || student) over all answer tokens
-        (--divergence takes another one than KL)
+        (--divergence takes another divergence)
 Trains  projector and language model; the vision tower stays as phase 1 left it
 Reads   phase 1's checkpoint (--load_checkpoint); the teacher's outputs (computed once); SUNRGBD/csv_data
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/

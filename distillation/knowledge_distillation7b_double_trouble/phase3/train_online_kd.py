@@ -2,7 +2,7 @@ r"""Double trouble, phase 3: the whole student learns, from gold answers, the ca
 
 Loss    cross-entropy of gold tokens + kl_weight * T^2 * KL(LoCa-calibrated teacher || student) over all answer tokens
         + patch_weight * smooth-L1 of patches + contrastive_weight * InfoNCE of pooled features, as in phase 1
-        (--divergence takes another one than KL)
+        (--divergence takes another divergence)
 Trains  everything: vision tower (own rate), projector, language model
 Reads   phase 2's checkpoint (--load_checkpoint); the teacher's outputs (computed once); SUNRGBD/csv_data
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/
