@@ -10,7 +10,7 @@ MISSING := no Python found that runs: looked for $(PYTHONS). \
 	Install one of them or name yours: make PYTHON=/path/to/python
 TOO_OLD := $(VENV) has Python %d.%d, which is too old: 3.11 to 3.13 are needed. Call: make clean
 
-.PHONY: demo reproduce bench test lint clean
+.PHONY: demo reproduce bench test test-faults lint clean
 
 demo: $(READY)
 	$(PY) benchmarks/demo.py
@@ -23,6 +23,9 @@ bench: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest -q
+
+test-faults: $(READY)
+	$(PY) -m pytest -q -m faults tests/faults
 
 lint: $(READY)
 	$(PY) -m ruff check .

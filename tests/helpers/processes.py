@@ -1,0 +1,69 @@
+"""Scripts as processes of their own, as users and schedulers start them, so that they can be killed and starved."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from utils import ROOT
+
+
+class Started:
+    """A script that runs in a process group of its own, with its output in files of a folder.
+
+    Leave it through a `with` block: then nothing of it goes on running after the test.
+    """
+
+    def __init__(self, script: str, argv: list[str], folder: Path, *, env: Mapping[str, str] | None = None) -> None:
+        """`script`: its path in this repository; `env`: variables besides those of this process."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files = [folder / "stdout.txt", folder / "stderr.txt"]
+        with open(self.files[0], "wb") as out, open(self.files[1], "wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / script), *argv],
+                cwd=folder,
+                env=os.environ | (env or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Started":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def stdout(self) -> str:
+        return self.files[0].read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        return self.files[1].read_text(encoding="utf-8", errors="replace")
+
+    def wait_until(self, condition: Callable[[], bool], *, within_s: float = 120) -> None:
+        """Return as soon as the condition holds; fail when the process ends or the time is over before."""
+        deadline = time.monotonic() + within_s
+        while not condition():
+            assert self.process.poll() is None, f"ended with {self.process.returncode} too early:\n{self.stderr}"
+            assert time.monotonic() < deadline, f"nothing happened within {within_s} s:\n{self.stderr}"
+            time.sleep(0.005)
+
+    def send(self, number: int, *, group: bool = False) -> None:
+        """Send a signal to the script, or to it and all that it has started."""
+        (os.killpg if group else os.kill)(self.process.pid, number)
+
+    def ends(self, *, within_s: float = 120) -> int:
+        """The exit code. A process that does not end within the time fails the test as hanging."""
+        try:
+            return self.process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"hangs, no end within {within_s} s:\n{self.stderr}") from None
