@@ -191,8 +191,7 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    with atomic_path(path) as part:
-        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256(path: Path) -> str:
@@ -232,20 +231,31 @@ def checksum_path(path: Path) -> Path:
 
 @contextmanager
 def checksummed_path(path: Path) -> Iterator[Path]:
-    """`atomic_path` that leaves the file's checksum beside it."""
+    """`atomic_path` that leaves the file's checksum beside it, in the format of sha256sum.
+
+    Killed at any moment, the file has its checksum: both the old and the new one stand beside it while it is replaced.
+    """
+    beside = checksum_path(path)
+    old = beside.read_text(encoding="utf-8") if path.is_file() and beside.is_file() else ""
     with atomic_path(path) as part:
         yield part
-        digest = sha256(part)
-        # Removed before the rename: killed in between, the old digest beside the new file would call it damaged.
-        checksum_path(path).unlink(missing_ok=True)
-    with atomic_path(checksum_path(path)) as part:
-        part.write_text(digest + "\n", encoding="utf-8")
+        new = f"{sha256(part)}  {path.name}\n"
+        _write_text(beside, new + old)
+    _write_text(beside, new)
 
 
 def matches_checksum(path: Path) -> bool | None:
     """Whether a file is as it was written; None without a checksum beside it."""
-    digest = checksum_path(path)
-    return digest.read_text(encoding="utf-8").strip() == sha256(path) if digest.is_file() else None
+    beside = checksum_path(path)
+    if not beside.is_file():
+        return None
+    lines = beside.read_text(encoding="utf-8", errors="replace").splitlines()
+    return sha256(path) in {line.split(maxsplit=1)[0] for line in lines if line.strip()}
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def training(title: str, script: str, *flags: str) -> Task:
 def evaluation(name: str, run: str, output: Path) -> Task:
     """Score a system's run on the test split."""
     folder, whose = SYSTEMS[name]
-    flags = ("--miniature", *whose, "--ckpt_path", f"miniature_{run}", "--name", name, "--output", str(output / folder))
+    flags = ("--miniature", *whose, "--ckpt_path", run, "--name", name, "--output", str(output / folder))
     return Task(f"score the {name}", (EVALUATE, *flags))
 
 
@@ -59,8 +59,8 @@ def comparison(output: Path) -> Task:
 def chains(run: str, output: Path) -> tuple[list[Task], list[Task], list[Task]]:
     """Three chains of steps: one that both others need, the baselines, and the phases of the distillation."""
     miniature = ("--miniature", "--run_name", run)
-    taught = (*miniature, "--max_epochs", "1", "--teacher_checkpoint", f"miniature_{run}")
-    further = (*taught, "--teacher_questions", "8", "--load_checkpoint", f"miniature_{run}")
+    taught = (*miniature, "--max_epochs", "1", "--teacher_checkpoint", run)
+    further = (*taught, "--teacher_questions", "8", "--load_checkpoint", run)
     half = ("--max_epochs", "1", "--subset_percentage", "0.5")
     first = [
         Task("world", ("dataset/miniature/world.py",)),

@@ -33,8 +33,8 @@ from distillation.losses import answer_cross_entropy
 from distillation.models import MINIATURE_TEACHER, TEACHER_NAME, add_lora, load_model, parameter_groups
 from distillation.run.data import build_data
 from distillation.run.flags import add_common_args, add_vision_cache_arg, parse
-from distillation.run.folders import start_run
 from distillation.run.machine import frozen_dtype
+from distillation.run.start import start_run
 from distillation.run.steps import cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
 

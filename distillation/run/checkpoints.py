@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,26 @@ from utils import ROOT, UserError, atomic_path, checksum_path, checksummed_path,
 ADDED_FLAGS = {"divergence": "forward_kl"}  # what runs did that are older than the flag
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, *, need_checksum: bool = False) -> dict[str, Any]:
     """A checkpoint of ours, verified against its checksum, without running any code that it might contain.
+
+    Args:
+        path: the file.
+        need_checksum: refuse a file without a checksum beside it. Otherwise that is said, and the file read.
 
     Raises:
         UserError: missing, damaged, or not a checkpoint that our scripts wrote.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    if matches_checksum(path) is False:
+    whole = matches_checksum(path)
+    if whole is False:
         raise UserError(f"{path}: damaged, its contents do not match its checksum; use another checkpoint")
+    if whole is None:
+        unverified = f"{path}: has no checksum beside it ({checksum_path(path).name}), so damage would go unnoticed"
+        if need_checksum:
+            raise UserError(unverified)
+        print(f"warning: {unverified}", file=sys.stderr)
     try:
         # Memory-mapped: an evaluation reads the weights and leaves the optimizer's moments on disk.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -144,8 +155,13 @@ def resume_batch(position: Mapping[str, int], run: Run, args: argparse.Namespace
     """The micro-batch of its epoch with which an interrupted run goes on, by the `position` in its checkpoint.
 
     Raises:
-        UserError: it was interrupted inside an epoch on another number of devices, whose micro-batches are others.
+        UserError: it has more epochs already than it should have, or was interrupted inside an epoch on another number
+            of devices, whose micro-batches are others.
     """
+    if position["epoch"] > args.max_epochs:
+        raise UserError(
+            f"--max_epochs {args.max_epochs}: {run.resume_from} has {position['epoch']} already; give at least as many"
+        )
     if position["batch"] >= position["steps"]:  # at the end of an epoch
         return 0
     if position["world_size"] != (now := probe(args).world_size):
@@ -165,7 +181,7 @@ def put_starting_weights(
     with the optimizer.
 
     Returns:
-        The position of a resumed run, for `resume_batch`; None where the run is new.
+        The position of a resumed run, with its epoch, for `resume_batch`; None where the run is new.
 
     Raises:
         UserError: the checkpoint does not fit, or the resumed run had other settings.
@@ -175,7 +191,7 @@ def put_starting_weights(
         check_same_run(checkpoint["hyper_parameters"], run)
         run.record["load_checkpoint"] = checkpoint["hyper_parameters"]["load_checkpoint"]
         load_trained_state(student, student_state(checkpoint), origin=str(run.resume_from))
-        return checkpoint["position"]
+        return checkpoint["position"] | {"epoch": checkpoint["epoch"]}
     if args.load_checkpoint:
         source = outputs_root(ROOT / "distillation" / builds_on) if builds_on else run.experiment
         path = chosen_checkpoint(args.load_checkpoint, source, miniature=args.miniature)
@@ -190,9 +206,9 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
     Raises:
         UserError: names the first setting that differs.
     """
-    free = {"resume", "run_name", "git_commit", "export", "save_final_pt", "num_workers", "max_epochs", "max_steps"}
-    free |= {"accelerator", "devices", "strategy", "load_checkpoint", "picture_cache", "vision_cache", "teacher"}
-    free |= {"gradient_checkpointing", "num_nodes", "any_teacher"}
+    free = {"resume", "run", "run_name", "git_commit", "export", "save_final_pt", "num_workers", "max_epochs"}
+    free |= {"max_steps", "accelerator", "devices", "strategy", "load_checkpoint", "picture_cache", "vision_cache"}
+    free |= {"gradient_checkpointing", "num_nodes", "teacher", "any_teacher"}
     free |= {"teacher_val_exact_match"}  # follows from the teacher
     for name in sorted(run.record.keys() - free):
         theirs = recorded.get(name, ADDED_FLAGS.get(name))

@@ -1,6 +1,7 @@
 """The flags that training scripts share, checked where they are declared."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from dataset.inputs.pictures import DEPTH_SOURCES
 from dataset.inputs.processor import IMAGE_TOKENS
 from distillation.losses import DIVERGENCES
 from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, TEACHER_NAME
+from distillation.run.folders import MINIATURE
 from utils import at_least, positive, share
+
+LONGEST_RUN_NAME = 100  # bytes: file systems take 255, and prefixes and suffixes come to it
 
 # Learning rates here and in the scripts are those that a search on validation questions chose:
 # benchmarks/reproduce/rates.md.
@@ -118,8 +122,12 @@ def _add_run_args(add: Callable[..., None]) -> None:
         help="start from these weights: a path or a run's name; without one: the best of the phase before, else of "
         "this experiment",
     )
-    add("--resume", help="continue an interrupted run exactly: auto (the newest, a new run if there is none) or a path")
-    add("--run_name", help="name of the run's folders (default: the time it started)")
+    add(
+        "--resume",
+        help="continue an interrupted run exactly: a run's name, a path, or auto (the newest or that of --run_name, a "
+        "new one if there is none)",
+    )
+    add("--run_name", type=run_name, help="name of the run's folders (default: the time it started)")
     add("--export", type=new_path, help="write the best student as a Hugging Face folder to this path")
     add(
         "--save_final_pt",
@@ -137,6 +145,20 @@ def step_limit(text: str) -> int:
         return at_least(1)(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}, or -1 for no limit") from None
+
+
+def run_name(text: str) -> str:
+    """An argparse type: the name of a folder that stays where it belongs, and that a shell takes without quotes."""
+    if text.startswith(MINIATURE):
+        raise argparse.ArgumentTypeError(f"{text[:LONGEST_RUN_NAME]}: --miniature adds {MINIATURE}; leave that out")
+    if text in ("auto", "best"):
+        raise argparse.ArgumentTypeError(f"{text} means something else where runs are named; give another name")
+    if not re.fullmatch(r"\w[\w.+=@-]*", text) or len(text.encode()) > LONGEST_RUN_NAME:
+        raise argparse.ArgumentTypeError(
+            f"{text[:LONGEST_RUN_NAME]!r} cannot name a folder of its own; give at most {LONGEST_RUN_NAME} letters, "
+            "digits and _ . + = @ -, first a letter or a digit"
+        )
+    return text
 
 
 def new_path(text: str) -> Path:

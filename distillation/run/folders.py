@@ -1,22 +1,15 @@
 """Where runs write, and how users name them and their checkpoints."""
 
 import argparse
-import dataclasses
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
+from utils import ROOT, UserError, outputs_root
 
-from dataset.inputs.pictures import ImageSettings
-from distillation.run.machine import is_first_process, probe
-from utils import ROOT, UserError, data_root, git_commit, outputs_root
-
-RUN_NAME_VARIABLE = "RUN_NAME_OF_FIRST_PROCESS"
+MINIATURE = "miniature_"  # how the names of runs on the built-in world begin
 NAMED_RUNS = 5  # in the message about one that is not there
 EXPERIMENTS = {  # --kd_model_type -> folder below distillation/
     "baseline_depth": "baseline_depth",
@@ -48,56 +41,14 @@ class Run:
         return self.experiment / "tensorboard_logs" / self.name
 
 
-def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> Run:
-    """Choose the folders of a new run, or find the one to continue. Nothing is written yet.
-
-    Raises:
-        UserError: there is no data, the run folder is in use, or there is nothing to resume.
-    """
-    data_root(args.miniature)  # before minutes are spent on loading a model
-    probe(args)
-    pl.seed_everything(args.seed, verbose=False)  # before adapters are initialised
-    path = Path(script).resolve()
-    experiment = outputs_root(path.parent)
-    record = plain(vars(args)) | dataclasses.asdict(student)
-    record |= {"script": path.relative_to(ROOT).as_posix(), "git_commit": git_commit()}
-    if args.resume and (last := _resume_checkpoint(args, experiment)):
-        return Run(experiment, last.parent.name, record, resume_from=last)
-    # Lightning starts this script once more for each further device; those processes join the run of the first.
-    further = not is_first_process()
-    joined = os.environ.get(RUN_NAME_VARIABLE) if further else None
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not joined
-    if launched and not args.run_name:
-        raise UserError("--run_name: give one; processes that a launcher starts side by side cannot agree on a name")
-    name = args.run_name or joined or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    os.environ[RUN_NAME_VARIABLE] = name
-    run = Run(experiment, f"miniature_{name}" if args.miniature else name, record)
-    if run.checkpoints.exists() and not args.dry_run and not further:
-        raise UserError(f"--run_name {name}: {run.checkpoints} is there already; give another name, or --resume auto")
-    return run
+def run_folder(name: str, *, miniature: bool) -> str:
+    """The name of a run's folders: miniature and real runs are never mixed."""
+    return f"{MINIATURE}{name}" if miniature else name
 
 
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as str, int, float, bool or None: anything else would make a checkpoint unloadable with weights_only."""
-    return {k: v if isinstance(v, (str, int, float, bool, type(None))) else str(v) for k, v in values.items()}
-
-
-def _resume_checkpoint(args: argparse.Namespace, experiment: Path) -> Path | None:
-    if args.resume != "auto":
-        if not Path(args.resume).is_file():
-            raise UserError(f"--resume {args.resume}: no such file")
-        return Path(args.resume).resolve()
-    runs = _runs(experiment, miniature=args.miniature)
-    if args.run_name:
-        runs = [run for run in runs if run.name.removeprefix("miniature_") == args.run_name]
-    found = [run / "last.ckpt" for run in runs if (run / "last.ckpt").is_file()]
-    print("--resume auto: " + (f"continuing {found[-1]}" if found else "no checkpoint to continue, starting a new run"))
-    return found[-1] if found else None
-
-
-def _runs(experiment: Path, *, miniature: bool) -> list[Path]:
-    """Checkpoint folders of an experiment, oldest first; miniature and real runs are never mixed."""
-    folders = [p for p in (experiment / "checkpoints").glob("*") if p.name.startswith("miniature_") == miniature]
+def run_folders(experiment: Path, *, miniature: bool) -> list[Path]:
+    """Checkpoint folders of an experiment's miniature or real runs, oldest first."""
+    folders = [p for p in (experiment / "checkpoints").glob("*") if p.name.startswith(MINIATURE) == miniature]
     return _oldest_first(folders)
 
 
@@ -110,23 +61,23 @@ def experiment_folder(name: str, phase: int | None = None) -> Path:
     return outputs_root(ROOT / "distillation" / EXPERIMENTS[name].format(phase=phase or 3))
 
 
-def find_checkpoint(name: str, folder: Path) -> Path:
+def find_checkpoint(name: str, folder: Path, *, miniature: bool = False) -> Path:
     """The checkpoint that a user's flag means: a path, a run's folder or bare name (its best one), or a bare file name.
 
     Args:
         name: what was given.
         folder: bare names are looked up in the checkpoints folders below.
+        miniature: of two runs with this --run_name take the one on the built-in world; otherwise the real one.
 
     Raises:
         UserError: nothing fits, or several do.
     """
     path = Path(name)
     if path.name == name and not path.is_file():
-        found = sorted(folder.rglob(f"checkpoints/{name}")) + sorted(folder.rglob(f"checkpoints/*/{name}"))
-        found = found or [path] * path.is_dir()
+        found = _named(name, folder, miniature=miniature) or [path] * path.is_dir()
         if not found:
             runs = _oldest_first(folder.rglob("checkpoints/*"))[-NAMED_RUNS:]
-            newest = ", ".join(dict.fromkeys(run.name for run in reversed(runs))) or "none"
+            newest = ", ".join(dict.fromkeys(run.name.removeprefix(MINIATURE) for run in reversed(runs))) or "none"
             raise UserError(
                 f"{name}: no such file, and no such run or checkpoint below {folder}; newest runs there: {newest}"
             )
@@ -141,6 +92,15 @@ def find_checkpoint(name: str, folder: Path) -> Path:
     return max(best, key=_score_and_age)
 
 
+def _named(name: str, folder: Path, *, miniature: bool) -> list[Path]:
+    """Runs of this --run_name, and checkpoint files of this name. The prefix of miniature runs need not be typed."""
+    for wanted in sorted((name, run_folder(name, miniature=True)), key=len, reverse=miniature):
+        found = sorted(folder.rglob(f"checkpoints/{wanted}")) + sorted(folder.rglob(f"checkpoints/*/{wanted}"))
+        if found:
+            return found
+    return []
+
+
 def _score_and_age(checkpoint: Path) -> tuple[float, float]:
     """Sorts by the score in the name; of equal ones the newest comes last."""
     return float(checkpoint.stem.rsplit("score", 1)[1]), checkpoint.stat().st_mtime
@@ -152,7 +112,7 @@ def best_checkpoint(experiment: Path, *, miniature: bool) -> Path:
     Raises:
         UserError: there is none; names the command that makes one.
     """
-    found = [p for run in _runs(experiment, miniature=miniature) for p in run.glob("best-*.ckpt")]
+    found = [p for run in run_folders(experiment, miniature=miniature) for p in run.glob("best-*.ckpt")]
     if not found:
         scripts = sorted(
             (ROOT / "distillation" / experiment.relative_to(outputs_root(ROOT / "distillation"))).glob("*.py")
@@ -170,7 +130,9 @@ def chosen_checkpoint(name: str, experiment: Path, *, miniature: bool) -> Path:
     Raises:
         UserError: there is none, or several fit.
     """
-    return best_checkpoint(experiment, miniature=miniature) if name == "best" else find_checkpoint(name, experiment)
+    if name == "best":
+        return best_checkpoint(experiment, miniature=miniature)
+    return find_checkpoint(name, experiment, miniature=miniature)
 
 
 def finished_run(run: Run, args: argparse.Namespace) -> dict[str, Any] | None:

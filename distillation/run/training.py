@@ -5,7 +5,6 @@ Models, losses, optimizer and schedule are not here: they are the experiment, an
 
 import argparse
 import math
-import shutil
 import time
 from pathlib import Path
 
@@ -87,18 +86,12 @@ def train(
 def fit(
     module: pl.LightningModule, data: SUNRGBDDataModule, run: Run, args: argparse.Namespace, monitor: str
 ) -> pl.Trainer:
-    """Train and validate; a run that fails before it has a checkpoint leaves no folder behind."""
+    """Train and validate."""
     allow_open_files()
-    try:
-        trainer = build_trainer(args, run, monitor)
-        if trainer.is_global_zero:
-            write_json(run.logs / "run.json", run.record)
-        trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
-    except BaseException:
-        if not any(run.checkpoints.glob("*.ckpt")) and not run.resume_from:
-            shutil.rmtree(run.checkpoints, ignore_errors=True)
-            shutil.rmtree(run.logs, ignore_errors=True)
-        raise
+    trainer = build_trainer(args, run, monitor)
+    if trainer.is_global_zero:
+        write_json(run.logs / "run.json", run.record)
+    trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
     return trainer
 
 
@@ -118,6 +111,7 @@ def finish(
         return
     tensorboard, _ = trainer.loggers
     tensorboard.log_hyperparams(run.record, {f"best/{monitor.removeprefix('val/')}": score})  # its table of runs
+    tensorboard.finalize("success")  # writes what is still in memory
     seconds = round(time.monotonic() - start, 1)
     steps, memory_gib = trainer.global_step, round(peak_memory_gib(), 2)
     summary = {"best": str(best), monitor: score, "optimizer_steps": steps, "seconds": seconds}

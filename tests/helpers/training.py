@@ -11,7 +11,7 @@ from dataset.datamodule import SUNRGBDDataModule
 from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import load_processor
 from distillation.run import callbacks
-from distillation.run.folders import start_run
+from distillation.run.start import start_run
 from distillation.teacher import open_teacher
 from utils import load_script
 

@@ -35,7 +35,7 @@ from distillation.losses import info_nce, patch_cosine, patch_smooth_l1
 from distillation.models import STUDENT_NAME, load_model, parameter_groups, set_trainable
 from distillation.run.data import build_data
 from distillation.run.flags import add_common_args, add_depth_args, add_teacher_args, parse
-from distillation.run.folders import start_run
+from distillation.run.start import start_run
 from distillation.run.steps import cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
 from distillation.teacher import open_teacher

@@ -51,7 +51,7 @@ from distillation.run.flags import (
     need_checkpoint,
     parse,
 )
-from distillation.run.folders import start_run
+from distillation.run.start import start_run
 from distillation.run.steps import cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
 from distillation.teacher import open_teacher
