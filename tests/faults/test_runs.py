@@ -141,7 +141,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_good_ones(places, tiny_fold
     for trial in range(20):
         with fault_table.trial("kill -9 while checkpoints are written"):
             with Started(DEPTH, command, tmp_path / str(trial)) as killed:
-                killed.wait_until(lambda: "epoch" in killed.stdout)
+                killed.wait_until(lambda: "val/exact_match" in killed.stdout and any(places.rglob("*.ckpt")))
                 time.sleep(0.05 * trial)
                 killed.send(signal.SIGKILL)
                 killed.ends()
