@@ -7,6 +7,8 @@ import argparse
 import math
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -15,7 +17,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from dataset.datamodule import SUNRGBDDataModule
 from distillation.models import count_parameters, trained_state
-from distillation.run.callbacks import FiniteGuard, KeyedRandomness, Progress, StepTimer, StopOnSignal, UpdateLog
+from distillation.run.callbacks import FiniteGuard, KeyedRandomness, Progress, StepTimer, UpdateLog
 from distillation.run.checkpoints import (
     BestCheckpoint,
     CheckpointContents,
@@ -30,11 +32,13 @@ from distillation.run.folders import Run, finished_run
 from distillation.run.machine import (
     allow_open_files,
     is_first_process,
+    own_checkpoints_only,
     peak_memory_gib,
     probe,
     quieten,
     resolve_precision,
 )
+from distillation.run.signals import StopOnSignal, signals_given_back
 from utils import duration, write_json
 
 
@@ -93,13 +97,23 @@ def fit(
         trainer = build_trainer(args, run, monitor)
         if trainer.is_global_zero:
             write_json(run.logs / "run.json", run.record)
-        trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
+        with loading_ended(trainer), signals_given_back():
+            trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
     except BaseException:
         if not any(run.checkpoints.glob("*.ckpt")) and not run.resume_from:
             shutil.rmtree(run.checkpoints, ignore_errors=True)
             shutil.rmtree(run.logs, ignore_errors=True)
         raise
     return trainer
+
+
+@contextmanager
+def loading_ended(trainer: pl.Trainer) -> Iterator[None]:
+    """End all loading processes with the block. Where validation fails, Lightning ends those of the validation only."""
+    try:
+        yield
+    finally:
+        trainer.fit_loop.teardown()
 
 
 def finish(
@@ -137,7 +151,8 @@ def best_of_run(
     validated = [callback.validated_step for callback in trainer.callbacks if isinstance(callback, Progress)]
     if validated != [trainer.global_step]:
         epoch = trainer.current_epoch - stands_inside_epoch(trainer)  # which Lightning counts as done
-        (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+        with signals_given_back():
+            (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
         if kept.improves(metrics):
             name = f"best-epoch{epoch:02d}-score{metrics[monitor]:.4f}.ckpt"
             kept.keep(trainer, metrics, run.checkpoints / name)
@@ -149,6 +164,7 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
     """The Trainer of every experiment."""
     quieten()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
+    options = own_checkpoints_only()
     return pl.Trainer(
         max_epochs=args.max_epochs,
         max_steps=args.max_steps,
@@ -169,7 +185,8 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
             UpdateLog(),
             Progress(),
         ],
-        plugins=[SafeCheckpointIO()],
+        default_root_dir=options["default_root_dir"],
+        plugins=[SafeCheckpointIO(), *options.get("plugins", [])],
         use_distributed_sampler=False,  # MicroBatchSampler shares the batches out
         num_sanity_val_steps=0,
         enable_progress_bar=False,
@@ -216,6 +233,7 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
         enable_model_summary=False,
         limit_val_batches=0,
         callbacks=[timer := StepTimer()],
+        **own_checkpoints_only(),
     )
     trainer.fit(module, train_dataloaders=data.train_dataloader())
     state = trained_state(module.student)

@@ -10,6 +10,7 @@ import pytest
 from dataset.datamodule import SUNRGBDDataModule
 from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import load_processor
+from dataset.loading import STOP_SIGNALS
 from distillation.run import callbacks
 from distillation.run.folders import start_run
 from distillation.teacher import open_teacher
@@ -52,21 +53,24 @@ def distill(name: str, tiny_folder, tiny_teacher, *more: str) -> None:
 
 
 @contextmanager
-def interrupted(stop_at: int) -> Iterator[None]:
-    """SIGTERM arrives in the `stop_at`-th batch; the run has to leave with the exit code of a signal."""
-    batches, start = 0, callbacks.KeyedRandomness.on_train_batch_start
+def interrupted(stop_at: int, *, hook: str = "on_train_batch_start", number: int = signal.SIGTERM) -> Iterator[None]:
+    """A signal arrives in the `stop_at`-th call of a hook; the run has to leave with the exit code of this signal."""
+    calls, before = 0, getattr(callbacks.KeyedRandomness, hook)
+    handlers = {each: signal.getsignal(each) for each in STOP_SIGNALS}
 
     def interrupt(self, *args):
-        nonlocal batches
-        batches += 1
-        if batches == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        start(self, *args)
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            os.kill(os.getpid(), number)
+        before(self, *args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(callbacks.KeyedRandomness, "on_train_batch_start", interrupt)
+        patch.setattr(callbacks.KeyedRandomness, hook, interrupt)
         yield
-    assert stopped.value.code == 143
+    for each, handler in handlers.items():  # a process that leaves keeps the run's
+        signal.signal(each, handler)
+    assert stopped.value.code == 128 + number and calls == stop_at
 
 
 def data_module(world, tiny_folder, **options) -> SUNRGBDDataModule:
