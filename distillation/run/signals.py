@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.trainer.states import TrainerFn
 
 from dataset.loading import STOP_SIGNALS
@@ -132,7 +133,10 @@ class StopOnSignal(Callback):
         if trainer.is_global_zero:
             print(message, file=sys.stderr, flush=True)
         number = torch.tensor(self.received, device=trainer.strategy.root_device)  # which not all ranks have received
-        raise SystemExit(128 + int(trainer.strategy.reduce(number, reduce_op="max")))
+        code = 128 + int(trainer.strategy.reduce(number, reduce_op="max"))
+        if trainer.local_rank > 0 and isinstance(trainer.strategy.cluster_environment, LightningEnvironment):
+            code = 0  # Lightning has started this process, and would kill the first one for any other code
+        raise SystemExit(code)
 
 
 def validation_ahead(counters: dict[str, Any]) -> dict[str, Any]:

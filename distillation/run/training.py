@@ -6,6 +6,7 @@ Models, losses, optimizer and schedule are not here: they are the experiment, an
 import argparse
 import math
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def fit(
         trainer = build_trainer(args, run, monitor)
         if trainer.is_global_zero:
             write_json(run.logs / "run.json", run.record)
-        with loading_ended(trainer), signals_given_back():
+        with nothing_left_running(trainer), signals_given_back():
             trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
     except BaseException:
         if not any(run.checkpoints.glob("*.ckpt")) and not run.resume_from:
@@ -108,10 +109,17 @@ def fit(
 
 
 @contextmanager
-def loading_ended(trainer: pl.Trainer) -> Iterator[None]:
-    """End all loading processes with the block. Where validation fails, Lightning ends those of the validation only."""
+def nothing_left_running(trainer: pl.Trainer) -> Iterator[None]:
+    """End what the trainer has started with the block: loading processes, and after an error the further ranks.
+
+    Where a validation fails, Lightning ends the loading processes of the validation only.
+    """
     try:
         yield
+    except Exception:
+        if trainer.strategy.launcher is not None:  # ranks that it has started would wait for this one
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
     finally:
         trainer.fit_loop.teardown()
 
