@@ -22,7 +22,10 @@ import hashlib
 import importlib.util
 import json
 import math
+import multiprocessing
+import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -42,11 +45,23 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> None:
-    """Run a script's `main(parse_args())`; a `UserError` becomes one clear line on stderr and exit code 2."""
+    """Run a script's `main(parse_args())`, and leave no process behind.
+
+    A `UserError` becomes one clear line on stderr and exit code 2, too little memory one and exit code 1, Ctrl-C 130.
+    """
     try:
         main(parse_args())
     except UserError as error:
-        sys.exit(_fail(error))
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if (advice := _memory_advice(error)) is None:
+            raise
+        sys.exit(_fail(advice, code=1))
+    finally:
+        _end_children()
 
 
 def load_script(path: str) -> ModuleType:
@@ -57,11 +72,39 @@ def load_script(path: str) -> ModuleType:
     return module
 
 
-def _fail(error: UserError) -> int:
+def _fail(message: str, *, code: int = 2) -> int:
     # A data loading process hands its error over inside a traceback; the user's words stand at its end.
-    message = " ".join(str(error).rsplit("utils.UserError: ", 1)[-1].split())
+    message = " ".join(message.rsplit("utils.UserError: ", 1)[-1].split())
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    return code
+
+
+def _memory_advice(error: Exception) -> str | None:
+    """What to do about an error that too little memory has caused; None for any other error."""
+    text = str(error)
+    if killed := re.search(r"DataLoader worker \(pid\S* [\d, ]+\).*", text):  # PyTorch's words for it
+        return (
+            f"a data loading process was killed ({killed[0].strip()}), probably for lack of memory; lower --num_workers"
+            " (0 = none besides this), or make /dev/shm larger"
+        )
+    # Looked at by name, since not every script loads PyTorch.
+    of_device = type(error).__name__ == "OutOfMemoryError"
+    if of_device or isinstance(error, MemoryError) or "can't allocate memory" in text or "ALLOC_FAILED" in text:
+        return (
+            f"out of memory ({text.splitlines()[0] if text else 'none left'}); lower --batch_size, and raise "
+            "--accumulate_grad_batches by as much for the same updates; --gradient_checkpointing, and --image_tokens "
+            "two_tile or one_tile, need less; for memory of the machine, also a lower --num_workers"
+        )
+    return None
+
+
+def _end_children() -> None:
+    """Kill what multiprocessing has started: Python would wait for processes that ignore its SIGTERM."""
+    children = multiprocessing.active_children()
+    if children:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a loading process dies
+    for child in children:
+        child.kill()
 
 
 def data_root(miniature: bool, *, unpacked: bool = True) -> Path:

@@ -26,7 +26,6 @@ label first, and with a teacher up to `teacher_questions` further questions with
 them, they take turns from epoch to epoch.
 """
 
-import signal
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +39,7 @@ from dataset.inputs.pictures import ImageSettings, Picture, PictureCache, load_i
 from dataset.inputs.processor import ImageTextProcessor
 from dataset.inputs.prompts import IGNORE, PackedPrompt, collate_prompts, pack_questions
 from dataset.inputs.sampler import ImageOrder, MicroBatchSampler, UpdateLoader
+from dataset.loading import follow_the_script
 from dataset.questions.rows import (
     QuestionRow,
     frame_path,
@@ -262,7 +262,7 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         return {
             "batch_sampler": sampler,
             "collate_fn": self.collate,
-            "worker_init_fn": _leave_signals_to_the_trainer,
+            "worker_init_fn": follow_the_script,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
@@ -336,12 +336,6 @@ def _counts(batch: dict[str, Any]) -> dict[str, float]:
         counts["gold_tokens"] = int(batch["teacher"]["gold"].sum())
         counts["patches"] = float(batch["teacher"]["valid_share"].sum())
     return counts
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM in a loading process: it has to deliver batches until the trainer has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def image_placeholders(

@@ -12,6 +12,7 @@ from dataset.datamodule import image_placeholders
 from dataset.inputs.pictures import ImageSettings, load_images
 from dataset.inputs.processor import ImageTextProcessor, load_processor
 from dataset.inputs.prompts import collate_prompts, pack_questions
+from dataset.loading import follow_the_script
 from dataset.questions.rows import QuestionRow, frame_path, group_by_image
 from dataset.sunrgbd.frames import read_frame
 from distillation.decoding import greedy_answers
@@ -171,7 +172,7 @@ def answer_questions(
     """Greedy answers by question id. An image goes through tower and language model once, for all of its questions."""
     tokenizer = processor.tokenizer
     batches = ImageBatches(root, rows, images, processor, args.batch_size)
-    loader = DataLoader(batches, batch_size=None, num_workers=args.num_workers)
+    loader = DataLoader(batches, batch_size=None, num_workers=args.num_workers, worker_init_fn=follow_the_script)
     mixed = resolve_precision(args.precision) == "bf16-mixed"
     answers = {}
     for batch in progress(loader, total=len(batches), label="answering, batch"):

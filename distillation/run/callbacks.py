@@ -1,9 +1,6 @@
-"""What happens around training steps: randomness, guards, signals, logging, progress."""
+"""What happens around training steps: randomness, guards, logging, progress."""
 
-import signal
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,39 +43,6 @@ def ends_update(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether the optimizer steps after this micro-batch: an epoch's last update may have fewer of them."""
     done = batch_idx + 1
     return done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
-
-
-class StopOnSignal(Callback):
-    """On SIGTERM or Ctrl-C: finish the step, save last.ckpt, exit with 128 + signal, so that a scheduler requeues."""
-
-    def __init__(self, last: Path) -> None:
-        self.last, self.received = last, 0
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Only a flag is set in the handler: saving inside it could interrupt a save."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, stack: Any) -> None:
-        self.received = number
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Leave after an update (gradients that were only gathered are not stored), but not before a validation."""
-        if ends_update(trainer, batch_idx) and batch_idx + 1 < trainer.num_training_batches:
-            self._leave_if_asked(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Leave with the epoch validated and its best checkpoint written."""
-        self._leave_if_asked(trainer)
-
-    def _leave_if_asked(self, trainer: pl.Trainer) -> None:
-        # All ranks leave together: one that went on alone would wait for the others for ever.
-        if trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
-            trainer.save_checkpoint(self.last)
-            print(f"stopped by a signal; saved {self.last}; continue with --resume auto", file=sys.stderr)
-            raise SystemExit(128 + (self.received or signal.SIGTERM))
 
 
 class UpdateLog(Callback):
@@ -135,6 +99,14 @@ class Progress(Callback):
         values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
         if trainer.is_global_zero:
             print(f"epoch {trainer.current_epoch + 1}: {values}", flush=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A run that was stopped after its last validation does not validate once more."""
+        return {"validated_step": self.validated_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Counterpart of `state_dict`."""
+        self.validated_step = state["validated_step"]
 
 
 class StepTimer(Callback):

@@ -11,6 +11,7 @@ import torch
 from dataset.datamodule import SUNRGBDDataModule, SUNRGBDDataset
 from dataset.inputs.pictures import ImageSettings, PictureCache, picture_key
 from dataset.inputs.processor import ImageTextProcessor
+from dataset.loading import follow_the_script
 from dataset.miniature.world import ensure_world
 from distillation.forward import tower_features, vision_tower
 from distillation.run.machine import half_dtype, probe, resolve_precision
@@ -111,6 +112,7 @@ def store_features(
         batch_size=2 * args.batch_size,
         collate_fn=list,
         num_workers=args.num_workers,
+        worker_init_fn=follow_the_script,
     )
     device, numbers = next(student.parameters()).device, iter(missing)
     for items in progress(loader, total=len(loader), label="precomputing vision features, batch"):

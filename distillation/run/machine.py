@@ -6,9 +6,11 @@ import os
 import resource
 import warnings
 from contextlib import suppress
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from utils import UserError, peak_memory
 
@@ -32,12 +34,24 @@ def probe(args: argparse.Namespace) -> pl.Trainer:
             strategy=args.strategy,
             logger=False,
             enable_checkpointing=False,
+            **own_checkpoints_only(),
         )
     except Exception as error:  # Lightning raises many types for flags that it does not know or cannot combine
         raise UserError(
             f"--accelerator {args.accelerator} --devices {args.devices} --strategy {args.strategy} --precision "
             f"{args.precision}: not possible here ({error})"
         ) from error
+
+
+def own_checkpoints_only() -> dict[str, Any]:
+    """Options of every Trainer: under SLURM, Lightning neither writes nor reads its own checkpoints, hpc_ckpt_*.ckpt.
+
+    It looks for them in its default folder, the working directory, and would take over any run's.
+    """
+    options: dict[str, Any] = {"default_root_dir": os.devnull}  # no folder, so nothing is found in it
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():  # Lightning's own order
+        options["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+    return options
 
 
 def is_first_process() -> bool:

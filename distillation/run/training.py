@@ -5,7 +5,10 @@ Models, losses, optimizer and schedule are not here: they are the experiment, an
 
 import argparse
 import math
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -14,7 +17,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from dataset.datamodule import SUNRGBDDataModule
 from distillation.models import count_parameters, trained_state
-from distillation.run.callbacks import FiniteGuard, KeyedRandomness, Progress, StepTimer, StopOnSignal, UpdateLog
+from distillation.run.callbacks import FiniteGuard, KeyedRandomness, Progress, StepTimer, UpdateLog
 from distillation.run.checkpoints import (
     BestCheckpoint,
     CheckpointContents,
@@ -29,11 +32,13 @@ from distillation.run.folders import Run, finished_run
 from distillation.run.machine import (
     allow_open_files,
     is_first_process,
+    own_checkpoints_only,
     peak_memory_gib,
     probe,
     quieten,
     resolve_precision,
 )
+from distillation.run.signals import StopOnSignal, signals_given_back
 from utils import duration, write_json
 
 
@@ -91,8 +96,25 @@ def fit(
     trainer = build_trainer(args, run, monitor)
     if trainer.is_global_zero:
         write_json(run.logs / "run.json", run.record)
-    trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
+    with nothing_left_running(trainer), signals_given_back():
+        trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
     return trainer
+
+
+@contextmanager
+def nothing_left_running(trainer: pl.Trainer) -> Iterator[None]:
+    """End what the trainer has started with the block: loading processes, and after an error the further ranks.
+
+    Where a validation fails, Lightning ends the loading processes of the validation only.
+    """
+    try:
+        yield
+    except Exception:
+        if trainer.strategy.launcher is not None:  # ranks that it has started would wait for this one
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
+    finally:
+        trainer.fit_loop.teardown()
 
 
 def finish(
@@ -131,7 +153,8 @@ def best_of_run(
     validated = [callback.validated_step for callback in trainer.callbacks if isinstance(callback, Progress)]
     if validated != [trainer.global_step]:
         epoch = trainer.current_epoch - stands_inside_epoch(trainer)  # which Lightning counts as done
-        (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+        with signals_given_back():
+            (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
         if kept.improves(metrics):
             name = f"best-epoch{epoch:02d}-score{metrics[monitor]:.4f}.ckpt"
             kept.keep(trainer, metrics, run.checkpoints / name)
@@ -143,6 +166,7 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
     """The Trainer of every experiment."""
     quieten()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
+    options = own_checkpoints_only()
     return pl.Trainer(
         max_epochs=args.max_epochs,
         max_steps=args.max_steps,
@@ -163,7 +187,8 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
             UpdateLog(),
             Progress(),
         ],
-        plugins=[SafeCheckpointIO()],
+        default_root_dir=options["default_root_dir"],
+        plugins=[SafeCheckpointIO(), *options.get("plugins", [])],
         use_distributed_sampler=False,  # MicroBatchSampler shares the batches out
         num_sanity_val_steps=0,
         enable_progress_bar=False,
@@ -210,6 +235,7 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
         enable_model_summary=False,
         limit_val_batches=0,
         callbacks=[timer := StepTimer()],
+        **own_checkpoints_only(),
     )
     trainer.fit(module, train_dataloaders=data.train_dataloader())
     state = trained_state(module.student)

@@ -18,13 +18,21 @@ class Started:
     Leave it through a `with` block: then nothing of it goes on running after the test.
     """
 
-    def __init__(self, script: str, argv: list[str], folder: Path, *, env: Mapping[str, str] | None = None) -> None:
-        """`script`: its path in this repository; `env`: variables besides those of this process."""
+    def __init__(
+        self,
+        script: str | Path,
+        argv: list[str],
+        folder: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        program: str = sys.executable,
+    ) -> None:
+        """`script`: its path in this repository or a whole one; `env`: variables besides those of this process."""
         folder.mkdir(parents=True, exist_ok=True)
         self.files = [folder / "stdout.txt", folder / "stderr.txt"]
         with open(self.files[0], "wb") as out, open(self.files[1], "wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / script), *argv],
+                [program, str(ROOT / script), *argv],
                 cwd=folder,
                 env=os.environ | (env or {}),
                 stdin=subprocess.DEVNULL,
@@ -67,3 +75,18 @@ class Started:
             return self.process.wait(within_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"hangs, no end within {within_s} s:\n{self.stderr}") from None
+
+    def leaves_nothing(self, *, within_s: float = 5) -> None:
+        """After its end: what it has started ends too, within the time."""
+        deadline = time.monotonic() + within_s
+        while left := self._alive():
+            assert time.monotonic() < deadline, f"still there after {within_s} s: {left}"
+            time.sleep(0.2)
+
+    def _alive(self) -> list[str]:
+        """Lines of `ps` about processes of its group, without those that only wait to be noticed (zombies)."""
+        listed = subprocess.run(
+            ["ps", "-A", "-o", "pgid=,stat=,pid=,args="], capture_output=True, text=True, check=True
+        )
+        rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
+        return [rest for group, state, rest in rows if int(group) == self.process.pid and state[0] != "Z"]

@@ -1,16 +1,21 @@
 """Runs of the training scripts through their own flags, on a small world with tiny models."""
 
+import csv
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import torch
 
 from dataset.datamodule import SUNRGBDDataModule
 from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import load_processor
+from dataset.loading import STOP_SIGNALS
 from distillation.run import callbacks
+from distillation.run.checkpoints import read_checkpoint
 from distillation.run.start import start_run
 from distillation.teacher import open_teacher
 from utils import load_script
@@ -52,21 +57,44 @@ def distill(name: str, tiny_folder, tiny_teacher, *more: str) -> None:
 
 
 @contextmanager
-def interrupted(stop_at: int) -> Iterator[None]:
-    """SIGTERM arrives in the `stop_at`-th batch; the run has to leave with the exit code of a signal."""
-    batches, start = 0, callbacks.KeyedRandomness.on_train_batch_start
+def interrupted(stop_at: int, *, hook: str = "on_train_batch_start", number: int = signal.SIGTERM) -> Iterator[None]:
+    """A signal arrives in the `stop_at`-th call of a hook; the run has to leave with the exit code of this signal."""
+    calls, before = 0, getattr(callbacks.KeyedRandomness, hook)
+    handlers = {each: signal.getsignal(each) for each in STOP_SIGNALS}
 
     def interrupt(self, *args):
-        nonlocal batches
-        batches += 1
-        if batches == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        start(self, *args)
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            os.kill(os.getpid(), number)
+        before(self, *args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(callbacks.KeyedRandomness, "on_train_batch_start", interrupt)
+        patch.setattr(callbacks.KeyedRandomness, hook, interrupt)
         yield
-    assert stopped.value.code == 143
+    for each, handler in handlers.items():  # a process that leaves keeps the run's
+        signal.signal(each, handler)
+    assert stopped.value.code == 128 + number and calls == stop_at
+
+
+def assert_same_end(places: Path, name: str, reference: str = "t") -> None:
+    """Two runs have ended alike: weights, optimizer, counters, best checkpoint, validations."""
+    folder = places / "baseline_depth/checkpoints"
+    done, resumed = (read_checkpoint(folder / run / "last.ckpt") for run in (reference, name))
+    assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in done["state_dict"].items())
+    moments, expected = resumed["optimizer_states"][0]["state"], done["optimizer_states"][0]["state"]
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        assert all(torch.equal(moments[i][key], expected[i][key]) for i in expected)
+    for key in ("epoch", "global_step", "lr_schedulers", "position", "loops"):
+        assert resumed[key] == done[key], key
+    assert len({tuple(path.name for path in (folder / run).glob("best-*.ckpt")) for run in (reference, name)}) == 1
+    assert validations(places, name) == validations(places, reference)
+
+
+def validations(places: Path, name: str) -> list[tuple[str, ...]]:
+    logs = (places / "baseline_depth/tensorboard_logs" / name).glob("metrics*.csv")
+    rows = [row for path in logs for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())]
+    return sorted((row["epoch"], row["step"], row["val/ce"]) for row in rows if row.get("val/ce"))
 
 
 def data_module(world, tiny_folder, **options) -> SUNRGBDDataModule:

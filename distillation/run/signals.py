@@ -1,0 +1,152 @@
+"""Signals that ask a run to stop: what is saved then, and where it goes on."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.trainer.states import TrainerFn
+
+from dataset.loading import STOP_SIGNALS
+from distillation.run.callbacks import ends_update
+
+
+@contextmanager
+def signals_given_back() -> Iterator[None]:
+    """Put the handlers of before in place again after the block, which may set others.
+
+    A block that leaves the process keeps its own: a second signal must not disturb that.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException:
+        _put(before)
+        raise
+    _put(before)
+
+
+def _put(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+class StopOnSignal(Callback):
+    """On a signal: save last.ckpt as of the last finished update, exit with 128 + signal, so that a scheduler requeues.
+
+    It is looked for one after every micro-batch of training and of validation. Micro-batches of an unfinished update
+    are read again by the resumed run, with the same random numbers (see `KeyedRandomness`); so is a whole validation.
+    With several ranks each time costs a sum over one number.
+    """
+
+    def __init__(self, last: Path) -> None:
+        self.last, self.received = last, 0
+        self.finished: dict[str, Any] | None = None  # Lightning's counters at the end of the last finished update
+        self.saved: dict[str, Any] | None = None  # those that the checkpoint gets instead of the present ones
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Listen from here on, the loading of a checkpoint included."""
+        self._listen()
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Lightning has put a handler of its own in front, which talks to other ranks at any time."""
+        self._listen()
+
+    def _listen(self) -> None:
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, stack: Any) -> None:
+        self.received = number  # only a flag: saving here could interrupt a save
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A resumed run's last finished update is that of its checkpoint."""
+        self.finished = checkpoint["loops"]["fit_loop"]
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the counters of the last finished update; weights and optimizer are still as they were then."""
+        if self.saved:
+            checkpoint["loops"]["fit_loop"] = self.saved
+            checkpoint["epoch"] = self.saved["epoch_progress"]["current"]["completed"]
+            checkpoint["position"]["batch"] = self.saved["epoch_loop.batch_progress"]["current"]["ready"]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Leave; after an epoch's last update the validation does that."""
+        if batch_idx + 1 == trainer.num_training_batches:
+            return
+        if ends_update(trainer, batch_idx):
+            self.finished = trainer.fit_loop.state_dict()
+        if self._asked(trainer):
+            self._leave(trainer, self.finished)
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Leave before the validation."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()  # see `validation_ahead`
+        self._listen()
+        self._leave_validation(trainer)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *more: Any
+    ) -> None:
+        """Leave inside the validation; after its last batch what it gives is kept."""
+        if batch_idx + 1 < trainer.num_val_batches[0]:
+            self._leave_validation(trainer)
+
+    def _leave_validation(self, trainer: pl.Trainer) -> None:
+        if not self._asked(trainer):
+            return
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._leave(trainer, validation_ahead(trainer.fit_loop.state_dict()))
+        self._exit(trainer, "stopped by a signal after the last update; --resume auto validates it")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Leave with the epoch validated and its best checkpoint written."""
+        self.finished = trainer.fit_loop.state_dict()
+        if self._asked(trainer):
+            self._leave(trainer, None)
+
+    def _asked(self, trainer: pl.Trainer) -> bool:
+        # All ranks leave together: one that went on alone would wait for the others for ever.
+        return trainer.strategy.reduce_boolean_decision(bool(self.received), all=False)
+
+    def _leave(self, trainer: pl.Trainer, counters: dict[str, Any] | None) -> None:
+        """Save with these counters, None: the present ones; in the first update of a new run there is nothing to."""
+        if not trainer.global_step:
+            self._exit(trainer, "stopped by a signal before the first update; nothing to save, start it again")
+        self.saved = counters
+        trainer.save_checkpoint(self.last)
+        self._exit(trainer, f"stopped by a signal; saved {self.last}; continue with --resume auto")
+
+    def _exit(self, trainer: pl.Trainer, message: str) -> None:
+        if trainer.is_global_zero:
+            print(message, file=sys.stderr, flush=True)
+        number = torch.tensor(self.received, device=trainer.strategy.root_device)  # which not all ranks have received
+        code = 128 + int(trainer.strategy.reduce(number, reduce_op="max"))
+        if trainer.local_rank > 0 and isinstance(trainer.strategy.cluster_environment, LightningEnvironment):
+            code = 0  # Lightning has started this process, and would kill the first one for any other code
+        raise SystemExit(code)
+
+
+def validation_ahead(counters: dict[str, Any]) -> dict[str, Any]:
+    """Lightning's counters inside a validation -> those with which a resumed run validates from its first batch on.
+
+    Lightning looks at the counts of all validation batches: one that was begun and not ended makes it validate, where
+    it would otherwise go on with the next epoch. The present counts say with which batch. `on_validation_start` resets
+    the former, so that later checkpoints do not say the same.
+    """
+    progress = counters["epoch_loop.val_loop.batch_progress"]
+    progress["total"] = dict.fromkeys(progress["total"], 0) | {"ready": 1, "started": 1}
+    progress["current"] = dict.fromkeys(progress["current"], 0)
+    return counters | {"epoch_loop.val_loop.batch_progress": progress | {"is_last_batch": False}}
