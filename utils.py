@@ -37,6 +37,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SOURCES = (".py", ".json", ".csv", ".txt", ".xz")  # code and tables
 
 
@@ -47,21 +48,29 @@ class UserError(Exception):
 def run_script(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> None:
     """Run a script's `main(parse_args())`, and leave no process behind.
 
-    A `UserError` becomes one clear line on stderr and exit code 2, too little memory one and exit code 1, Ctrl-C 130.
+    A `UserError` becomes one clear line on stderr and exit code 2, too little memory one and exit code 1. A signal that
+    asks to stop ends it with 128 + signal, and what it holds is let go and cleaned up on the way.
     """
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:  # not where nohup ignores it
+            signal.signal(number, _leave)
     try:
         main(parse_args())
     except UserError as error:
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _leave(signal.SIGINT)
     except Exception as error:
         if (advice := _memory_advice(error)) is None:
             raise
         sys.exit(_fail(advice, code=1))
     finally:
         _end_children()
+
+
+def _leave(number: int, stack: Any = None) -> None:
+    print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+    sys.exit(128 + number)
 
 
 def load_script(path: str) -> ModuleType:

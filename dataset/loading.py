@@ -5,7 +5,8 @@ import signal
 import threading
 import time
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+from utils import STOP_SIGNALS
+
 CHECK_EVERY_S = 1.0
 
 

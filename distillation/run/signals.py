@@ -13,8 +13,8 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.trainer.states import TrainerFn
 
-from dataset.loading import STOP_SIGNALS
 from distillation.run.callbacks import ends_update
+from utils import STOP_SIGNALS
 
 
 @contextmanager

@@ -7,11 +7,10 @@ import time
 
 import pytest
 
-from dataset.loading import STOP_SIGNALS
 from tests.helpers.faulty import faulty, slow_steps
 from tests.helpers.processes import Started
 from tests.helpers.training import BASELINES, STRATEGIES, assert_same_end, flags, train
-from utils import ROOT
+from utils import ROOT, STOP_SIGNALS
 
 pytestmark = pytest.mark.faults
 

@@ -13,12 +13,11 @@ import torch
 from dataset.datamodule import SUNRGBDDataModule
 from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import load_processor
-from dataset.loading import STOP_SIGNALS
 from distillation.run import callbacks
 from distillation.run.checkpoints import read_checkpoint
 from distillation.run.start import start_run
 from distillation.teacher import open_teacher
-from utils import load_script
+from utils import STOP_SIGNALS, load_script
 
 BASELINES = {
     "baseline_depth": "distillation/baseline_depth/train.py",

@@ -113,6 +113,15 @@ def test_a_start_that_was_killed_before_its_first_checkpoint_can_be_repeated(pla
     assert (places / "baseline_depth/checkpoints/t/last.ckpt").is_file()
 
 
+def test_a_signal_before_training_starts_lets_the_folder_go(places, tiny_folder, tmp_path):
+    """Another machine of a cluster, which cannot look this process up, may then repeat the command."""
+    with Started(DEPTH, flags(tiny_folder), tmp_path / "stopped") as stopped:
+        stopped.wait_until(lambda: any(places.rglob("owner-1.json")))
+        stopped.send(signal.SIGTERM)
+        assert stopped.ends() == 143
+    assert "Traceback" not in stopped.stderr and not any(places.rglob("owner-*.json"))
+
+
 def test_a_claim_of_another_machine_names_the_file_to_delete(places, tiny_folder):
     """Whether a process of another machine still runs cannot be looked up."""
     folder = places / "baseline_depth/checkpoints/t"
