@@ -1,9 +1,7 @@
-"""Load student and teacher, choose what trains, LoRA, weights in and out, export."""
+"""Load student and teacher, choose what trains, LoRA, weights in and out."""
 
-import shutil
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
-from dataset.inputs.processor import ImageTextProcessor, save_processor
 from distillation.forward import base_model, use_packed_attention, vision_tower
 from utils import UserError, hf_token, model_source
 
@@ -171,21 +168,3 @@ def student_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The student's weights out of a training checkpoint."""
     state = checkpoint["state_dict"]
     return {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
-
-
-def export_model(model: nn.Module, processor: ImageTextProcessor, folder: Path, *, dtype: torch.dtype = torch.float16):
-    """Write a Hugging Face folder that stock transformers loads; LoRA adapters are merged into the weights.
-
-    The model's weights are converted in place; call it when training is over. An interrupted export leaves no folder.
-    """
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if isinstance(model, PeftModel):
-            model = model.merge_and_unload()
-        model.to(dtype).save_pretrained(part)
-        save_processor(processor, part)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

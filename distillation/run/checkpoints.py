@@ -13,7 +13,8 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from dataset.inputs.processor import ImageTextProcessor
-from distillation.models import export_model, load_trained_state, student_state, trained_state
+from distillation.export import DTYPES, describe_student, export_model
+from distillation.models import load_trained_state, student_state, trained_state
 from distillation.run.folders import Run, chosen_checkpoint
 from distillation.run.machine import probe
 from utils import ROOT, UserError, atomic_path, checksum_path, checksummed_path, matches_checksum, outputs_root
@@ -206,8 +207,9 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
     Raises:
         UserError: names the first setting that differs.
     """
-    free = {"resume", "run", "run_name", "git_commit", "export", "save_final_pt", "num_workers", "max_epochs"}
-    free |= {"max_steps", "accelerator", "devices", "strategy", "load_checkpoint", "picture_cache", "vision_cache"}
+    free = {"resume", "run", "run_name", "git_commit", "export", "export_dtype", "save_final_pt", "num_workers"}
+    free |= {"max_epochs", "max_steps", "accelerator", "devices", "strategy", "load_checkpoint"}
+    free |= {"picture_cache", "vision_cache"}
     free |= {"gradient_checkpointing", "num_nodes", "teacher", "any_teacher"}
     free |= {"teacher_val_exact_match"}  # follows from the teacher
     for name in sorted(run.record.keys() - free):
@@ -259,17 +261,26 @@ def load_student(
 
 
 def write_outputs(
-    module: pl.LightningModule, processor: ImageTextProcessor, best: Path, args: argparse.Namespace
+    module: pl.LightningModule,
+    processor: ImageTextProcessor,
+    run: Run,
+    args: argparse.Namespace,
+    *,
+    best: Path,
+    validation: Mapping[str, float],
 ) -> None:
-    """--save_final_pt and --export, both of the best checkpoint."""
+    """--save_final_pt and --export, both of the best checkpoint; `validation`: name and value of its score."""
     if not (args.save_final_pt or args.export):
         return
-    state = student_state(read_checkpoint(best))
+    checkpoint = read_checkpoint(best)
+    state = student_state(checkpoint)
     load_trained_state(module.student, state, origin=str(best))
     if args.save_final_pt:
         with atomic_path(args.save_final_pt) as part:
             torch.save(state, part)
         print(f"wrote {args.save_final_pt}")
     if args.export:
-        export_model(module.student, processor, args.export)
+        record = checkpoint["hyper_parameters"]
+        description = describe_student(record, processor, checkpoint=best, validation=validation)
+        export_model(module.student, processor, args.export, description, dtype=DTYPES[args.export_dtype])
         print(f"wrote {args.export}")

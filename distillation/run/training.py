@@ -27,7 +27,7 @@ from distillation.run.checkpoints import (
     stands_inside_epoch,
     write_outputs,
 )
-from distillation.run.data import use_vision_cache
+from distillation.run.data import use_vision_cache, usual_camera
 from distillation.run.folders import Run, finished_run
 from distillation.run.machine import (
     allow_open_files,
@@ -71,7 +71,8 @@ def train(
     if (finished := finished_run(run, args)) is not None:
         if is_first_process():  # behind torchrun all ranks come here
             print(f"{run.name} is finished ({finished['optimizer_steps']} updates); best: {finished['best']}")
-            write_outputs(module, data.processor, Path(finished["best"]), args)
+            best, validation = Path(finished["best"]), {monitor: finished[monitor]}
+            write_outputs(module, data.processor, run, args, best=best, validation=validation)
         return
     if args.gradient_checkpointing:
         # Reentrant checkpointing would need an input with a gradient, which a frozen tower's does not have.
@@ -79,6 +80,7 @@ def train(
     if args.dry_run:
         dry_run(module, data, args)
         return
+    run.record |= usual_camera(data.train)  # for whoever uses the student on a picture of an unknown camera
     if args.vision_cache:
         use_vision_cache(module.student, data, args)
     if position:
@@ -139,7 +141,7 @@ def finish(
     summary = {"best": str(best), monitor: score, "optimizer_steps": steps, "seconds": seconds}
     write_json(run.logs / "run.json", run.record | summary | {"peak_memory_gib": memory_gib})
     print(f"{steps} updates in {duration(seconds)}, peak memory {memory_gib} GiB; best: {best} ({monitor} {score:.4f})")
-    write_outputs(module, data.processor, best, args)
+    write_outputs(module, data.processor, run, args, best=best, validation={monitor: score})
 
 
 def best_of_run(

@@ -60,6 +60,7 @@ from dataset.questions.rows import (
     questions_file,
     read_questions,
 )
+from distillation.export import read_description
 from distillation.run.checkpoints import read_checkpoint
 from distillation.run.folders import EXPERIMENTS
 from distillation.run.machine import peak_memory_gib, quieten
@@ -206,14 +207,17 @@ def main(args: argparse.Namespace) -> None:
 def find_data(args: argparse.Namespace, path: Path | None, checkpoint: dict[str, Any] | None) -> Path:
     """The folder with the data, rendered first where it is the built-in world.
 
-    A checkpoint of the built-in world sets `args.miniature`.
+    A checkpoint or export of the built-in world sets `args.miniature`.
 
     Raises:
         UserError: the data is not there, or DAQUAR is asked of a checkpoint of the built-in world.
     """
-    args.miniature |= bool(checkpoint and checkpoint["hyper_parameters"]["miniature"])
+    exported = read_description(args.model_id) if args.model_id else None
+    args.miniature |= bool((checkpoint["hyper_parameters"] if checkpoint else exported or {}).get("miniature"))
     if args.miniature and args.dataset == "daquar":
-        raise UserError(f"--dataset daquar: {path} was trained on the built-in world, which is all it knows")
+        raise UserError(
+            f"--dataset daquar: {path or args.model_id} was trained on the built-in world, which is all it knows"
+        )
     root = data_root(args.miniature)
     if args.miniature:
         ensure_world(root)
