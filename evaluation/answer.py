@@ -3,7 +3,7 @@
 Reads   an exported folder (--export of a training script), a checkpoint or a run's name; a picture
 Writes  the answers, with their probabilities and the next best ones, on stdout; --show a PNG
 
-    python evaluation/answer.py --model my_student --depth room.png --depth_format mm --question "How many chairs are there?"
+    python evaluation/answer.py --model my_student --depth room.png --depth_format mm --question "Is there a chair?"
     python evaluation/answer.py --model my_student --depth room.npy --depth_format m --interactive --show seen.png
 """
 
@@ -23,6 +23,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from dataset.inputs.own_pictures import DEPTH_UNITS, read_own_depth, read_own_rgb
+from dataset.inputs.processor import IMAGE_TOKENS
 from distillation.run.machine import peak_memory_gib, quieten
 from evaluation.student import Seen, Student, check_question
 from evaluation.what_is_seen import draw_seen
@@ -36,6 +37,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--depth", type=Path, help="depth picture: a PNG or TIFF of 16 bits or more, or a NumPy array (.npy)")
     add("--depth_format", choices=tuple(DEPTH_UNITS), help="unit of the depth picture: words of SUN RGB-D, mm, or m")
     add("--rgb", type=Path, help="photograph, for a model that sees RGB; for a depth student only beside --show")
+    add("--image_tokens", choices=IMAGE_TOKENS, help="how a picture is cut (as trained; for a stock model anyres)")
     add("--intrinsics", help="fx,fy,cx,cy in pixels, or a file with the matrix (as usual in training, centered)")
     add("--tilt", help="degrees by which the camera looks down, or a file with the rotation (as usual in training)")
     add("--question", action="append", default=[], help="what to ask; may be given several times")
@@ -68,10 +70,9 @@ def main(args: argparse.Namespace) -> None:
     depth_m = read_own_depth(args.depth, args.depth_format) if args.depth else None
     rgb = read_own_rgb(args.rgb) if args.rgb else None
     start = time.monotonic()
-    student = Student.load(args.model, precision=args.precision)
-    print(
-        f"{student.name}: sees {student.images.modality}; loaded in {time.monotonic() - start:.1f} s", file=sys.stderr
-    )
+    student = Student.load(args.model, precision=args.precision, image_tokens=args.image_tokens)
+    seconds = time.monotonic() - start
+    print(f"{student.name}: sees {student.images.modality}; loaded in {seconds:.1f} s", file=sys.stderr)
     start = time.monotonic()
     seen = look(student, depth_m, rgb, args)
     print(f"looked at the picture in {time.monotonic() - start:.2f} s", file=sys.stderr)
@@ -90,33 +91,30 @@ def look(student: Student, depth_m: np.ndarray | None, rgb: np.ndarray | None, a
     Raises:
         UserError: it is not given, or another one is that has no effect.
     """
-    modality = student.images.modality
-    needed = {"depth": depth_m, "rgb": rgb, "blind": None}[modality]
-    if modality != "blind" and needed is None:
-        raise UserError(f"--model {args.model}: sees {modality}; give its picture with --{modality}")
-    if depth_m is not None and modality != "depth":
-        raise UserError(
-            f"--depth {args.depth}: --model {args.model} sees {modality}, it cannot use depth; leave it out"
-        )
-    if modality == "blind" and rgb is not None:
-        raise UserError(f"--rgb {args.rgb}: --model {args.model} sees no picture; leave it out")
-    if modality == "depth" and rgb is not None:
-        if not args.show:
-            raise UserError(
-                f"--rgb {args.rgb}: --model {args.model} sees depth; --rgb is only shown beside it by --show"
-            )
-        if rgb.shape[:2] != depth_m.shape:
-            sizes = ["{1} x {0}".format(*picture.shape) for picture in (depth_m, rgb)]
-            raise UserError(
-                f"--rgb {args.rgb}: has {sizes[1]} pixels and the depth picture {sizes[0]}; they must match"
-            )
-    camera = None
-    if modality == "depth":
-        height, width = depth_m.shape
-        camera = student.usual_camera(width, height, intrinsics=args.intrinsics, tilt=args.tilt)
-        if camera.assumed:
-            print(f"assumed: {' '.join(camera.assumed)}", file=sys.stderr)
-    return student.look(needed, camera)
+    check_pictures(student.images.modality, depth_m, rgb, args)
+    if student.images.modality != "depth":
+        return student.look(rgb)
+    height, width = depth_m.shape
+    camera = student.usual_camera(width, height, intrinsics=args.intrinsics, tilt=args.tilt)
+    if camera.assumed:
+        print(f"assumed: {' '.join(camera.assumed)}", file=sys.stderr)
+    return student.look(depth_m, camera)
+
+
+def check_pictures(modality: str, depth_m: np.ndarray | None, rgb: np.ndarray | None, args: argparse.Namespace) -> None:
+    """Raise UserError unless the given pictures are those that the student sees, or that --show draws."""
+    given = {"depth": depth_m, "rgb": rgb}
+    model = f"--model {args.model}: sees {'no picture' if modality == 'blind' else modality}"
+    if given.get(modality, rgb) is None and modality != "blind":
+        raise UserError(f"{model}; give its picture with --{modality}")
+    shown = modality == "depth" and args.show
+    for name in given.keys() - {modality} - ({"rgb"} if shown else set()):
+        if given[name] is not None:
+            drawn = " (beside --show it would be drawn)" if modality == "depth" else ""
+            raise UserError(f"{model}; leave out --{name}{drawn}")
+    if shown and rgb is not None and rgb.shape[:2] != depth_m.shape:
+        sizes = ["{1} x {0}".format(*picture.shape) for picture in (rgb, depth_m)]
+        raise UserError(f"--rgb {args.rgb}: has {sizes[0]} pixels, the depth picture {sizes[1]}; they must match")
 
 
 def lines() -> Iterator[str]:

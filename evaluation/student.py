@@ -6,7 +6,7 @@ print(student.ask(seen, "How many chairs are there?").text)
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -82,36 +82,42 @@ class Student:
         self.mixed = resolve_precision(precision) == "bf16-mixed"
 
     @classmethod
-    def load(cls, name: str, *, precision: str = "auto") -> "Student":
+    def load(cls, name: str, *, precision: str = "auto", image_tokens: str | None = None) -> "Student":
         """From an exported folder, a checkpoint (its path, its run's folder or name), or a stock model, which sees RGB.
 
         Args:
             name: which one.
             precision: auto, 32-true or bf16-mixed.
+            image_tokens: of a stock model, which does not say how it was trained; None = anyres.
 
         Raises:
-            UserError: nothing loadable there.
+            UserError: nothing loadable there, or `image_tokens` contradicts how the student was trained.
         """
         if (Path(model_source(name)) / "config.json").is_file() or ("/" in name and not Path(name).exists()):
-            return cls._of_folder(name, precision)
+            return cls._of_folder(name, precision, image_tokens)
         path = find_checkpoint(name, outputs_root(ROOT / "distillation"))
         checkpoint = read_checkpoint(path)
         recorded = checkpoint["hyper_parameters"]
         model = restore_student(checkpoint, origin=str(path), dtype=frozen_dtype(precision))
         refuse_broken_weights(model, origin=path)
-        images = ImageSettings(**{name: recorded[name] for name in vars(ImageSettings("rgb"))})
+        images = ImageSettings(**{field.name: recorded[field.name] for field in fields(ImageSettings)})
+        check_image_tokens(image_tokens, images, name)
         processor = load_processor(recorded["student_name"])
         return cls(model, processor, images, name=str(path), precision=precision, camera=recorded)
 
     @classmethod
-    def _of_folder(cls, name: str, precision: str) -> "Student":
+    def _of_folder(cls, name: str, precision: str, image_tokens: str | None) -> "Student":
         description = read_description(name)
+        images = ImageSettings("rgb", image_tokens=image_tokens or "anyres")
+        if description:
+            images = ImageSettings(**description["sees"])
+            check_image_tokens(image_tokens, images, name)
         model = load_model(name, dtype=frozen_dtype(precision))
         refuse_broken_weights(model, origin=name)
-        images = ImageSettings(**description["sees"]) if description else ImageSettings("rgb")
         camera = description["camera"] if description else None
         return cls(model, load_processor(name), images, name=name, precision=precision, camera=camera)
 
+    @torch.no_grad()
     def look(self, picture: np.ndarray | None, camera: Camera | None = None) -> Seen:
         """Read a picture, once for all questions about it.
 
@@ -140,6 +146,7 @@ class Student:
         usual = {name: self.camera.get(name) for name in ("focal_share", "tilt_degrees")}
         return own_camera(width, height, **usual, **given)
 
+    @torch.no_grad()
     def ask(self, seen: Seen, question: str, *, n_others: int = 0, max_new_tokens: int = 32) -> Reply:
         """Answer a question about a picture.
 
@@ -197,6 +204,12 @@ class Student:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed)
+
+
+def check_image_tokens(given: str | None, images: ImageSettings, name: str) -> None:
+    """Raise UserError where a flag contradicts what a student was trained with."""
+    if given not in (None, images.image_tokens):
+        raise UserError(f"--image_tokens {given}: {name} was trained with {images.image_tokens}; leave it out")
 
 
 def check_question(question: str) -> None:
