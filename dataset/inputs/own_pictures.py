@@ -5,6 +5,9 @@ word of SUN RGB-D; so the unit is stated, and values that make no sense in it ar
 they would.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,8 +95,7 @@ def _nonsense(values: np.ndarray, unit: str, measured: np.ndarray) -> str | None
 
 def _depth_picture(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as picture:
-            _check_size(path, *picture.size)
+        with _opened(path) as picture:
             picture.load()
             mode, values = picture.mode, np.asarray(picture)
     except (*UNREADABLE, ValueError) as error:
@@ -102,6 +104,16 @@ def _depth_picture(path: Path) -> np.ndarray:
         kind = "an 8-bit" if mode in ("L", "P", "1") else "a color"
         raise UserError(f"{path}: is {kind} picture (mode {mode}); depth needs one channel of 16 bits or more")
     return values
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture of a size that is read; its pixels are not decoded yet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_check_size` says the same as an error
+        with Image.open(path) as picture:
+            _check_size(path, *picture.size)
+            yield picture
 
 
 def _depth_array(path: Path) -> np.ndarray:
@@ -129,8 +141,7 @@ def _check_size(path: Path, width: int, height: int) -> None:
 def read_own_rgb(path: Path) -> np.ndarray:
     """(H, W, 3) uint8. Raises UserError: unreadable, too large, or a depth picture."""
     try:
-        with Image.open(path) as picture:
-            _check_size(path, *picture.size)
+        with _opened(path) as picture:
             mode = picture.mode
     except UNREADABLE as error:
         raise UserError(f"{path}: cannot be read as a picture ({error})") from error

@@ -80,7 +80,7 @@ def train(
     if args.dry_run:
         dry_run(module, data, args)
         return
-    run.record |= usual_camera(data.train)  # for whoever uses the student on a picture of an unknown camera
+    run.record.update(usual_camera(data.train))  # for whoever uses the student on a picture of an unknown camera
     if args.vision_cache:
         use_vision_cache(module.student, data, args)
     if position:
