@@ -1,5 +1,6 @@
 """A student in the hand: one picture, any questions, the answers of the evaluation script."""
 
+import shlex
 import subprocess
 import sys
 
