@@ -65,7 +65,7 @@ def run_script(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> No
             raise
         sys.exit(_fail(advice, code=1))
     finally:
-        _end_children()
+        end_children()
 
 
 def _leave(number: int, stack: Any = None) -> None:
@@ -107,13 +107,16 @@ def _memory_advice(error: Exception) -> str | None:
     return None
 
 
-def _end_children() -> None:
-    """Kill what multiprocessing has started: Python would wait for processes that ignore its SIGTERM."""
-    children = multiprocessing.active_children()
-    if children:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a loading process dies
+def end_children() -> None:
+    """Kill what multiprocessing has started: it would be waited for, and loading processes ignore its SIGTERM."""
+    if not (children := multiprocessing.active_children()):
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises when a loading process is killed
     for child in children:
         child.kill()
+    for child in children:
+        child.join(1)
+    signal.signal(signal.SIGCHLD, handler)
 
 
 def data_root(miniature: bool, *, unpacked: bool = True) -> Path:

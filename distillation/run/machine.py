@@ -10,7 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from utils import UserError, peak_memory
 
@@ -50,7 +50,9 @@ def own_checkpoints_only() -> dict[str, Any]:
     """
     options: dict[str, Any] = {"default_root_dir": os.devnull}  # no folder, so nothing is found in it
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():  # Lightning's own order
-        options["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+        # In a job of one task, Lightning would wait for srun to start further ranks, and use one device of several.
+        one_task = int(os.environ["SLURM_NTASKS"]) == 1
+        options["plugins"] = [LightningEnvironment() if one_task else SLURMEnvironment(auto_requeue=False)]
     return options
 
 

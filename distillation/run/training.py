@@ -166,7 +166,7 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
     """The Trainer of every experiment."""
     quieten()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    options = own_checkpoints_only()
+    options, stop = own_checkpoints_only(), StopOnSignal(run.checkpoints / "last.ckpt")
     return pl.Trainer(
         max_epochs=args.max_epochs,
         max_steps=args.max_steps,
@@ -183,10 +183,11 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
             CheckpointContents(run.record),
             KeyedRandomness(args.seed),
             FiniteGuard(),
-            StopOnSignal(run.checkpoints / "last.ckpt"),
+            stop,
             UpdateLog(),
             Progress(),
         ],
+        profiler=stop.fetching,
         default_root_dir=options["default_root_dir"],
         plugins=[SafeCheckpointIO(), *options.get("plugins", [])],
         use_distributed_sampler=False,  # MicroBatchSampler shares the batches out
