@@ -57,8 +57,9 @@ def own_checkpoints_only() -> dict[str, Any]:
 
 
 def is_first_process() -> bool:
-    """Whether no other process of this run comes before this one. A launcher's know their rank among all machines."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")) == 0
+    """Whether no other process of this run comes before this one. Those of torchrun and srun know their rank."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return int(next(filter(None, ranks), 0)) == 0
 
 
 def frozen_dtype(precision: str, accelerator: str = "auto") -> torch.dtype:

@@ -24,7 +24,6 @@ from distillation.run.checkpoints import (
     SafeCheckpointIO,
     put_starting_weights,
     resume_batch,
-    stands_inside_epoch,
     write_outputs,
 )
 from distillation.run.data import use_vision_cache
@@ -152,7 +151,7 @@ def best_of_run(
     kept = trainer.checkpoint_callback
     validated = [callback.validated_step for callback in trainer.callbacks if isinstance(callback, Progress)]
     if validated != [trainer.global_step]:
-        epoch = trainer.current_epoch - stands_inside_epoch(trainer)  # which Lightning counts as done
+        epoch = trainer.fit_loop.epoch_progress.current.started - 1  # counted from 0
         with signals_given_back():
             (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
         if kept.improves(metrics):

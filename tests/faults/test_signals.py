@@ -109,14 +109,14 @@ def test_signals_where_nothing_trains_yet(places, tiny_folder, tiny_teacher, tmp
     moments = ("the teacher's outputs:", "--vision_cache:")
     for trial, (said, number) in enumerate(itertools.product(moments, STOP_SIGNALS)):
         with fault_table.trial("signal before training"):
-            name = f"run{trial}"
-            with Started(phase2, [*argv, "--run_name", name], tmp_path / name) as process:
+            out = {"MAIN_ROOT_DATA_DIR": str(tmp_path / f"out{trial}")}  # nothing is stored there yet
+            with Started(phase2, argv, tmp_path, env=out) as process:
                 process.wait_until(lambda process=process, said=said: said in process.stdout)
                 process.send(number, group=True)
                 assert process.ends(within_s=WITHIN_S) in (-number, 128 + number), process.stderr
                 assert "Traceback" not in process.stderr, process.stderr
                 process.leaves_nothing()
-            with Started(phase2, [*argv, "--run_name", name], tmp_path / name) as process:
+            with Started(phase2, argv, tmp_path, env=out) as process:
                 assert process.ends() == 0, process.stderr
 
 

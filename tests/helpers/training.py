@@ -93,7 +93,7 @@ def assert_same_end(places: Path, name: str, reference: str = "t") -> None:
 def validations(places: Path, name: str) -> list[tuple[str, ...]]:
     logs = (places / "baseline_depth/tensorboard_logs" / name).glob("metrics*.csv")
     rows = [row for path in logs for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())]
-    return sorted((row["epoch"], row["step"], row["val/ce"]) for row in rows if row.get("val/ce"))
+    return sorted((row["step"], row["val/ce"]) for row in rows if row.get("val/ce"))
 
 
 def data_module(world, tiny_folder, **options) -> SUNRGBDDataModule:
