@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 
 from dataset.inputs.pictures import ImageSettings
 from distillation.run.machine import is_first_process, probe
-from utils import ROOT, UserError, data_root, git_commit, outputs_root
+from utils import ROOT, UserError, check_writable, data_root, git_commit, outputs_root
 
 RUN_NAME_VARIABLE = "RUN_NAME_OF_FIRST_PROCESS"
 NAMED_RUNS = 5  # in the message about one that is not there
@@ -55,10 +55,12 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
         UserError: there is no data, the run folder is in use, or there is nothing to resume.
     """
     data_root(args.miniature)  # before minutes are spent on loading a model
-    probe(args)
-    pl.seed_everything(args.seed, verbose=False)  # before adapters are initialised
     path = Path(script).resolve()
     experiment = outputs_root(path.parent)
+    if not args.dry_run:
+        check_places(args, experiment)
+    probe(args)
+    pl.seed_everything(args.seed, verbose=False)  # before adapters are initialised
     record = plain(vars(args)) | dataclasses.asdict(student)
     record |= {"script": path.relative_to(ROOT).as_posix(), "git_commit": git_commit()}
     if args.resume and (last := _resume_checkpoint(args, experiment)):
@@ -75,6 +77,14 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
     if run.checkpoints.exists() and not args.dry_run and not further:
         raise UserError(f"--run_name {name}: {run.checkpoints} is there already; give another name, or --resume auto")
     return run
+
+
+def check_places(args: argparse.Namespace, experiment: Path) -> None:
+    """Raise UserError when a folder that the run will write into is not writable."""
+    check_writable(experiment, "checkpoints and logs")
+    for flag in ("export", "save_final_pt"):
+        if path := getattr(args, flag):
+            check_writable(path.parent, f"--{flag} {path}")
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
