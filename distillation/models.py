@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dataset.inputs.processor import ImageTextProcessor, save_processor
 from distillation.forward import base_model, use_packed_attention, vision_tower
-from utils import UserError, hf_token, model_source
+from utils import UserError, disk_errors, hf_token, model_source, part_path, remove_leftovers
 
 STUDENT_NAME = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
 TEACHER_NAME = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
@@ -177,15 +177,20 @@ def export_model(model: nn.Module, processor: ImageTextProcessor, folder: Path, 
     """Write a Hugging Face folder that stock transformers loads; LoRA adapters are merged into the weights.
 
     The model's weights are converted in place; call it when training is over. An interrupted export leaves no folder.
+
+    Raises:
+        UserError: the disk is full or not writable.
     """
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    part = part_path(folder)
+    remove_leftovers(folder.parent)
     try:
         if isinstance(model, PeftModel):
             model = model.merge_and_unload()
-        model.to(dtype).save_pretrained(part)
-        save_processor(processor, part)
-        part.rename(folder)
+        model.to(dtype)
+        with disk_errors(folder, part=part, size=sum(weight.nbytes for weight in model.parameters())):
+            part.parent.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(part)
+            save_processor(processor, part)
+            part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import atomic_path, data_root, run_script  # first: loads .env before transformers reads it
+from utils import atomic_path, check_writable, data_root, run_script  # first: loads .env before transformers reads it
 
 # isort: split
 import argparse
@@ -73,6 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Compare the folders, print the table and say where the files are."""
+    check_writable(args.output, "--output")
     results = [load_results(folder) for folder in args.results]
     root = args.data_root or data_root(args.miniature)
     print(write_report(results, args.output, root, baseline=args.baseline))

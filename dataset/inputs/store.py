@@ -33,7 +33,7 @@ class TensorStore:
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Store these tensors."""
         data = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-        with atomic_path(self._path(name), durable=False) as part:
+        with atomic_path(self._path(name), durable=False, size=len(data) + 4) as part:
             part.write_bytes(struct.pack("<I", zlib.crc32(data)) + data)
 
     def __len__(self) -> int:

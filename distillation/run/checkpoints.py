@@ -14,10 +14,22 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from dataset.inputs.processor import ImageTextProcessor
 from distillation.models import export_model, load_trained_state, student_state, trained_state
+from distillation.run.data import check_disk
 from distillation.run.folders import Run, chosen_checkpoint
 from distillation.run.machine import probe
-from utils import ROOT, UserError, atomic_path, checksum_path, checksummed_path, matches_checksum, outputs_root
+from utils import (
+    ROOT,
+    UserError,
+    atomic_path,
+    checksum_path,
+    checksummed_path,
+    existing_folder,
+    matches_checksum,
+    outputs_root,
+)
 
+KEPT = 2  # checkpoints: the best one and the last one
+CHECKPOINT_SHARE = 3  # times the weights that train: they and two Adam moments
 ADDED_FLAGS = {"divergence": "forward_kl"}  # what runs did that are older than the flag
 
 
@@ -53,16 +65,25 @@ def read_checkpoint(path: Path, *, need_checksum: bool = False) -> dict[str, Any
     return checkpoint
 
 
+def tensor_bytes(values: Any) -> int:
+    """Bytes of all tensors in nested mappings and sequences: nearly the size of a checkpoint with them."""
+    if isinstance(values, torch.Tensor):
+        return values.nbytes
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    return sum(map(tensor_bytes, values)) if isinstance(values, (list, tuple)) else 0
+
+
 class SafeCheckpointIO(CheckpointIO):
     """Writes beside the target and renames, with a checksum; a full disk or a kill never costs the previous file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Raises UserError when weights are not finite, OSError when the disk is full or not writable."""
+        """Raises UserError when weights are not finite, or the disk is full or not writable."""
         path = Path(path)
         for name, value in checkpoint["state_dict"].items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise UserError(f"{path}: not written, {name} is not finite; lower --lr or use another --precision")
-        with checksummed_path(path) as part:
+        with checksummed_path(path, size=tensor_bytes(checkpoint)) as part:
             torch.save(checkpoint, part)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -258,6 +279,28 @@ def load_student(
     print(f"starting from {path}")
 
 
+def check_room(student: torch.nn.Module, run: Run, args: argparse.Namespace) -> None:
+    """Say how much the run will write: its checkpoints, and what --export and --save_final_pt ask for.
+
+    A checkpoint holds weights and two Adam moments. There are the best one, the last one and the one being written.
+
+    Raises:
+        UserError: a disk has no room for what goes onto it.
+    """
+    trained = tensor_bytes(trained_state(student))
+    missing = max(KEPT + 1 - len(list(run.checkpoints.glob("*.ckpt"))), 1)
+    wanted = [("checkpoints", run.checkpoints, missing * CHECKPOINT_SHARE * trained)]
+    if args.save_final_pt:
+        wanted.append(("--save_final_pt", args.save_final_pt.parent, trained))
+    if args.export:
+        wanted.append(("--export", args.export.parent, sum(2 * w.numel() for w in student.parameters())))  # float16
+    disks: dict[int, float] = {}
+    for what, folder, needed in wanted:
+        disk = existing_folder(folder).stat().st_dev
+        check_disk(what, folder, needed, 1, others=disks.get(disk, 0))
+        disks[disk] = disks.get(disk, 0) + needed
+
+
 def write_outputs(
     module: pl.LightningModule, processor: ImageTextProcessor, best: Path, args: argparse.Namespace
 ) -> None:
@@ -267,7 +310,7 @@ def write_outputs(
     state = student_state(read_checkpoint(best))
     load_trained_state(module.student, state, origin=str(best))
     if args.save_final_pt:
-        with atomic_path(args.save_final_pt) as part:
+        with atomic_path(args.save_final_pt, size=tensor_bytes(state)) as part:
             torch.save(state, part)
         print(f"wrote {args.save_final_pt}")
     if args.export:

@@ -18,7 +18,7 @@ from distillation.run.checkpoints import read_checkpoint
 from distillation.run.claim import claim, join, refuse_claimed
 from distillation.run.folders import Run, finished_run, run_folder, run_folders
 from distillation.run.machine import is_first_process, probe
-from utils import ROOT, UserError, data_root, git_commit, outputs_root
+from utils import ROOT, UserError, check_writable, data_root, git_commit, outputs_root
 
 RUN_NAME_VARIABLE = "RUN_NAME_OF_FIRST_PROCESS"
 
@@ -30,10 +30,12 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
         UserError: there is no data, the run's folder is in use, or there is nothing to resume.
     """
     data_root(args.miniature)  # before minutes are spent on loading a model
-    probe(args)
-    pl.seed_everything(args.seed, verbose=False)  # before adapters are initialised
     path = Path(script).resolve()
     experiment = outputs_root(path.parent)
+    if not args.dry_run:
+        check_places(args, experiment)
+    probe(args)
+    pl.seed_everything(args.seed, verbose=False)  # before adapters are initialised
     record = plain(vars(args)) | dataclasses.asdict(student)
     record |= {"script": path.relative_to(ROOT).as_posix(), "git_commit": git_commit()}
     last = checkpoint_to_resume(args, experiment, record["script"])
@@ -48,6 +50,14 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
     else:
         join(run.checkpoints)
     return run
+
+
+def check_places(args: argparse.Namespace, experiment: Path) -> None:
+    """Raise UserError when a folder that the run will write into is not writable."""
+    check_writable(experiment, "checkpoints and logs")
+    for flag in ("export", "save_final_pt"):
+        if path := getattr(args, flag):
+            check_writable(path.parent, f"--{flag} {path}")
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,11 +19,15 @@ from dataset.datamodule import SUNRGBDDataModule
 from distillation.models import count_parameters, trained_state
 from distillation.run.callbacks import FiniteGuard, KeyedRandomness, Progress, StepTimer, UpdateLog
 from distillation.run.checkpoints import (
+    CHECKPOINT_SHARE,
+    KEPT,
     BestCheckpoint,
     CheckpointContents,
     SafeCheckpointIO,
+    check_room,
     put_starting_weights,
     resume_batch,
+    tensor_bytes,
     write_outputs,
 )
 from distillation.run.data import use_vision_cache
@@ -38,7 +42,7 @@ from distillation.run.machine import (
     resolve_precision,
 )
 from distillation.run.signals import StopOnSignal, signals_given_back
-from utils import duration, write_json
+from utils import amount, disk_errors, duration, write_json
 
 
 def train(
@@ -78,6 +82,8 @@ def train(
     if args.dry_run:
         dry_run(module, data, args)
         return
+    if is_first_process():
+        check_room(module.student, run, args)
     if args.vision_cache:
         use_vision_cache(module.student, data, args)
     if position:
@@ -95,7 +101,7 @@ def fit(
     trainer = build_trainer(args, run, monitor)
     if trainer.is_global_zero:
         write_json(run.logs / "run.json", run.record)
-    with nothing_left_running(trainer), signals_given_back():
+    with disk_errors(run.logs), nothing_left_running(trainer), signals_given_back():  # checkpoints name themselves
         trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
     return trainer
 
@@ -238,10 +244,7 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
         **own_checkpoints_only(),
     )
     trainer.fit(module, train_dataloaders=data.train_dataloader())
-    state = trained_state(module.student)
-    checkpoint_gib = (
-        sum(v.numel() * v.element_size() for v in state.values()) / 2**30 * 3
-    )  # weights and two Adam moments
+    checkpoint = CHECKPOINT_SHARE * tensor_bytes(trained_state(module.student))
     world_size = probe(args).world_size
     batches = math.ceil(data.images_per_epoch / (args.batch_size * world_size)) * args.max_epochs
     if args.max_steps > 0:
@@ -251,5 +254,5 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
         f"peak memory: {peak_memory_gib():.2f} GiB\n"
         f"one step of {args.batch_size} images: {timer.seconds:.2f} s; {batches} steps on {world_size} device(s): "
         f"{duration(batches * timer.seconds)}\n"
-        f"disk: 2 checkpoints of at most {checkpoint_gib:.2f} GiB"
+        f"disk: {KEPT + 1} checkpoints of at most {amount(checkpoint)}, one of them while it is written"
     )
