@@ -5,13 +5,10 @@ folder with the answers of something else is refused. Everything else in the fol
 """
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,9 @@ from dataset.inputs.processor import ImageTextProcessor
 from dataset.questions.rows import QuestionRow, csv_cells
 from distillation.run.data import check_disk, weights_digest
 from distillation.run.machine import resolve_precision
-from utils import ROOT, UserError, announced, atomic_path, disk_errors, is_running, machine, source_digest
+from utils import ROOT, UserError, announced, atomic_path, disk_errors, source_digest
 
 NAME = "answers.jsonl"
-CLAIM = "answers.claim"
-CLAIM_S = 0.5  # within which a claim is written
 RESULTS = ("predictions.csv", "metrics.json")
 BYTES_PER_TOKEN = 8  # more than an answer's token takes in a file
 SHOWN = 12  # characters of a long value in a message
@@ -75,45 +70,6 @@ def questions_digest(root: Path, rows: Sequence[QuestionRow]) -> str:
         sizes = [(root / path).stat().st_size for path in (row.image_path, row.depth_path) if (root / path).is_file()]
         digest.update(json.dumps([row.id, row.question, row.image_path, row.depth_path, sizes]).encode() + b"\n")
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Keep other evaluations out of a results folder while the block runs.
-
-    Raises:
-        UserError: another process is at work in it.
-    """
-    path, own = folder / CLAIM, f"{os.getpid()} {machine()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            with open(path, "x", encoding="utf-8") as handle:
-                handle.write(own)
-            break
-        except FileExistsError:
-            _remove_claim_of_dead(path, own)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _remove_claim_of_dead(path: Path, own: str) -> None:
-    """Raises UserError when the owner of a claim is alive or on another machine, where nobody can tell."""
-    with contextlib.suppress(FileNotFoundError):  # given up just now
-        owner = path.read_text(encoding="utf-8", errors="replace")
-        if not owner:  # being written
-            time.sleep(CLAIM_S)
-            owner = path.read_text(encoding="utf-8", errors="replace")
-        pid, _, host = owner.partition(" ")
-        dead = host == machine() and pid.isdecimal() and len(pid) < 9 and (owner == own or not is_running(int(pid)))
-        if not dead and owner:  # an empty one was cut off by a kill
-            raise UserError(
-                f"{path.parent}: process {pid!r} on {host!r} writes its answers there; wait for it, give another "
-                f"--output, or delete {path} if that process is gone"
-            )
-        path.unlink()
 
 
 class AnswerLog:

@@ -73,7 +73,8 @@ def given_name(args: argparse.Namespace) -> str | None:
     """
     # Lightning starts this script once more for each further device; those processes join the run of the first.
     joined = None if is_first_process() else os.environ.get(RUN_NAME_VARIABLE)
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not joined
+    sizes = (os.environ.get(name) or "1" for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))  # of torchrun, of srun
+    launched = max(map(int, sizes)) > 1 and not joined
     if launched and not args.run_name:
         raise UserError("--run_name: give one; processes that a launcher starts side by side cannot agree on a name")
     return joined or (run_folder(args.run_name, miniature=args.miniature) if args.run_name else None)
@@ -90,9 +91,9 @@ def take_folder(run: Run, *, named: bool) -> Run:
     else:
         run = make_unused_folder(run)
         made = (run.logs, run.checkpoints)
-    refuse_claimed(run.checkpoints)  # first: who writes there says more than that there is something
+    refuse_claimed(run.checkpoints, flag="--run_name")  # first: who writes there says more than that there is something
     refuse_used_folder(run)
-    claim(run.checkpoints, made=made)
+    claim(run.checkpoints, flag="--run_name", made=made)
     refuse_used_folder(run)  # a run that has ended meanwhile
     return run
 

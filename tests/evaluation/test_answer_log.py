@@ -1,16 +1,13 @@
 """Evaluations that are killed, repeated, or find another one's answers, as the command that a user calls."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from evaluation import answer_log
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
 from tests.helpers.processes import Started
-from utils import UserError, machine
+from utils import UserError
 
 SCRIPT = "evaluation/onevisionv3/sunrgbd/evaluate_onevision.py"
 
@@ -43,12 +40,10 @@ def test_a_killed_evaluation_goes_on_where_it_was(finished, tiny_folder, tmp_pat
         started.wait_until(lambda: answers.is_file() and answers.read_bytes().count(b"\n") > 2)
     kept = answers.read_text().splitlines()[:9]
     answers.write_text("\n".join(kept) + '\n{"id": "half')
-    assert (folder / "answers.claim").is_file() or (folder / "metrics.json").is_file()
     evaluate(tiny_folder, folder)
     assert f"8 of {len(ids(finished))} questions are answered; going on" in capsys.readouterr().out
     assert answers.read_text().splitlines()[:9] == kept and ids(folder) == ids(finished)
     assert (folder / "predictions.csv").read_bytes() == (finished / "predictions.csv").read_bytes()
-    assert not (folder / "answers.claim").exists()
 
 
 def test_a_finished_evaluation_is_scored_again(finished, tiny_folder, monkeypatch):
@@ -94,18 +89,14 @@ def test_results_without_answers_and_foreign_files_are_refused(finished, tiny_fo
             evaluate(tiny_folder, finished)
 
 
-def test_two_evaluations_do_not_write_one_folder(finished, tiny_folder):
-    """The owner is alive: refused. It is dead: taken over. It is of another machine: nobody can tell, refused."""
-    claim = finished / "answers.claim"
-    for owner in (f"{os.getppid()} {machine()}", "1 elsewhere"):
-        claim.write_text(owner)
-        with pytest.raises(UserError, match="writes its answers there"):
-            evaluate(tiny_folder, finished)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    claim.write_text(f"{dead.pid} {machine()}")
-    evaluate(tiny_folder, finished)
-    assert not claim.exists()
+def test_two_evaluations_do_not_write_one_folder(tiny_folder, places, tmp_path):
+    folder = tmp_path / "output"
+    with Started(SCRIPT, argv(tiny_folder, folder), tmp_path / "first") as first:
+        first.wait_until(lambda: any(folder.glob("owner-1.json")))
+        with pytest.raises(UserError, match=f"in use by process {first.process.pid} on .*another --output"):
+            evaluate(tiny_folder, folder)
+        assert first.ends() == 0, first.stderr
+    evaluate(tiny_folder, folder)
 
 
 def test_an_output_that_cannot_be_written_is_said_first(places, tmp_path, monkeypatch):

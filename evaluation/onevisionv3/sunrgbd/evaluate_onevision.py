@@ -63,9 +63,10 @@ from dataset.questions.rows import (
     read_questions,
 )
 from distillation.run.checkpoints import read_checkpoint
+from distillation.run.claim import claim
 from distillation.run.folders import EXPERIMENTS
 from distillation.run.machine import peak_memory_gib, quieten
-from evaluation.answer_log import AnswerLog, asked_of, check_results_room, claimed
+from evaluation.answer_log import AnswerLog, asked_of, check_results_room
 from evaluation.caption_scores import caption_scores
 from evaluation.metrics import evaluate_rows, recording
 from evaluation.system import answer_questions, checkpoint_of_flags, load_system
@@ -187,17 +188,17 @@ def main(args: argparse.Namespace) -> None:
     system |= {"split": args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"}
     output = args.output or default_output(args, system, path)
     check_results_room(output, rows, args.max_new_tokens)
-    with claimed(output):
-        asked = asked_of(model.to(device).eval(), processor, rows, images, args, root=root, split=system["split"])
-        log = AnswerLog(output, asked, rows)
-        answers = answer_questions(model, processor, root, rows, images, args, log)
-        predictions = prediction_rows(rows, answers, miniature=args.miniature)
-        (output / "metrics.json").unlink(missing_ok=True)  # no older scores stand beside new answers
-        write_predictions(output / "predictions.csv", predictions)
-        warn_if_empty(answers, system["name"])
-        scores = score(predictions, train_rows, similarity, meteor=args.meteor)
-        metrics = metrics_of(args, system, scores, notes, seconds=time.monotonic() - started)
-        write_json(output / "metrics.json", metrics)
+    claim(output, flag="--output")
+    asked = asked_of(model.to(device).eval(), processor, rows, images, args, root=root, split=system["split"])
+    log = AnswerLog(output, asked, rows)
+    answers = answer_questions(model, processor, root, rows, images, args, log)
+    predictions = prediction_rows(rows, answers, miniature=args.miniature)
+    (output / "metrics.json").unlink(missing_ok=True)  # no older scores stand beside new answers
+    write_predictions(output / "predictions.csv", predictions)
+    warn_if_empty(answers, system["name"])
+    scores = score(predictions, train_rows, similarity, meteor=args.meteor)
+    metrics = metrics_of(args, system, scores, notes, seconds=time.monotonic() - started)
+    write_json(output / "metrics.json", metrics)
     print(summary(metrics))
     seconds, memory_gib = duration(metrics["seconds"]), metrics["peak_memory_gib"]
     print(f"{len(rows)} questions in {seconds}, peak memory {memory_gib} GiB; wrote {output}")
