@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
+from dataset.inputs.model_folder import check_weight_files, model_folder
 from dataset.inputs.processor import ImageTextProcessor, save_processor
 from distillation.forward import base_model, use_packed_attention, vision_tower
-from utils import UserError, hf_token, model_source
+from utils import UserError, reason
 
 STUDENT_NAME = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
 TEACHER_NAME = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
@@ -34,21 +34,24 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32):
             halves the memory of weights that stay frozen.
 
     Raises:
-        UserError: nothing loadable there, weights are missing, or its language model is another one.
+        UserError: nothing loadable there (see `model_folder`), weights are missing, or its language model is another
+            one.
     """
     if not sys.stderr.isatty():
         disable_progress_bar()  # a log file would hold every redrawing of it
+    folder = model_folder(name)
+    check_weight_files(folder, name)
     try:
         model, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
-            model_source(name),
+            folder,
             dtype=dtype,
             attn_implementation="sdpa",
-            token=hf_token(),
+            use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{name}: no LLaVA-OneVision model can be loaded from there ({error})") from error
+    except Exception as error:  # a stranger's files end in errors of any kind
+        raise UserError(f"{name}: no LLaVA-OneVision model can be loaded from there ({reason(error)})") from error
     if report["missing_keys"]:
         raise UserError(
             f"{name}: {len(report['missing_keys'])} weights are missing, {sorted(report['missing_keys'])[0]}"

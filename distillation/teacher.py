@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import LlavaOnevisionConfig
 
 from dataset.datamodule import SUNRGBDDataModule
+from dataset.inputs.model_folder import model_folder
 from dataset.inputs.pictures import ImageSettings, picture_key
 from dataset.inputs.processor import ImageTextProcessor, load_processor
 from dataset.inputs.prompts import pack_questions
@@ -39,7 +39,7 @@ from distillation.teacher_cache import (
     asked_answers,
     stored_outputs,
 )
-from utils import ROOT, UserError, hf_token, model_source, outputs_root, sha256, source_digest
+from utils import ROOT, UserError, outputs_root, sha256, source_digest
 
 WEIGHTS = ("*.safetensors", "*.json")
 FORMAT = 2  # of what is stored; another number makes all old files unused
@@ -392,7 +392,7 @@ def check_same_language(
 def check_same_vision(teacher: str, student: str) -> None:
     """Raises UserError unless the vision features of both models have one width: they are compared patch by patch."""
     widths = [
-        AutoConfig.from_pretrained(model_source(name), token=hf_token()).vision_config.hidden_size
+        LlavaOnevisionConfig.from_pretrained(model_folder(name)).vision_config.hidden_size
         for name in (teacher, student)
     ]
     if widths[0] != widths[1]:
@@ -404,11 +404,7 @@ def check_same_vision(teacher: str, student: str) -> None:
 
 def model_digest(name: str, checkpoint: Path | None) -> str:
     """Digest of a model's weights and configuration, and of the checkpoint on top of them."""
-    source = Path(model_source(name))
-    try:
-        folder = source if source.is_dir() else Path(snapshot_download(name, allow_patterns=WEIGHTS, token=hf_token()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--teacher_name {name}: no such folder, and not to be had from the hub ({error})") from error
+    folder = model_folder(name)
     digest = hashlib.sha256()
     for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         # The hub's cache links to files that are named by their own digest.
