@@ -39,7 +39,7 @@ from distillation.teacher_cache import (
     asked_answers,
     stored_outputs,
 )
-from utils import ROOT, UserError, outputs_root, sha256, source_digest
+from utils import ROOT, UserError, outputs_root, printable, sha256, source_digest
 
 WEIGHTS = ("*.safetensors", "*.json")
 FORMAT = 2  # of what is stored; another number makes all old files unused
@@ -248,7 +248,8 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
             partial(processor.tokenizer.decode, skip_special_tokens=True),
         )
         run.record["teacher_val_exact_match"] = round(scores["all"], 4)
-        print(f"teacher: {named}; on val: " + ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items()))
+        said = ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items())
+        print(printable(f"teacher: {named}; on val: {said}"))
         warn_unless_above_blind(scores["all"], data)
     data.use_teacher(teacher)
     return teacher
@@ -303,6 +304,8 @@ def named_teacher(args: argparse.Namespace) -> NamedTeacher:
         return NamedTeacher(args.teacher_name, None, None)
     path = chosen_checkpoint(args.teacher_checkpoint, experiment_folder("baseline_rgb7b"), miniature=args.miniature)
     recorded = read_checkpoint(path)["hyper_parameters"]
+    if recorded["label_fraction"] is None:
+        raise UserError(f"--teacher_checkpoint {path}: was trained without labels, it has no answers to pass on")
     return NamedTeacher(recorded["student_name"], path, recorded)
 
 

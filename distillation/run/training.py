@@ -35,7 +35,8 @@ from distillation.run.machine import (
     quieten,
     resolve_precision,
 )
-from utils import duration, write_json
+from distillation.run.restore import RestoredState, fit_from
+from utils import duration, printable, write_json
 
 
 def train(
@@ -66,7 +67,9 @@ def train(
     position = put_starting_weights(module.student, run, args, builds_on=builds_on)
     if (finished := finished_run(run, args)) is not None:
         if is_first_process():  # behind torchrun all ranks come here
-            print(f"{run.name} is finished ({finished['optimizer_steps']} updates); best: {finished['best']}")
+            print(
+                printable(f"{run.name} is finished ({finished['optimizer_steps']} updates); best: {finished['best']}")
+            )
             write_outputs(module, data.processor, Path(finished["best"]), args)
         return
     if args.gradient_checkpointing:
@@ -93,7 +96,7 @@ def fit(
         trainer = build_trainer(args, run, monitor)
         if trainer.is_global_zero:
             write_json(run.logs / "run.json", run.record)
-        trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
+        fit_from(trainer, module, data, run.resume_from)
     except BaseException:
         if not any(run.checkpoints.glob("*.ckpt")) and not run.resume_from:
             shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -162,6 +165,7 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
         logger=build_loggers(run),
         callbacks=[
             *checkpoint_callbacks(run, monitor),
+            RestoredState(),
             CheckpointContents(run.record),
             KeyedRandomness(args.seed),
             FiniteGuard(),
