@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import pytorch_lightning as pl
 
 from dataset.inputs.pictures import ImageSettings
 from distillation.run.machine import is_first_process, probe
-from utils import ROOT, UserError, data_root, git_commit, outputs_root
+from utils import ROOT, UserError, data_root, git_commit, outputs_root, printable, read_json
 
 RUN_NAME_VARIABLE = "RUN_NAME_OF_FIRST_PROCESS"
 NAMED_RUNS = 5  # in the message about one that is not there
@@ -91,7 +90,10 @@ def _resume_checkpoint(args: argparse.Namespace, experiment: Path) -> Path | Non
     if args.run_name:
         runs = [run for run in runs if run.name.removeprefix("miniature_") == args.run_name]
     found = [run / "last.ckpt" for run in runs if (run / "last.ckpt").is_file()]
-    print("--resume auto: " + (f"continuing {found[-1]}" if found else "no checkpoint to continue, starting a new run"))
+    print(
+        "--resume auto: "
+        + (printable(f"continuing {found[-1]}") if found else "no checkpoint to continue, starting a new run")
+    )
     return found[-1] if found else None
 
 
@@ -178,9 +180,12 @@ def finished_run(run: Run, args: argparse.Namespace) -> dict[str, Any] | None:
     path = run.logs / "run.json"
     if not run.resume_from or not path.is_file():
         return None
-    recorded = json.loads(path.read_text(encoding="utf-8"))
+    recorded = read_json(path)
     if "best" not in recorded:
         return None
+    numbers = (recorded.get(name) for name in ("optimizer_steps", "max_steps", "max_epochs"))
+    if not isinstance(recorded["best"], str) or not all(type(number) is int for number in numbers):
+        raise UserError(f"{path}: is not what a finished run writes; it was changed, remove it to go on")
     updates = recorded["optimizer_steps"]
     ended_by_steps = 0 < recorded["max_steps"] <= updates
     enough_epochs = args.max_epochs <= recorded["max_epochs"] and not ended_by_steps

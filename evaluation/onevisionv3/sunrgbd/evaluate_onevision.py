@@ -31,6 +31,7 @@ from utils import (  # first: loads .env before transformers reads it
     duration,
     git_commit,
     outputs_root,
+    printable,
     run_script,
     write_json,
 )
@@ -177,7 +178,7 @@ def main(args: argparse.Namespace) -> None:
     rows, train_rows = load_questions(root, args, notes), load_train_questions(root, args)
     similarity = wordnet_similarity(notes) if args.dataset == "daquar" else None
     for name, note in notes.items():
-        print(f"{name}: {note}", file=sys.stderr)
+        print(printable(f"{name}: {note}"), file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     system, images, model, processor = load_system(args, path, checkpoint)
     system |= {"split": args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"}
@@ -200,7 +201,8 @@ def main(args: argparse.Namespace) -> None:
         metrics |= {"wups": scores.get("wups"), "notes": notes}
     write_json(output / "metrics.json", metrics)
     print(summary(metrics))
-    print(f"{len(rows)} questions in {duration(seconds)}, peak memory {metrics['peak_memory_gib']} GiB; wrote {output}")
+    memory = f"peak memory {metrics['peak_memory_gib']} GiB"
+    print(printable(f"{len(rows)} questions in {duration(seconds)}, {memory}; wrote {output}"))
 
 
 def find_data(args: argparse.Namespace, path: Path | None, checkpoint: dict[str, Any] | None) -> Path:
@@ -252,8 +254,8 @@ def warn_if_empty(answers: dict[str, str], name: str) -> None:
     """Say so where a system answers nothing at all."""
     if not any(answers.values()):
         print(
-            f"warning: all {len(answers)} answers of {name} are empty; check that the checkpoint learned to answer (its"
-            " val/exact_match) and that --max_new_tokens leaves room",
+            f"warning: all {len(answers)} answers of {printable(name)} are empty; check that the checkpoint learned to "
+            "answer (its val/exact_match) and that --max_new_tokens leaves room",
             file=sys.stderr,
         )
 
@@ -339,7 +341,7 @@ def summary(metrics: dict[str, Any]) -> str:
     for name, cell in wups["overall"].items():
         best = max(result["overall"][name]["value"] for result in wups["blind"].values())
         lines.append(f"  {name:<24}{_interval(cell)}  blind {best:.3f}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _interval(cell: dict[str, float | None]) -> str:
