@@ -52,6 +52,11 @@ FAILED_WRITE = re.compile(
     r"PytorchStreamWriter failed|unexpected pos \d+ vs|iostream error|encoder error -2|\(os error (\d+)\)"
 )
 ABANDONED_S = 24 * 3600  # no write of one file pauses for so long
+# Control characters (C0, delete, C1), marks and overrides of the writing direction, line separators, and the halves of
+# characters that stand for bytes of a file's name that are no text.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# What libraries advise where they refuse to run a stranger's code: to let it run.
+UNSAFE_ADVICE = re.compile("weights_only|trust_remote_code|safe_globals|safe_load|upgrade", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -106,7 +111,7 @@ def load_script(path: str) -> ModuleType:
 def _fail(message: str, *, code: int = 2) -> int:
     # A data loading process hands its error over inside a traceback; the user's words stand at its end.
     message = " ".join(message.rsplit("utils.UserError: ", 1)[-1].split())
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     return code
 
 
@@ -139,6 +144,40 @@ def end_children() -> None:
     for child in children:
         child.join(1)
     signal.signal(signal.SIGCHLD, handler)
+
+
+def printable(text: object) -> str:
+    """Text for a terminal, a table or a page: what could move a cursor, color it or turn lines around is escaped.
+
+    Names come from strangers' files. All other characters, of whatever script, stay as they are.
+    """
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def reason(error: BaseException) -> str:
+    """A library's error in one line for the user, but for advice to let a stranger's code run."""
+    line = next(iter(str(error).strip().splitlines()), "")[:300]
+    kind = type(error).__name__
+    if not line or UNSAFE_ADVICE.search(line):
+        return kind
+    return printable(f"{kind}: {line}" if isinstance(error, KeyError) else line)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: it cannot be read, is no JSON, is nested too deeply, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({reason(error)})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a JSON {type(value).__name__} where an object {{...}} belongs")
+    return value
 
 
 def data_root(miniature: bool, *, unpacked: bool = True) -> Path:
@@ -176,7 +215,7 @@ def model_source(name: str) -> str:
 
     Checkpoints record the models that come with the repository by their place in it, so that they load on any machine.
     """
-    return str(ROOT / name) if (ROOT / name).is_dir() else name
+    return str(ROOT / name) if os.path.isdir(ROOT / name) else name  # no error for a name that no file can have
 
 
 def hf_token() -> str | None:
@@ -192,7 +231,7 @@ class ProgressLine:
     """
 
     def __init__(self, label: str, *, total: int, done: int = 0, every_s: float = 10.0) -> None:
-        self.label, self.total, self.first = label, total, done
+        self.label, self.total, self.first = printable(label), total, done
         self.live = sys.stderr.isatty()
         self.every_s = 0.2 if self.live else every_s
         self.start = self.last = time.monotonic()
@@ -224,7 +263,7 @@ def progress(items: Iterable[T], *, total: int, label: str) -> Iterator[T]:
 @contextmanager
 def announced(what: str, *, after_s: float = 1.0) -> Iterator[None]:
     """Say on stderr what is going on when the block takes longer than `after_s` seconds."""
-    timer = threading.Timer(after_s, partial(print, f"{what} ...", file=sys.stderr, flush=True))
+    timer = threading.Timer(after_s, partial(print, f"{printable(what)} ...", file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
     try:

@@ -22,6 +22,7 @@ from evaluation.comparison import (
     Results,
     align,
     comparison_table,
+    escaped_markdown,
     explanation,
     load_results,
     markdown_table,
@@ -49,7 +50,7 @@ def write_report(results: Sequence[Results], output: Path, root: Path, *, baseli
     table = comparison_table(results, baseline)
     notes = explanation(results, baseline)
     text = f"{text_table(table)}\n{notes}"
-    for name, content in (("table.txt", text), ("table.md", f"{markdown_table(table)}\n{notes}")):
+    for name, content in (("table.txt", text), ("table.md", f"{markdown_table(table)}\n{escaped_markdown(notes)}")):
         with atomic_path(output / name) as part:
             part.write_text(content, encoding="utf-8")
     n_images = len({row["Image_Path"] for row in results[0].rows})

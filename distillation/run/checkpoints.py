@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from distillation.models import export_model, load_trained_state, student_state,
 from distillation.run.data import check_disk
 from distillation.run.folders import Run, chosen_checkpoint
 from distillation.run.machine import probe
+from distillation.run.record import check_record, check_resumable, check_weights
 from utils import (
     ROOT,
     UserError,
@@ -26,6 +28,8 @@ from utils import (
     existing_folder,
     matches_checksum,
     outputs_root,
+    printable,
+    reason,
 )
 
 KEPT = 2  # checkpoints: the best one and the last one
@@ -41,7 +45,7 @@ def read_checkpoint(path: Path, *, need_checksum: bool = False) -> dict[str, Any
         need_checksum: refuse a file without a checksum beside it. Otherwise that is said, and the file read.
 
     Raises:
-        UserError: missing, damaged, or not a checkpoint that our scripts wrote.
+        UserError: missing, damaged, not a checkpoint that our scripts wrote, or one that was changed since.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
@@ -52,16 +56,24 @@ def read_checkpoint(path: Path, *, need_checksum: bool = False) -> dict[str, Any
         unverified = f"{path}: has no checksum beside it ({checksum_path(path).name}), so damage would go unnoticed"
         if need_checksum:
             raise UserError(unverified)
-        print(f"warning: {unverified}", file=sys.stderr)
+        print(printable(f"warning: {unverified}"), file=sys.stderr)
     try:
         # Memory-mapped: an evaluation reads the weights and leaves the optimizer's moments on disk.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:  # torch advises to let the code run
+        raise UserError(
+            f"{path}: not a readable checkpoint; it is damaged, or holds objects that could run code. Only tensors and "
+            "plain values are read"
+        ) from error
     except Exception as error:  # torch raises a dozen types for damaged and foreign files
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-    if not isinstance(checkpoint, dict) or "script" not in checkpoint.get("hyper_parameters", {}):
+        raise UserError(f"{path}: not a readable checkpoint ({reason(error)})") from error
+    recorded = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not isinstance(recorded, dict) or "script" not in recorded:
         raise UserError(
             f"{path}: not a checkpoint of this project's training scripts (no hyper_parameters.script in it)"
         )
+    check_record(recorded, path)
+    check_weights(checkpoint.get("state_dict"), path)
     return checkpoint
 
 
@@ -159,7 +171,8 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_model_score = self.kth_value = self.current_score = score
         self.best_k_models, self.best_ce = {str(path): score}, float(metrics[self.TIE_BREAKER])
         trainer.save_checkpoint(path)
-        if before and before != str(path):
+        # The path before may be a stranger's, out of a checkpoint: nothing outside of this run's folder is removed.
+        if before and before != str(path) and Path(before).resolve().parent == Path(self.dirpath).resolve():
             trainer.strategy.remove_checkpoint(before)
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,6 +222,7 @@ def put_starting_weights(
     """
     if run.resume_from:
         checkpoint = read_checkpoint(run.resume_from)
+        check_resumable(checkpoint, run.resume_from)
         check_same_run(checkpoint["hyper_parameters"], run)
         run.record["load_checkpoint"] = checkpoint["hyper_parameters"]["load_checkpoint"]
         load_trained_state(student, student_state(checkpoint), origin=str(run.resume_from))
@@ -270,13 +284,13 @@ def load_student(
                     "the path of one that was trained on the same labels"
                 )
     if builds_on and theirs.get("teacher_weights") != record["teacher_weights"] and not record["any_teacher"]:
-        their_teacher = theirs["teacher_checkpoint"] or theirs["teacher_name"]
+        their_teacher = theirs.get("teacher_checkpoint") or theirs.get("teacher_name")
         raise UserError(
             f"--load_checkpoint {path}: was trained with another teacher ({their_teacher}); give the same one, or add "
             "--any_teacher if it is meant"
         )
     load_trained_state(student, student_state(checkpoint), origin=str(path))
-    print(f"starting from {path}")
+    print(printable(f"starting from {path}"))
 
 
 def check_room(student: torch.nn.Module, run: Run, args: argparse.Namespace) -> None:
@@ -312,7 +326,7 @@ def write_outputs(
     if args.save_final_pt:
         with atomic_path(args.save_final_pt, size=tensor_bytes(state)) as part:
             torch.save(state, part)
-        print(f"wrote {args.save_final_pt}")
+        print(printable(f"wrote {args.save_final_pt}"))
     if args.export:
         export_model(module.student, processor, args.export)
-        print(f"wrote {args.export}")
+        print(printable(f"wrote {args.export}"))

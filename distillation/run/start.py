@@ -18,7 +18,7 @@ from distillation.run.checkpoints import read_checkpoint
 from distillation.run.claim import claim, join, refuse_claimed
 from distillation.run.folders import Run, finished_run, run_folder, run_folders
 from distillation.run.machine import is_first_process, probe
-from utils import ROOT, UserError, check_writable, data_root, git_commit, outputs_root
+from utils import ROOT, UserError, check_writable, data_root, git_commit, outputs_root, printable
 
 RUN_NAME_VARIABLE = "RUN_NAME_OF_FIRST_PROCESS"
 
@@ -135,7 +135,7 @@ def checkpoint_to_resume(args: argparse.Namespace, experiment: Path, script: str
         last = newest_good(run) if run else None
         if is_first_process():
             found = f"continuing {last}" if last else "no checkpoint to continue, starting a new run"
-            print(f"--resume auto: {found}")
+            print(printable(f"--resume auto: {found}"))
         return last
     path = Path(args.resume)
     if path.name == args.resume and not path.exists():
@@ -169,7 +169,7 @@ def newest_good(run: Path) -> Path:
             faults.append(str(error))
             continue
         for fault in faults:
-            print(f"warning: passed over {fault}", file=sys.stderr)
+            print(printable(f"warning: passed over {fault}"), file=sys.stderr)
         return path
     raise UserError(f"--resume: no good checkpoint in {run}: {'; '.join(faults)}; start again under another --run_name")
 
@@ -186,7 +186,7 @@ def check_home(path: Path, experiment: Path, script: str, args: argparse.Namespa
     named = recorded.get("run_name") and run_folder(recorded["run_name"], miniature=recorded["miniature"])
     name = recorded.get("run") or named or path.parent.name  # runs that are older than `run` record what was given
     home = experiment / "checkpoints" / name
-    if path.parent != home.resolve():
+    if name != path.parent.name or path.parent != home.resolve():
         raise UserError(
             f"--resume {path}: is of run {name}, which writes into {home}; move it there to continue that run, or "
             f"start a new one from it with --load_checkpoint {path}"

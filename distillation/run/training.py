@@ -41,8 +41,9 @@ from distillation.run.machine import (
     quieten,
     resolve_precision,
 )
+from distillation.run.restore import RestoredState, fit_from
 from distillation.run.signals import StopOnSignal, signals_given_back
-from utils import amount, disk_errors, duration, write_json
+from utils import amount, disk_errors, duration, printable, write_json
 
 
 def train(
@@ -73,7 +74,9 @@ def train(
     position = put_starting_weights(module.student, run, args, builds_on=builds_on)
     if (finished := finished_run(run, args)) is not None:
         if is_first_process():  # behind torchrun all ranks come here
-            print(f"{run.name} is finished ({finished['optimizer_steps']} updates); best: {finished['best']}")
+            print(
+                printable(f"{run.name} is finished ({finished['optimizer_steps']} updates); best: {finished['best']}")
+            )
             write_outputs(module, data.processor, Path(finished["best"]), args)
         return
     if args.gradient_checkpointing:
@@ -102,7 +105,7 @@ def fit(
     if trainer.is_global_zero:
         write_json(run.logs / "run.json", run.record)
     with disk_errors(run.logs), nothing_left_running(trainer), signals_given_back():  # checkpoints name themselves
-        trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
+        fit_from(trainer, module, data, run.resume_from)
     return trainer
 
 
@@ -185,6 +188,7 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
         logger=build_loggers(run),
         callbacks=[
             *checkpoint_callbacks(run, monitor),
+            RestoredState(),
             CheckpointContents(run.record),
             KeyedRandomness(args.seed),
             FiniteGuard(),

@@ -189,7 +189,7 @@ def test_no_room_for_the_teachers_outputs(places, tiny_folder, tiny_teacher, mon
 
 def test_unfit_teachers_are_refused(places, world, tiny_folder, tiny_teacher, tmp_path):
     data = data_module(world, tiny_folder)
-    with pytest.raises(UserError, match="no LLaVA-OneVision processor"):
+    with pytest.raises(UserError, match="no LLaVA-OneVision model"):
         teacher_of(data, tiny_folder, tmp_path)
     train("baseline_depth", tiny_folder, "--max_steps", "1")
     run = places / "baseline_depth/checkpoints/t"

@@ -33,6 +33,7 @@ from utils import (  # first: loads .env before transformers reads it
     duration,
     git_commit,
     outputs_root,
+    printable,
     run_script,
     write_json,
 )
@@ -182,7 +183,7 @@ def main(args: argparse.Namespace) -> None:
     rows, train_rows = load_questions(root, args, notes), load_train_questions(root, args)
     similarity = wordnet_similarity(notes) if args.dataset == "daquar" else None
     for name, note in notes.items():
-        print(f"{name}: {note}", file=sys.stderr)
+        print(printable(f"{name}: {note}"), file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     system, images, model, processor = load_system(args, path, checkpoint)
     system |= {"split": args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"}
@@ -201,7 +202,7 @@ def main(args: argparse.Namespace) -> None:
     write_json(output / "metrics.json", metrics)
     print(summary(metrics))
     seconds, memory_gib = duration(metrics["seconds"]), metrics["peak_memory_gib"]
-    print(f"{len(rows)} questions in {seconds}, peak memory {memory_gib} GiB; wrote {output}")
+    print(printable(f"{len(rows)} questions in {seconds}, peak memory {memory_gib} GiB; wrote {output}"))
 
 
 def metrics_of(
@@ -268,8 +269,8 @@ def warn_if_empty(answers: dict[str, str], name: str) -> None:
     """Say so where a system answers nothing at all."""
     if not any(answers.values()):
         print(
-            f"warning: all {len(answers)} answers of {name} are empty; check that the checkpoint learned to answer (its"
-            " val/exact_match) and that --max_new_tokens leaves room",
+            f"warning: all {len(answers)} answers of {printable(name)} are empty; check that the checkpoint learned to "
+            "answer (its val/exact_match) and that --max_new_tokens leaves room",
             file=sys.stderr,
         )
 
@@ -355,7 +356,7 @@ def summary(metrics: dict[str, Any]) -> str:
     for name, cell in wups["overall"].items():
         best = max(result["overall"][name]["value"] for result in wups["blind"].values())
         lines.append(f"  {name:<24}{_interval(cell)}  blind {best:.3f}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _interval(cell: dict[str, float | None]) -> str:
