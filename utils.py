@@ -17,14 +17,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # isort: split
 import argparse
+import errno
 import fcntl
 import hashlib
 import importlib.util
 import json
 import math
 import multiprocessing
+import platform
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,13 +35,28 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SOURCES = (".py", ".json", ".csv", ".txt", ".xz")  # code and tables
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_WRITABLE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ELOOP,
+}  # fmt: skip
+# A failed write of torch's, Pillow's and safetensors' own writers; only the last one says why.
+FAILED_WRITE = re.compile(
+    r"PytorchStreamWriter failed|unexpected pos \d+ vs|iostream error|encoder error -2|\(os error (\d+)\)"
+)
+ABANDONED_S = 24 * 3600  # no write of one file pauses for so long
+# Control characters (C0, delete, C1), marks and overrides of the writing direction, line separators, and the halves of
+# characters that stand for bytes of a file's name that are no text.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# What libraries advise where they refuse to run a stranger's code: to let it run.
+UNSAFE_ADVICE = re.compile("weights_only|trust_remote_code|safe_globals|safe_load|upgrade", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -48,14 +66,17 @@ class UserError(Exception):
 def run_script(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> None:
     """Run a script's `main(parse_args())`, and leave no process behind.
 
-    A `UserError` becomes one clear line on stderr and exit code 2, too little memory one and exit code 1. A signal that
-    asks to stop ends it with 128 + signal, and what it holds is let go and cleaned up on the way.
+    A `UserError`, or a disk that is full or not writable, becomes one clear line on stderr and exit code 2, too little
+    memory one and exit code 1. A signal that asks to stop ends it with 128 + signal, and what it holds is let go and
+    cleaned up on the way.
     """
     for number in STOP_SIGNALS:
         if signal.getsignal(number) == signal.SIG_DFL:  # not where nohup ignores it
             signal.signal(number, _leave)
+    threading.excepthook = _thread_failed
     try:
-        main(parse_args())
+        with disk_errors(None):
+            main(parse_args())
     except UserError as error:
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
@@ -65,12 +86,18 @@ def run_script(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> No
             raise
         sys.exit(_fail(advice, code=1))
     finally:
-        _end_children()
+        end_children()
 
 
 def _leave(number: int, stack: Any = None) -> None:
     print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
     sys.exit(128 + number)
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    # TensorBoard writes in a thread of its own; the thread that logs gets this error too, and the user reads it there.
+    if _failed_write(failure.exc_value) is None:
+        threading.__excepthook__(failure)
 
 
 def load_script(path: str) -> ModuleType:
@@ -84,7 +111,7 @@ def load_script(path: str) -> ModuleType:
 def _fail(message: str, *, code: int = 2) -> int:
     # A data loading process hands its error over inside a traceback; the user's words stand at its end.
     message = " ".join(message.rsplit("utils.UserError: ", 1)[-1].split())
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     return code
 
 
@@ -107,13 +134,50 @@ def _memory_advice(error: Exception) -> str | None:
     return None
 
 
-def _end_children() -> None:
-    """Kill what multiprocessing has started: Python would wait for processes that ignore its SIGTERM."""
-    children = multiprocessing.active_children()
-    if children:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a loading process dies
+def end_children() -> None:
+    """Kill what multiprocessing has started: it would be waited for, and loading processes ignore its SIGTERM."""
+    if not (children := multiprocessing.active_children()):
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises when a loading process is killed
     for child in children:
         child.kill()
+    for child in children:
+        child.join(1)
+    signal.signal(signal.SIGCHLD, handler)
+
+
+def printable(text: object) -> str:
+    """Text for a terminal, a table or a page: what could move a cursor, color it or turn lines around is escaped.
+
+    Names come from strangers' files. All other characters, of whatever script, stay as they are.
+    """
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def reason(error: BaseException) -> str:
+    """A library's error in one line for the user, but for advice to let a stranger's code run."""
+    line = next(iter(str(error).strip().splitlines()), "")[:300]
+    kind = type(error).__name__
+    if not line or UNSAFE_ADVICE.search(line):
+        return kind
+    return printable(f"{kind}: {line}" if isinstance(error, KeyError) else line)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: it cannot be read, is no JSON, is nested too deeply, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({reason(error)})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a JSON {type(value).__name__} where an object {{...}} belongs")
+    return value
 
 
 def data_root(miniature: bool, *, unpacked: bool = True) -> Path:
@@ -151,7 +215,7 @@ def model_source(name: str) -> str:
 
     Checkpoints record the models that come with the repository by their place in it, so that they load on any machine.
     """
-    return str(ROOT / name) if (ROOT / name).is_dir() else name
+    return str(ROOT / name) if os.path.isdir(ROOT / name) else name  # no error for a name that no file can have
 
 
 def hf_token() -> str | None:
@@ -167,7 +231,7 @@ class ProgressLine:
     """
 
     def __init__(self, label: str, *, total: int, done: int = 0, every_s: float = 10.0) -> None:
-        self.label, self.total, self.first = label, total, done
+        self.label, self.total, self.first = printable(label), total, done
         self.live = sys.stderr.isatty()
         self.every_s = 0.2 if self.live else every_s
         self.start = self.last = time.monotonic()
@@ -199,7 +263,7 @@ def progress(items: Iterable[T], *, total: int, label: str) -> Iterator[T]:
 @contextmanager
 def announced(what: str, *, after_s: float = 1.0) -> Iterator[None]:
     """Say on stderr what is going on when the block takes longer than `after_s` seconds."""
-    timer = threading.Timer(after_s, partial(print, f"{what} ...", file=sys.stderr, flush=True))
+    timer = threading.Timer(after_s, partial(print, f"{printable(what)} ...", file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
     try:
@@ -216,29 +280,165 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = True, size: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path` and rename it to `path` when the block succeeds; nothing half-written stays.
 
-    A `durable` file survives a power cut right after. That costs milliseconds, which many files that can be made again
-    need not pay.
+    What dead processes have left in the folder is removed first.
+
+    Args:
+        path: the file to write.
+        durable: the file survives a power cut right after. That costs milliseconds, which many files that can be made
+            again need not pay.
+        size: bytes of the file where they are known before, for the message about a full disk.
+
+    Raises:
+        UserError: the disk is full or the folder is not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = part_path(path)
     try:
-        yield part
-        if durable:
-            with open(part, "rb+") as handle:
-                os.fsync(handle.fileno())
-        os.replace(part, path)
-        if not durable:
-            return
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the rename itself durable
-        finally:
-            os.close(folder)
+        with disk_errors(path, part=part, size=size):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent)
+            yield part
+            _put_in_place(part, path, durable=durable)
     finally:
-        part.unlink(missing_ok=True)
+        _remove(part)
+
+
+def _put_in_place(part: Path, path: Path, *, durable: bool) -> None:
+    if durable:
+        with open(part, "rb+") as handle:
+            os.fsync(handle.fileno())
+    os.replace(part, path)
+    if not durable:
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # makes the rename itself durable
+    finally:
+        os.close(folder)
+
+
+def part_path(path: Path) -> Path:
+    """Where this process writes `path` until it is whole; the name says whose it is."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{machine()}.part")
+
+
+@cache
+def machine() -> str:
+    """The machine that this process's number belongs to; in a container, whose numbers are its own, the container."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", platform.node())[:32]
+    with suppress(OSError):  # Linux only
+        name += f"-{os.stat('/proc/self/ns/pid').st_ino}"
+    return name
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine has this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+@cache  # once per folder and process: caches write thousands of files
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files in a folder whose processes are dead; those of other machines stay."""
+    pattern = re.compile(rf"\..+\.(\d{{1,8}})-{re.escape(machine())}\.part")
+    with suppress(OSError):  # not there yet, or not ours: whoever writes into it is told
+        for part in [entry for entry in os.scandir(folder) if entry.name.endswith(".part")]:
+            owner = pattern.fullmatch(part.name)
+            abandoned = time.time() - part.stat(follow_symlinks=False).st_mtime > ABANDONED_S
+            # The number of a dead process may belong to another one by now.
+            if owner and (abandoned or not is_running(int(owner[1]))):
+                _remove(Path(part.path))
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextmanager
+def disk_errors(path: Path | None, *, part: Path | None = None, size: int | None = None) -> Iterator[None]:
+    """Turn the errors of a full disk or an unwritable folder into a `UserError` that names the file and the space.
+
+    Args:
+        path: what the block writes, named where the error names nothing; None = many files.
+        part: where it writes that at first.
+        size: bytes that it needs in all, where that is known.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (number := _failed_write(error)) is None:
+            raise
+        own = getattr(error, "filename", None)
+        named = path if not own or Path(own) == part else Path(own)
+        what, advice = "cannot be used", "change that, or choose another place"
+        if number in NO_ROOM | {0}:
+            what, advice = "not written", _room(named or Path.cwd(), part, size)
+        reason = os.strerror(number) if number else "the disk is full or files may not be so large"
+        raise UserError(f"{named or 'a file'}: {what}, {reason}; {advice}") from error
+
+
+def _failed_write(error: BaseException | None) -> int | None:
+    """The number of an error of a full disk or an unwritable folder; 0 = of a failed write; None for all others."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := FAILED_WRITE.search(str(error))):
+        number = int(found[1] or 0)
+    return number if number in NO_ROOM | NOT_WRITABLE | {0} else None
+
+
+def _room(path: Path, part: Path | None, size: int | None) -> str:
+    free = free_space(path)
+    with suppress(OSError, AttributeError):
+        free += part.stat().st_size  # it will be removed
+    needed = f"{amount(size)} needed, {amount(free)} free" if size else f"more needed than the {amount(free)} free"
+    return f"{needed}; make room, or write elsewhere"
+
+
+def existing_folder(path: Path) -> Path:
+    """The folder itself where it is there, else the nearest one above it that is."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def free_space(path: Path) -> int:
+    """Bytes that may still be written where this path is or would be."""
+    return shutil.disk_usage(existing_folder(path)).free
+
+
+def amount(n_bytes: float) -> str:
+    """Bytes as `1.25 GB`, `1.25 MB` or `1 kB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if n_bytes >= unit:
+            return f"{n_bytes / unit:,.2f} {name}"
+    return f"{max(n_bytes, 0) / 1e3:.0f} kB"
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Write a small file into a folder, made when missing, and remove all of it again.
+
+    Raises:
+        UserError: that fails. Names `what`, the flag or the files that are to go there.
+    """
+    probe, made = part_path(folder / "probe"), []
+    try:
+        made = [above for above in (folder, *folder.parents) if not above.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(4096))
+    except OSError as error:
+        raise UserError(
+            f"{what}: cannot write into {folder}, {error.strerror}; change that, or choose another place"
+        ) from error
+    finally:
+        _remove(probe)
+        for above in made:
+            with suppress(OSError):  # not made, or another process uses it by now
+                above.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -282,14 +482,14 @@ def checksum_path(path: Path) -> Path:
 
 
 @contextmanager
-def checksummed_path(path: Path) -> Iterator[Path]:
+def checksummed_path(path: Path, *, size: int | None = None) -> Iterator[Path]:
     """`atomic_path` that leaves the file's checksum beside it, in the format of sha256sum.
 
     Killed at any moment, the file has its checksum: both the old and the new one stand beside it while it is replaced.
     """
     beside = checksum_path(path)
     old = beside.read_text(encoding="utf-8") if path.is_file() and beside.is_file() else ""
-    with atomic_path(path) as part:
+    with atomic_path(path, size=size) as part:
         yield part
         new = f"{sha256(part)}  {path.name}\n"
         _write_text(beside, new + old)

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from benchmarks.processes import Task, run_side_by_side
+from evaluation.answer_log import remove_results
 
 TROUBLE = "knowledge_distillation7b_double_trouble"
 EVALUATE = "evaluation/onevisionv3/sunrgbd/evaluate_onevision.py"
@@ -92,6 +93,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Run all steps of the demo, and say how long they took."""
     started = time.monotonic()
+    for folder, _ in SYSTEMS.values():  # of an earlier demo
+        remove_results(args.output / folder)
     first, baselines, phases = chains(f"demo_{datetime.now():%Y-%m-%d_%H-%M-%S}", args.output)
     run_side_by_side([first], 1)
     run_side_by_side([baselines, phases], 2)

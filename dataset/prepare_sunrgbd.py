@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, at_least, data_root, run_script
+from utils import UserError, at_least, data_root, printable, run_script
 
 # isort: split
 import argparse
@@ -50,7 +50,7 @@ def print_missing(collections: dict[str, int]) -> None:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {n}" for name, n in counts.items())
+    return ", ".join(printable(f"{name} {n}") for name, n in counts.items())
 
 
 def print_coverage(found: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ def check_tree(root: Path, *, workers: int | None = None, official_val: bool = F
     reports = zip(frames, read_frames(frames, seed=0, workers=workers), strict=True)
     unusable += [(frame.path, report.failure) for frame, report in reports if report.failure]
     for path, reason in sorted(unusable):
-        print(f"{path}: {reason}")
+        print(printable(f"{path}: {reason}"))
     sensors = Counter(sorted(frame.sensor for frame in frames))
     sizes = Counter(sorted(split.names[frame.path] for frame in frames if frame.path in split.names))
     print(f"{len(frames)} frames ({_listed(sensors)}); split: {_listed(sizes) or 'none listed'}")
@@ -111,7 +111,7 @@ def check_blind(root: Path) -> None:
         judged = [row for row in rows if counts[row["Question_Type"]] >= BLIND_CHECK_LEAST]
         violations += [f"{name}: {found}" for found in blind_check(train, judged)] if judged else []
     for violation in violations:
-        print(violation)
+        print(printable(violation))
     if violations:
         raise UserError(f"{root}: some questions can be answered without the image, see above")
     if max(largest.values()) < BLIND_CHECK_LEAST:
@@ -126,7 +126,7 @@ def check_blind(root: Path) -> None:
 def print_judged(name: str, counts: Mapping[str, int]) -> None:
     """Print which types of a split have enough questions for the blind check, and which do not."""
     judged = [kind for kind, n in counts.items() if n >= BLIND_CHECK_LEAST]
-    print(f"{name}: judged, {BLIND_CHECK_LEAST} questions or more: {', '.join(judged) or 'no type'}")
+    print(f"{name}: judged, {BLIND_CHECK_LEAST} questions or more: {printable(', '.join(judged)) or 'no type'}")
     if few := {kind: n for kind, n in counts.items() if n < BLIND_CHECK_LEAST}:
         print(f"{name}: not judged, too few questions: {_listed(few)}")
 

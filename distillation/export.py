@@ -1,6 +1,5 @@
 """A trained student as a Hugging Face folder that carries its eyes: how it sees pictures, where it comes from."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import ImageTextProcessor, save_processor
 from dataset.inputs.prompts import render_question
 from dataset.sunrgbd.depth import MAX_DEPTH_M, MIN_DEPTH_M
-from utils import UserError, git_commit, model_source, write_json
+from utils import UserError, disk_errors, git_commit, model_source, part_path, read_json, remove_leftovers, write_json
 
 DESCRIPTION = "student.json"  # in the exported folder
 FORMAT = 1
@@ -40,17 +39,22 @@ def export_model(
         folder: to write.
         description: of `describe_student`, written beside the weights.
         dtype: of the written weights; in float32 the answers are those of the checkpoint.
+
+    Raises:
+        UserError: the disk is full or not writable.
     """
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    part = part_path(folder)
+    remove_leftovers(folder.parent)
     try:
         if isinstance(model, PeftModel):
             model = model.merge_and_unload()
-        model.to(dtype).save_pretrained(part)
-        save_processor(processor, part)
-        write_json(part / DESCRIPTION, dict(description) | {"dtype": str(dtype).removeprefix("torch.")})
-        part.rename(folder)
+        model.to(dtype)
+        with disk_errors(folder, part=part, size=sum(weight.nbytes for weight in model.parameters())):
+            part.parent.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(part)
+            save_processor(processor, part)
+            write_json(part / DESCRIPTION, dict(description) | {"dtype": str(dtype).removeprefix("torch.")})
+            part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -105,14 +109,13 @@ def read_description(name: str) -> dict[str, Any] | None:
     path = folder / DESCRIPTION
     if not path.is_file():
         return None
+    description = read_json(path)
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
         sees = description["sees"]
         ImageSettings(**sees)
         complete = description["format"] == FORMAT and all(isinstance(value, str) for value in sees.values())
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        fault = type(error).__name__
-        raise UserError(f"{path}: does not say how the student sees ({fault}); export it again") from error
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path}: does not say how the student sees; export it again") from error
     if not complete:
         raise UserError(f"{path}: is of format {description['format']}, this code reads {FORMAT}; export it again")
     return description

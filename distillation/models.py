@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
+from dataset.inputs.model_folder import check_weight_files, model_folder
 from distillation.forward import base_model, use_packed_attention, vision_tower
-from utils import UserError, hf_token, model_source
+from utils import UserError, reason
 
 STUDENT_NAME = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
 TEACHER_NAME = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
@@ -31,21 +31,24 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32):
             halves the memory of weights that stay frozen.
 
     Raises:
-        UserError: nothing loadable there, weights are missing, or its language model is another one.
+        UserError: nothing loadable there (see `model_folder`), weights are missing, or its language model is another
+            one.
     """
     if not sys.stderr.isatty():
         disable_progress_bar()  # a log file would hold every redrawing of it
+    folder = model_folder(name)
+    check_weight_files(folder, name)
     try:
         model, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
-            model_source(name),
+            folder,
             dtype=dtype,
             attn_implementation="sdpa",
-            token=hf_token(),
+            use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{name}: no LLaVA-OneVision model can be loaded from there ({error})") from error
+    except Exception as error:  # a stranger's files end in errors of any kind
+        raise UserError(f"{name}: no LLaVA-OneVision model can be loaded from there ({reason(error)})") from error
     if report["missing_keys"]:
         raise UserError(
             f"{name}: {len(report['missing_keys'])} weights are missing, {sorted(report['missing_keys'])[0]}"
@@ -63,7 +66,13 @@ def add_lora(model: nn.Module, *, rank: int, alpha: int) -> PeftModel:
 
     Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; adapters on all linear layers follow Dettmers et al. 2023,
     https://arxiv.org/abs/2305.14314, section 4.
+
+    Raises:
+        UserError: a rank beyond the language model's width, at which adapters can express every update already.
     """
+    width = model.config.text_config.hidden_size
+    if rank > width:
+        raise UserError(f"lora_rank {rank}: the language model is {width} wide, a rank beyond that adds nothing")
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -136,10 +145,17 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Tensor], *, origin:
     Raises:
         UserError: the checkpoint has too few, too many or differently shaped weights.
     """
+    own = model.state_dict()
+    for name, value in state.items():
+        if name in own and value.shape != own[name].shape:
+            raise UserError(
+                f"{origin}: the weights do not fit the model; {name} is {tuple(value.shape)} there and "
+                f"{tuple(own[name].shape)} here"
+            )
     try:
         report = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise UserError(f"{origin}: the weights do not fit the model ({error})") from error
+        raise UserError(f"{origin}: the weights do not fit the model ({reason(error)})") from error
     missing = set(report.missing_keys) & set(trained_state(model))
     # A tied output layer is one tensor under two names and may be stored under either.
     missing -= {"lm_head.weight"} if base_model(model).config.tie_word_embeddings else set()
@@ -154,12 +170,15 @@ def restore_student(checkpoint: Mapping[str, Any], *, origin: str, dtype: torch.
     """The model of a checkpoint of ours: pretrained weights (in `dtype`), LoRA where it was used, and what was trained.
 
     Raises:
-        UserError: the pretrained model cannot be loaded or the weights do not fit it.
+        UserError: the pretrained model cannot be loaded or the weights do not fit it; names the checkpoint.
     """
     recorded = checkpoint["hyper_parameters"]
-    model = load_model(recorded["student_name"], dtype=dtype)
-    if recorded.get("lora_rank"):
-        model = add_lora(model, rank=recorded["lora_rank"], alpha=recorded["lora_alpha"])
+    try:
+        model = load_model(recorded["student_name"], dtype=dtype)
+        if recorded.get("lora_rank"):
+            model = add_lora(model, rank=recorded["lora_rank"], alpha=recorded["lora_alpha"])
+    except UserError as error:
+        raise UserError(f"{origin}: its model cannot be made: {error}") from error
     load_trained_state(model, student_state(checkpoint), origin=origin)
     return model
 

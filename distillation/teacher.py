@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import LlavaOnevisionConfig
 
 from dataset.datamodule import SUNRGBDDataModule
+from dataset.inputs.model_folder import model_folder
 from dataset.inputs.pictures import ImageSettings, picture_key
 from dataset.inputs.processor import ImageTextProcessor, load_processor
 from dataset.inputs.prompts import pack_questions
@@ -39,7 +39,7 @@ from distillation.teacher_cache import (
     asked_answers,
     stored_outputs,
 )
-from utils import ROOT, UserError, hf_token, model_source, outputs_root, sha256, source_digest
+from utils import ROOT, UserError, outputs_root, printable, sha256, source_digest
 
 WEIGHTS = ("*.safetensors", "*.json")
 FORMAT = 2  # of what is stored; another number makes all old files unused
@@ -248,7 +248,8 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
             partial(processor.tokenizer.decode, skip_special_tokens=True),
         )
         run.record["teacher_val_exact_match"] = round(scores["all"], 4)
-        print(f"teacher: {named}; on val: " + ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items()))
+        said = ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items())
+        print(printable(f"teacher: {named}; on val: {said}"))
         warn_unless_above_blind(scores["all"], data)
     data.use_teacher(teacher)
     return teacher
@@ -303,6 +304,8 @@ def named_teacher(args: argparse.Namespace) -> NamedTeacher:
         return NamedTeacher(args.teacher_name, None, None)
     path = chosen_checkpoint(args.teacher_checkpoint, experiment_folder("baseline_rgb7b"), miniature=args.miniature)
     recorded = read_checkpoint(path)["hyper_parameters"]
+    if recorded["label_fraction"] is None:
+        raise UserError(f"--teacher_checkpoint {path}: was trained without labels, it has no answers to pass on")
     return NamedTeacher(recorded["student_name"], path, recorded)
 
 
@@ -392,7 +395,7 @@ def check_same_language(
 def check_same_vision(teacher: str, student: str) -> None:
     """Raises UserError unless the vision features of both models have one width: they are compared patch by patch."""
     widths = [
-        AutoConfig.from_pretrained(model_source(name), token=hf_token()).vision_config.hidden_size
+        LlavaOnevisionConfig.from_pretrained(model_folder(name)).vision_config.hidden_size
         for name in (teacher, student)
     ]
     if widths[0] != widths[1]:
@@ -404,11 +407,7 @@ def check_same_vision(teacher: str, student: str) -> None:
 
 def model_digest(name: str, checkpoint: Path | None) -> str:
     """Digest of a model's weights and configuration, and of the checkpoint on top of them."""
-    source = Path(model_source(name))
-    try:
-        folder = source if source.is_dir() else Path(snapshot_download(name, allow_patterns=WEIGHTS, token=hf_token()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--teacher_name {name}: no such folder, and not to be had from the hub ({error})") from error
+    folder = model_folder(name)
     digest = hashlib.sha256()
     for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         # The hub's cache links to files that are named by their own digest.

@@ -44,6 +44,7 @@ from utils import UserError, locked, progress, write_json
 
 Group = Sequence[QuestionRow]  # the questions of one image
 MAX_ANSWER_TOKENS = 12
+BROKEN_TEACHER = "use another teacher, or another --precision"
 HEAD = "head"  # the output layer's name in the store
 
 
@@ -70,6 +71,7 @@ class StoredOutputs:
         tensors = self.store.get(name)
         if tensors is None:
             raise UserError(f"{self.store.folder}: {name} was damaged since the start; start again, it is made anew")
+        refuse_not_finite(tensors, f"{self.store.path(name)}: the teacher's stored outputs", "remove the file")
         return tensors
 
 
@@ -96,6 +98,7 @@ class LiveTeacher:
     def head(self) -> Tensor:
         """(V, H) the output layer, cropped to the tokenizer's length."""
         head = self.model.get_output_embeddings().weight[: len(self.processor.tokenizer)]
+        refuse_not_finite({"head": head}, "the teacher's output layer", BROKEN_TEACHER)
         return head.detach().cpu().contiguous().clone()
 
     def compute(self, groups: Sequence[Group]) -> list[dict[str, Tensor]]:
@@ -118,7 +121,7 @@ class LiveTeacher:
             k: v.to(model.device)
             for k, v in self.processor.pixels(pictures, image_tokens=self.images.image_tokens).items()
         }
-        half = half_dtype(self.precision)
+        half, outputs = half_dtype(self.precision), []
         with torch.no_grad(), torch.autocast(model.device.type, half, enabled=half is not None):
             features = image_features(model, pixels)
             patches = overview_patches(model, pixels, features)
@@ -131,10 +134,18 @@ class LiveTeacher:
                 max_new_tokens=MAX_ANSWER_TOKENS,
                 suppress_tokens=(self.processor.image_token_id, self.processor.video_token_id),
             )
-        return [
-            _image_outputs(patches[i].cpu(), answers.tokens[i], answers.hidden[i], eos_token_id=eos_token_id)
-            for i in range(len(groups))
-        ]
+        for i, rows in enumerate(groups):
+            own = _image_outputs(patches[i].cpu(), answers.tokens[i], answers.hidden[i], eos_token_id=eos_token_id)
+            refuse_not_finite(own, f"{rows[0].image_path}: the teacher's outputs", BROKEN_TEACHER)
+            outputs.append(own)
+        return outputs
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], what: str, advice: str) -> None:
+    """Raises UserError where a value is NaN or infinite: the student's loss would be, too."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{what} hold NaN or infinity ({name}), there is nothing to learn from them; {advice}")
 
 
 def asked_answers(rows: Group) -> list[tuple[str, str | None]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import atomic_path, data_root, run_script  # first: loads .env before transformers reads it
+from utils import atomic_path, check_writable, data_root, run_script  # first: loads .env before transformers reads it
 
 # isort: split
 import argparse
@@ -22,6 +22,7 @@ from evaluation.comparison import (
     Results,
     align,
     comparison_table,
+    escaped_markdown,
     explanation,
     load_results,
     markdown_table,
@@ -49,7 +50,7 @@ def write_report(results: Sequence[Results], output: Path, root: Path, *, baseli
     table = comparison_table(results, baseline)
     notes = explanation(results, baseline)
     text = f"{text_table(table)}\n{notes}"
-    for name, content in (("table.txt", text), ("table.md", f"{markdown_table(table)}\n{notes}")):
+    for name, content in (("table.txt", text), ("table.md", f"{markdown_table(table)}\n{escaped_markdown(notes)}")):
         with atomic_path(output / name) as part:
             part.write_text(content, encoding="utf-8")
     n_images = len({row["Image_Path"] for row in results[0].rows})
@@ -73,6 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Compare the folders, print the table and say where the files are."""
+    check_writable(args.output, "--output")
     results = [load_results(folder) for folder in args.results]
     root = args.data_root or data_root(args.miniature)
     print(write_report(results, args.output, root, baseline=args.baseline))

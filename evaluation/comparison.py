@@ -1,7 +1,7 @@
 """Systems side by side: their results, paired differences, and the tables of both."""
 
 import csv
-import json
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from dataset.questions.answers import exact_match, group_by, normalise_answer
 from dataset.questions.rows import CAPTION_TYPE
 from evaluation.intervals import paired_difference, permutation_test
 from evaluation.metrics import evaluate_rows, recordings
-from utils import UserError
+from utils import UserError, printable, read_json, reason
 
 REQUIRED_COLUMNS = ("Question_Id", "Questions", "Question_Type", "Answers", "Model_Answer", "Image_Path", "Depth_Path")
 QUESTION_COLUMNS = ("Question_Id", "Questions", "Question_Type", "Answers")
@@ -63,17 +63,17 @@ def load_results(folder: Path) -> Results:
     for path in (predictions, metrics_path):
         if not path.is_file():
             raise UserError(f"{path}: missing; {folder} is no results folder, or its evaluation did not finish")
-    try:
-        metrics = json.loads(metrics_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{metrics_path}: not valid JSON ({error}); evaluate the system again") from error
+    metrics = read_json(metrics_path)
     rows = [row for row in _read_predictions(predictions) if row["Question_Type"] != CAPTION_TYPE]
     if not rows:
         raise UserError(f"{predictions}: holds no questions")
     question_id, count = Counter(row["Question_Id"] for row in rows).most_common(1)[0]
     if count > 1:
         raise UserError(f"{predictions}: Question_Id {question_id} occurs {count} times; ids must be unique")
-    return Results(metrics.get("system", {}).get("name") or folder.resolve().name, rows, metrics)
+    system = metrics.get("system") or {}
+    if not isinstance(system, dict) or not isinstance(system.get("name"), (str, type(None))):
+        raise UserError(f"{metrics_path}: system.name is no text; evaluate the system again")
+    return Results(printable(system.get("name") or folder.resolve().name), rows, metrics)
 
 
 def _read_predictions(path: Path) -> list[dict[str, str]]:
@@ -153,8 +153,11 @@ def comparison_table(results: Sequence[Results], baseline: str | None = None) ->
             difference = paired_difference(correct, expected, clusters)
             row = replace(row, difference=difference, p_value=permutation_test(correct, expected, clusters))
         table.append(row)
-    blind = _blind_metrics(results)
-    return table + [TableRow(f"blind: {name}", True, _accuracies(metrics)) for name, metrics in blind.items()]
+    try:
+        blind = _blind_metrics(results)
+        return table + [TableRow(f"blind: {name}", True, _accuracies(metrics)) for name, metrics in blind.items()]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f'metrics.json: "blind" is not what an evaluation writes ({reason(error)})') from error
 
 
 def _accuracies(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, float | None]]:
@@ -187,7 +190,9 @@ def collapses(results: Sequence[Results], *, share: float = 0.9, excess: float =
             answer, count = answers.most_common(1)[0]
             if count / len(rows) >= share and count / len(rows) - max(gold.values()) / len(rows) >= excess:
                 shown = one_line(answer, 40)
-                found.append(f"{result.name} answers {shown!r} to {100 * count / len(rows):.0f} % of {kind}.")
+                found.append(
+                    f"{result.name} answers {shown!r} to {100 * count / len(rows):.0f} % of {printable(kind)}."
+                )
     return found
 
 
@@ -216,10 +221,10 @@ def text_table(table: Sequence[TableRow]) -> str:
 def markdown_table(table: Sequence[TableRow]) -> str:
     """The comparison as a Markdown table."""
     header = _header(table)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines = [[escaped_markdown(name) for name in header], ["---", *["---:"] * (len(header) - 1)]]
     for row in table:
         cells = [row.accuracies.get(column) for column in table_columns(table)]
-        line = [row.name.replace("|", "\\|")]
+        line = [escaped_markdown(row.name)]
         line += [f"{_percent(c, 'value')} [{_percent(c, 'low')}, {_percent(c, 'high')}]" if c else "" for c in cells]
         difference = row.difference
         line.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * part for part in difference)) if difference else "")
@@ -241,6 +246,11 @@ def explanation(results: Sequence[Results], baseline: str | None = None) -> str:
     return "\n".join([*textwrap.wrap(text, 110), *(f"Note: {line}" for line in collapses(results))]) + "\n"
 
 
+def escaped_markdown(text: str) -> str:
+    """Text in which nothing is markup: no cell ends, no link, picture or tag begins."""
+    return re.sub(r"([\\`*|\[\]<>])", r"\\\1", text)
+
+
 def table_columns(table: Sequence[TableRow]) -> list[str]:
     """Overall and the types, in the order of the table."""
     return list(table[0].accuracies)
@@ -248,7 +258,7 @@ def table_columns(table: Sequence[TableRow]) -> list[str]:
 
 def short_type(column: str) -> str:
     """A column's name as it stands in tables and plots."""
-    return column.removesuffix(" Identification")
+    return printable(column.removesuffix(" Identification"))
 
 
 def _header(table: Sequence[TableRow]) -> list[str]:
@@ -267,6 +277,6 @@ def _p_text(p_value: float | None) -> str:
 
 
 def one_line(text: str, limit: int) -> str:
-    """White space folded, cut to `limit` characters."""
-    text = " ".join(text.split())
+    """White space folded, control characters escaped, cut to `limit` characters."""
+    text = printable(" ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 1] + "…"

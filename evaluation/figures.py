@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 
 from dataset.questions.answers import exact_match, order_types
+from dataset.questions.rows import stays_inside
 from dataset.sunrgbd.depth import read_depth
 from dataset.sunrgbd.frames import read_rgb
 from evaluation.comparison import Results, TableRow, one_line, short_type, table_columns
-from utils import UserError, atomic_path
+from utils import UserError, atomic_path, printable
 
 # Okabe and Ito's colors, which color-blind readers can tell apart; the markers differ too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -54,7 +55,7 @@ def draw_accuracies(table: Sequence[TableRow], path: Path, *, title: str) -> Non
         )
     for x in range(0, len(columns), 2):
         axes.axvspan(x - 0.5, x + 0.5, color="#F2F2F2", zorder=0)
-    axes.set_xticks(range(len(columns)), [short_type(column) for column in columns])
+    axes.set_xticks(range(len(columns)), [short_type(column).replace("$", r"\$") for column in columns])
     axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(-2, 102), xlabel="Question type", ylabel="Right answers (%)")
     axes.set_title(title)
     axes.grid(axis="y", color="#D9D9D9", linewidth=0.7)
@@ -147,16 +148,17 @@ def _read_frame(root: Path, row: Mapping[str, str]) -> tuple[np.ndarray, np.ndar
 
 
 def _inside(root: Path, relative: str) -> Path:
-    path = (root / relative).resolve()
-    if not path.is_relative_to(root.resolve()):
+    if not stays_inside(relative):
         raise UserError(f"predictions.csv: path {relative} leaves the data folder {root}; refusing to read it")
-    return path
+    return root / relative
 
 
 def _write_answers(axis: Any, results: Sequence[Results], position: int, *, line_height: float) -> None:
     row = results[0].rows[position]
     lines = [(line, "black", "bold") for line in textwrap.wrap(one_line(row["Questions"], 160), 68)]
-    lines.append((f"{row['Question_Type']}. Right answer: {one_line(row['Answers'], 40)}", "black", "normal"))
+    lines.append(
+        (f"{printable(row['Question_Type'])}. Right answer: {one_line(row['Answers'], 40)}", "black", "normal")
+    )
     for result in results:
         answer = result.rows[position]["Model_Answer"]
         right = exact_match(answer, row["Answers"])

@@ -20,6 +20,7 @@ from distillation.export import read_description
 from distillation.models import MINIATURE_STUDENT, STUDENT_NAME, load_model, restore_student
 from distillation.run.folders import EXPERIMENTS, chosen_checkpoint, experiment_folder
 from distillation.run.machine import frozen_dtype, resolve_precision
+from evaluation.answer_log import AnswerLog
 from utils import ROOT, UserError, outputs_root, progress, sha256
 
 
@@ -184,14 +185,21 @@ def answer_questions(
     rows: list[QuestionRow],
     images: ImageSettings,
     args: argparse.Namespace,
+    log: AnswerLog,
 ) -> dict[str, str]:
-    """Greedy answers by question id. An image goes through tower and language model once, for all of its questions."""
+    """Greedy answers by question id. An image goes through tower and language model once, for all of its questions.
+
+    Those in the log are not asked again; the others are added batch by batch. A batch that a kill cut off is the same
+    when it is asked again.
+    """
     tokenizer = processor.tokenizer
     batches = ImageBatches(root, rows, images, processor, args.batch_size)
-    loader = DataLoader(batches, batch_size=None, num_workers=args.num_workers, worker_init_fn=follow_the_script)
+    waiting = [i for i, groups in enumerate(batches.batches) if any(r.id not in log.answers for g in groups for r in g)]
+    loader = DataLoader(
+        batches, batch_size=None, sampler=waiting, num_workers=args.num_workers, worker_init_fn=follow_the_script
+    )
     mixed = resolve_precision(args.precision) == "bf16-mixed"
-    answers = {}
-    for batch in progress(loader, total=len(batches), label="answering, batch"):
+    for batch in progress(loader, total=len(waiting), label="answering, batch"):
         text, pictures = ({k: v.to(model.device) for k, v in batch[part].items()} for part in ("text", "images"))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
             found = greedy_answers(
@@ -203,7 +211,9 @@ def answer_questions(
                 max_new_tokens=args.max_new_tokens,
                 suppress_tokens=(processor.image_token_id, processor.video_token_id),
             )
+        answers = {}
         for group, tokens in zip(batch["rows"], found.tokens, strict=True):
             words = tokenizer.batch_decode(tokens, skip_special_tokens=True)
             answers |= {row.id: " ".join(word.split()) for row, word in zip(group, words, strict=True)}
-    return answers
+        log.add(answers)
+    return log.answers

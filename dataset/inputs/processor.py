@@ -1,7 +1,9 @@
 """One image and text processor for RGB and depth: the stock one of LLaVA-OneVision without video, with float images."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +12,15 @@ from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
-from utils import UserError, hf_token, model_source, write_json
+from dataset.inputs.model_folder import model_folder
+from utils import UserError, read_json, reason, write_json
 
 VIDEO_SETTINGS = (
     "size", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
     "do_convert_rgb",
 )  # fmt: skip
 IMAGE_TOKENS = ("anyres", "two_tile", "one_tile")
+MOST_GRIDS, LARGEST_GRID = 100, 10  # ways to cut a picture, tiles per side; LLaVA-OneVision has 36 ways of up to 6
 
 
 class FloatImageProcessor(LlavaOnevisionImageProcessorPil):
@@ -119,20 +123,47 @@ def load_processor(name: str) -> ImageTextProcessor:
     """The processor of a hub model or a folder.
 
     Raises:
-        UserError: nothing loadable there, or the stored settings do not fit LLaVA-OneVision.
+        UserError: nothing loadable there (see `model_folder`), or the stored settings do not fit LLaVA-OneVision.
     """
+    folder = model_folder(name)
     try:
-        processor = ImageTextProcessor.from_pretrained(
-            model_source(name), token=hf_token(), trust_remote_code=False, use_fast=False
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no LLaVA-OneVision processor can be loaded from there ({error})") from error
-    settings = processor.image_processor.to_dict()
-    settings = {key: value for key, value in settings.items() if not key.endswith("_type")}
-    processor.image_processor = FloatImageProcessor(**settings)
+        processor = ImageTextProcessor.from_pretrained(folder, trust_remote_code=False, use_fast=False)
+        settings = processor.image_processor.to_dict()
+        settings = {key: value for key, value in settings.items() if not key.endswith("_type")}
+        processor.image_processor = FloatImageProcessor(**settings)
+    except Exception as error:  # a stranger's files end in errors of any kind
+        raise UserError(f"{name}: no LLaVA-OneVision processor can be loaded from there ({reason(error)})") from error
     if not processor.num_image_tokens or not processor.chat_template:
         raise UserError(f"{name}: processor_config lacks num_image_tokens or the chat template is missing")
+    config = read_json(folder / "config.json")
+    for what, fits in (("tokenizer and chat template do", _text_fits), ("image processor does", _tiles_fit)):
+        try:
+            with np.errstate(all="ignore"):
+                if not fits(processor, config):
+                    raise ValueError("other sizes")
+        except Exception as error:  # of any kind, as above
+            raise UserError(f"{name}: its {what} not fit the model of its config.json ({reason(error)})") from error
     return processor
+
+
+def _text_fits(processor: ImageTextProcessor, config: Mapping[str, Any]) -> bool:
+    """Whether the model has all tokens of the tokenizer, and the template a place for the picture."""
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return len(processor.tokenizer) <= config["text_config"]["vocab_size"] and text.count(processor.image_token) == 1
+
+
+def _tiles_fit(processor: ImageTextProcessor, config: Mapping[str, Any]) -> bool:
+    """Whether tiles have the size that the vision tower takes, grids one that fits in memory, and pixels are finite."""
+    settings, vision = processor.image_processor, config["vision_config"]
+    grids, sizes, side = settings.image_grid_pinpoints, settings.size, vision["image_size"]
+    return (
+        (sizes["height"], sizes["width"]) == (side, side)
+        and processor.num_image_tokens == (side // vision["patch_size"]) ** 2
+        and 0 < len(grids) <= MOST_GRIDS
+        and all(0 < height <= LARGEST_GRID * side and 0 < width <= LARGEST_GRID * side for height, width in grids)
+        and bool(torch.isfinite(processor.tiles(np.zeros((8, 8, 3), np.uint8), image_tokens="one_tile")).all())
+    )
 
 
 def save_processor(processor: ImageTextProcessor, folder: Path) -> None:

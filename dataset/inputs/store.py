@@ -24,7 +24,7 @@ class TensorStore:
     def get(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of this name; None when they are missing or damaged."""
         try:
-            data = self._path(name).read_bytes()
+            data = self.path(name).read_bytes()
         except FileNotFoundError:
             return None
         whole = len(data) > 4 and struct.unpack("<I", data[:4])[0] == zlib.crc32(data[4:])
@@ -33,12 +33,13 @@ class TensorStore:
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Store these tensors."""
         data = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-        with atomic_path(self._path(name), durable=False) as part:
+        with atomic_path(self.path(name), durable=False, size=len(data) + 4) as part:
             part.write_bytes(struct.pack("<I", zlib.crc32(data)) + data)
 
     def __len__(self) -> int:
         """How many names there are, damaged ones included."""
         return sum(1 for _ in self.folder.glob("*/*.tensors"))
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """The file of this name."""
         return self.folder / name[:2] / f"{name}.tensors"

@@ -18,6 +18,7 @@ from utils import (  # first: loads .env
     UserError,
     at_least,
     data_root,
+    disk_errors,
     locked,
     progress,
     run_script,
@@ -123,12 +124,18 @@ def ensure_world(
             (part / UNFINISHED).rename(part / MARKER)
             shutil.rmtree(root, ignore_errors=True)
             part.rename(root)
+        else:
+            shutil.rmtree(_part(root), ignore_errors=True)  # begun for other settings, and not wanted any more
     return root
+
+
+def _part(root: Path) -> Path:
+    return root.with_name(f"{root.name}.part")
 
 
 def _unfinished(root: Path, settings: dict) -> Path:
     """The folder beside `root` in which the world is built; emptied unless it was begun with the same settings."""
-    part = root.with_name(f"{root.name}.part")
+    part = _part(root)
     if _settings(part / UNFINISHED) != settings:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -219,12 +226,22 @@ def _stems(room: _Room) -> tuple[str, str]:
 
 
 def _write_room(root: Path, room: _Room) -> None:
-    """Write one frame folder, whole or not at all; a folder that is there already stays."""
+    """Write one frame folder, whole or not at all; a folder that is there already stays.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
     folder = root / room.path
     if folder.is_dir():
         return
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
+    with disk_errors(folder):
+        _write_frame(part, room)
+        part.rename(folder)
+
+
+def _write_frame(part: Path, room: _Room) -> None:
     view = render_room(room.seed)
     rng = np.random.default_rng([room.seed, 2])
     depth_m = sensor_noise(view.depth_m, room.sensor, rng)
@@ -240,7 +257,6 @@ def _write_room(root: Path, room: _Room) -> None:
         header = {"date": "Fri, 10 Jul 2015 13:01:37 GMT", "name": f"{room.path}/{layer}/index.json"}
         footer = {"extrinsics": extrinsics, "conflictList": [None], "fileList": [f"{rgb_stem}.jpg"]}
         _write(part / layer / "index.json", json.dumps(header | content | footer))
-    part.rename(folder)
 
 
 def _save(path: Path, pixels: np.ndarray, **options) -> None:

@@ -25,7 +25,7 @@ PAGE = (
     "https://www.mpi-inf.mpg.de/departments/computer-vision-and-machine-learning/research/vision-and-language/"
     "visual-turing-challenge/"
 )
-_QUESTION = re.compile(r"(?P<text>.*\S)\s*image\s?(?P<number>\d+)\s*\?")
+_QUESTION = re.compile(r"(?P<text>.*\S)\s*image\s?(?P<number>\d{1,9})\s*\?")
 # The "in the" before "imageN" at the end of a question. It stays where the question needs it: "what object is in the".
 _TAIL = re.compile(r"(?<!\bis)(?<!\bare)(?<!\bthe)(?<!\bin)\s+in( the| this)?$")
 _COUNT = re.compile(r"how (many|any|man|manu)\b")  # with the file's typing errors

@@ -16,7 +16,7 @@ from dataset.questions.rows import QuestionRow
 from dataset.sunrgbd.annotations import Instance, frame_objects
 from dataset.sunrgbd.depth import read_depth
 from dataset.sunrgbd.frames import Frame, read_frame, read_rgb
-from utils import atomic_path, progress
+from utils import atomic_path, printable, progress
 
 STYLE = """
 body { font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 1200px; color: #222 }
@@ -59,17 +59,22 @@ def _section(frame: Frame, rows: Sequence[QuestionRow]) -> str:
     picture = base64.b64encode(draw_frame(frame, instances)).decode()
     caption = frame_caption(instances, scene=frame.scene, unsure=unsure)
     lines = "".join(
-        f"<tr><td>{html.escape(row.type)}</td><td{'' if row.depth_answerable else ' class=color'}>"
-        f"{html.escape(row.question)}</td><td>{html.escape(row.answer)}</td></tr>"
+        f"<tr><td>{_escaped(row.type)}</td><td{'' if row.depth_answerable else ' class=color'}>"
+        f"{_escaped(row.question)}</td><td>{_escaped(row.answer)}</td></tr>"
         for row in sorted(rows, key=lambda row: row.type)
     )
     notes = [caption.answer] if caption else []
     notes += [f"Perhaps more than drawn: {', '.join(sorted(unsure))}."] if unsure else []
     return (
-        f"<h2>{html.escape(frame.path)} ({html.escape(frame.scene)})</h2>"
-        f"<img src='data:image/png;base64,{picture}' alt=''><p>{html.escape(' '.join(notes))}</p>"
+        f"<h2>{_escaped(frame.path)} ({_escaped(frame.scene)})</h2>"
+        f"<img src='data:image/png;base64,{picture}' alt=''><p>{_escaped(' '.join(notes))}</p>"
         f"<table><tr><th>Type</th><th>Question</th><th>Answer</th></tr>{lines}</table>"
     )
+
+
+def _escaped(text: str) -> str:
+    """Text as it may stand in a page: no markup, no control characters."""
+    return html.escape(printable(text))
 
 
 def draw_frame(frame: Frame, instances: Sequence[Instance]) -> bytes:

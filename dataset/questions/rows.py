@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +59,8 @@ COLUMNS = {
     "depth_answerable": "depth_answerable", "sensor": "sensor", "scene": "scene", "pair_id": "pair_id",
     "target_box": "target_box",
 }  # fmt: skip
+MOST_COLUMNS = 1000
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # but tab and line ends
 REQUIRED_COLUMNS = tuple(COLUMNS)[:6]
 # The control tokens of LLaVA-OneVision's tokenizer. In a question's text they would add an image or start another turn.
 CONTROL_TOKENS = ("<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -131,13 +134,17 @@ def read_questions(path: Path, *, root: Path | None = None, labelled: bool = Tru
 
     Raises:
         UserError: a required column or value is missing, an id occurs twice, a question or an answer contains a control
-            token, a picture is missing, belongs to another frame, or its path leaves the data root; names file and
-            line.
+            token, a cell a control character, a row more cells than columns; a picture is missing, belongs to another
+            frame, or its path leaves the data root; names file and line.
     """
     rows, lines = [], {}
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: question file cannot be read (it is no file)")
     try:
         with open(path, encoding="utf-8-sig", newline="") as handle:
             reader = csv.DictReader(handle)
+            if len(reader.fieldnames or ()) > MOST_COLUMNS:
+                raise UserError(f"{path}:1: has {len(reader.fieldnames):,} columns, {MOST_COLUMNS} at most are read")
             missing = [column for column in REQUIRED_COLUMNS if column not in (reader.fieldnames or ())]
             if missing:
                 raise UserError(f"{path}:1: required column {', '.join(missing)} is missing")
@@ -161,6 +168,11 @@ def read_questions(path: Path, *, root: Path | None = None, labelled: bool = Tru
 
 
 def _parse(cells: dict[str, str | None], *, where: str, labelled: bool) -> QuestionRow:
+    if None in cells:
+        raise UserError(f"{where}: has more cells than the first line has columns")
+    for column, value in cells.items():
+        if found := CONTROL.search(value or ""):
+            raise UserError(f"{where}: {column} contains the control character {found[0]!r}; take it out")
     values = {field: (cells.get(column) or "").strip() for column, field in COLUMNS.items()}
     for column in REQUIRED_COLUMNS:
         if not values[COLUMNS[column]] and (labelled or column != "Answers"):
@@ -172,7 +184,7 @@ def _parse(cells: dict[str, str | None], *, where: str, labelled: bool) -> Quest
         if found:
             raise UserError(f"{where}: {column} contains {found[0]}, a control token of the model; take it out")
     for column in ("Image_Path", "Depth_Path"):
-        if not _stays_inside(values[COLUMNS[column]]):
+        if not stays_inside(values[COLUMNS[column]]):
             raise UserError(
                 f"{where}: {column} must be relative to ROOT_DATA_DIR and stay inside, got {cells[column]!r}"
             )
@@ -180,12 +192,17 @@ def _parse(cells: dict[str, str | None], *, where: str, labelled: bool) -> Quest
     box = values.pop("target_box").split()
     if answerable not in ("0", "1"):
         raise UserError(f"{where}: depth_answerable must be 0 or 1, got {answerable!r}")
-    if len(box) not in (0, 4) or not all(number.isdecimal() for number in box):
+    if len(box) not in (0, 4) or not all(number.isdecimal() and len(number) < 10 for number in box):
         raise UserError(f"{where}: target_box must be four whole numbers, got {' '.join(box)!r}")
     return QuestionRow(**values, depth_answerable=answerable == "1", target_box=tuple(map(int, box)) or None)
 
 
-def _stays_inside(path: str) -> bool:
+def stays_inside(path: str) -> bool:
+    """Whether a path of a stranger's file names a place below the data root.
+
+    Links in the tree are followed wherever they lead: the tree is the user's own, who may keep a collection on another
+    disk. An archive's links are refused when it is unpacked.
+    """
     return not path.startswith("/") and ".." not in path.split("/") and not set(path) & set("\\:")
 
 

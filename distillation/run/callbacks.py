@@ -98,7 +98,7 @@ class Progress(Callback):
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
         if trainer.is_global_zero:
-            print(f"epoch {trainer.current_epoch + 1}: {values}", flush=True)
+            print(f"epoch {trainer.fit_loop.epoch_progress.current.started}: {values}", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         """A run that was stopped after its last validation does not validate once more."""

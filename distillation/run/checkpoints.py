@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +16,25 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from dataset.inputs.processor import ImageTextProcessor
 from distillation.export import DTYPES, describe_student, export_model
 from distillation.models import load_trained_state, student_state, trained_state
+from distillation.run.data import check_disk
 from distillation.run.folders import Run, chosen_checkpoint
 from distillation.run.machine import probe
-from utils import ROOT, UserError, atomic_path, checksum_path, checksummed_path, matches_checksum, outputs_root
+from distillation.run.record import check_record, check_resumable, check_weights
+from utils import (
+    ROOT,
+    UserError,
+    atomic_path,
+    checksum_path,
+    checksummed_path,
+    existing_folder,
+    matches_checksum,
+    outputs_root,
+    printable,
+    reason,
+)
 
+KEPT = 2  # checkpoints: the best one and the last one
+CHECKPOINT_SHARE = 3  # times the weights that train: they and two Adam moments
 ADDED_FLAGS = {"divergence": "forward_kl"}  # what runs did that are older than the flag
 
 
@@ -30,7 +46,7 @@ def read_checkpoint(path: Path, *, need_checksum: bool = False) -> dict[str, Any
         need_checksum: refuse a file without a checksum beside it. Otherwise that is said, and the file read.
 
     Raises:
-        UserError: missing, damaged, or not a checkpoint that our scripts wrote.
+        UserError: missing, damaged, not a checkpoint that our scripts wrote, or one that was changed since.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
@@ -41,29 +57,46 @@ def read_checkpoint(path: Path, *, need_checksum: bool = False) -> dict[str, Any
         unverified = f"{path}: has no checksum beside it ({checksum_path(path).name}), so damage would go unnoticed"
         if need_checksum:
             raise UserError(unverified)
-        print(f"warning: {unverified}", file=sys.stderr)
+        print(printable(f"warning: {unverified}"), file=sys.stderr)
     try:
         # Memory-mapped: an evaluation reads the weights and leaves the optimizer's moments on disk.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:  # torch advises to let the code run
+        raise UserError(
+            f"{path}: not a readable checkpoint; it is damaged, or holds objects that could run code. Only tensors and "
+            "plain values are read"
+        ) from error
     except Exception as error:  # torch raises a dozen types for damaged and foreign files
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-    if not isinstance(checkpoint, dict) or "script" not in checkpoint.get("hyper_parameters", {}):
+        raise UserError(f"{path}: not a readable checkpoint ({reason(error)})") from error
+    recorded = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not isinstance(recorded, dict) or "script" not in recorded:
         raise UserError(
             f"{path}: not a checkpoint of this project's training scripts (no hyper_parameters.script in it)"
         )
+    check_record(recorded, path)
+    check_weights(checkpoint.get("state_dict"), path)
     return checkpoint
+
+
+def tensor_bytes(values: Any) -> int:
+    """Bytes of all tensors in nested mappings and sequences: nearly the size of a checkpoint with them."""
+    if isinstance(values, torch.Tensor):
+        return values.nbytes
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    return sum(map(tensor_bytes, values)) if isinstance(values, (list, tuple)) else 0
 
 
 class SafeCheckpointIO(CheckpointIO):
     """Writes beside the target and renames, with a checksum; a full disk or a kill never costs the previous file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Raises UserError when weights are not finite, OSError when the disk is full or not writable."""
+        """Raises UserError when weights are not finite, or the disk is full or not writable."""
         path = Path(path)
         for name, value in checkpoint["state_dict"].items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise UserError(f"{path}: not written, {name} is not finite; lower --lr or use another --precision")
-        with checksummed_path(path) as part:
+        with checksummed_path(path, size=tensor_bytes(checkpoint)) as part:
             torch.save(checkpoint, part)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -139,7 +172,8 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_model_score = self.kth_value = self.current_score = score
         self.best_k_models, self.best_ce = {str(path): score}, float(metrics[self.TIE_BREAKER])
         trainer.save_checkpoint(path)
-        if before and before != str(path):
+        # The path before may be a stranger's, out of a checkpoint: nothing outside of this run's folder is removed.
+        if before and before != str(path) and Path(before).resolve().parent == Path(self.dirpath).resolve():
             trainer.strategy.remove_checkpoint(before)
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,6 +223,7 @@ def put_starting_weights(
     """
     if run.resume_from:
         checkpoint = read_checkpoint(run.resume_from)
+        check_resumable(checkpoint, run.resume_from)
         check_same_run(checkpoint["hyper_parameters"], run)
         run.record["load_checkpoint"] = checkpoint["hyper_parameters"]["load_checkpoint"]
         load_trained_state(student, student_state(checkpoint), origin=str(run.resume_from))
@@ -251,19 +286,41 @@ def load_student(
                     "the path of one that was trained on the same labels"
                 )
     if builds_on and theirs.get("teacher_weights") != record["teacher_weights"] and not record["any_teacher"]:
-        their_teacher = theirs["teacher_checkpoint"] or theirs["teacher_name"]
+        their_teacher = theirs.get("teacher_checkpoint") or theirs.get("teacher_name")
         raise UserError(
             f"--load_checkpoint {path}: was trained with another teacher ({their_teacher}); give the same one, or add "
             "--any_teacher if it is meant"
         )
     load_trained_state(student, student_state(checkpoint), origin=str(path))
-    print(f"starting from {path}")
+    print(printable(f"starting from {path}"))
+
+
+def check_room(student: torch.nn.Module, run: Run, args: argparse.Namespace) -> None:
+    """Say how much the run will write: its checkpoints, and what --export and --save_final_pt ask for.
+
+    A checkpoint holds weights and two Adam moments. There are the best one, the last one and the one being written.
+
+    Raises:
+        UserError: a disk has no room for what goes onto it.
+    """
+    trained = tensor_bytes(trained_state(student))
+    missing = max(KEPT + 1 - len(list(run.checkpoints.glob("*.ckpt"))), 1)
+    wanted = [("checkpoints", run.checkpoints, missing * CHECKPOINT_SHARE * trained)]
+    if args.save_final_pt:
+        wanted.append(("--save_final_pt", args.save_final_pt.parent, trained))
+    if args.export:
+        bytes_each = DTYPES[args.export_dtype].itemsize
+        wanted.append(("--export", args.export.parent, bytes_each * sum(w.numel() for w in student.parameters())))
+    disks: dict[int, float] = {}
+    for what, folder, needed in wanted:
+        disk = existing_folder(folder).stat().st_dev
+        check_disk(what, folder, needed, 1, others=disks.get(disk, 0))
+        disks[disk] = disks.get(disk, 0) + needed
 
 
 def write_outputs(
     module: pl.LightningModule,
     processor: ImageTextProcessor,
-    run: Run,
     args: argparse.Namespace,
     *,
     best: Path,
@@ -276,11 +333,11 @@ def write_outputs(
     state = student_state(checkpoint)
     load_trained_state(module.student, state, origin=str(best))
     if args.save_final_pt:
-        with atomic_path(args.save_final_pt) as part:
+        with atomic_path(args.save_final_pt, size=tensor_bytes(state)) as part:
             torch.save(state, part)
-        print(f"wrote {args.save_final_pt}")
+        print(printable(f"wrote {args.save_final_pt}"))
     if args.export:
         record = checkpoint["hyper_parameters"]
         description = describe_student(record, processor, checkpoint=best, validation=validation)
         export_model(module.student, processor, args.export, description, dtype=DTYPES[args.export_dtype])
-        print(f"wrote {args.export}")
+        print(printable(f"wrote {args.export}"))

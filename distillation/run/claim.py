@@ -23,8 +23,8 @@ from pathlib import Path
 from utils import UserError, write_json
 
 TOKEN_VARIABLE = "TOKEN_OF_FIRST_PROCESS"
-# What torchrun and Slurm tell all processes of one start, and no other start's.
-LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
+# What torchrun, or else Slurm's srun, tells all processes of one start, and no other start's.
+LAUNCH_VARIABLES = (("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"), ("SLURM_JOB_ID", "SLURM_STEP_ID"))
 WAIT_FOR_FIRST_S = 300  # its start may be slow where many processes read the same disk
 
 
@@ -44,13 +44,14 @@ class Owner:
         return (self.host, self.pid, self.process_start) == (socket.gethostname(), os.getpid(), process_start())
 
 
-def claim(folder: Path, *, made: tuple[Path, ...] = ()) -> None:
+def claim(folder: Path, *, flag: str, made: tuple[Path, ...] = ()) -> None:
     """Make this process the only one that writes into a folder, until it ends.
 
     A claim of a process of this machine that no longer runs is taken over.
 
     Args:
         folder: made if it is not there.
+        flag: that chooses another folder, for the message.
         made: folders that this process makes for its run. They are removed when it ends with no checkpoint in `folder`.
 
     Raises:
@@ -64,7 +65,7 @@ def claim(folder: Path, *, made: tuple[Path, ...] = ()) -> None:
         since=datetime.now().isoformat(sep=" ", timespec="seconds"),
     )
     while True:
-        path, owner = refuse_claimed(folder)
+        path, owner = refuse_claimed(folder, flag=flag)
         if owner and owner.is_this_process() and not owner.released:
             return
         path = folder / f"owner-{_number(path) + 1 if path else 1}.json"
@@ -77,7 +78,7 @@ def claim(folder: Path, *, made: tuple[Path, ...] = ()) -> None:
     atexit.register(_release, path, me, made)
 
 
-def refuse_claimed(folder: Path) -> tuple[Path | None, Owner | None]:
+def refuse_claimed(folder: Path, *, flag: str) -> tuple[Path | None, Owner | None]:
     """Raise UserError where another process holds the folder; return the newest file and owner, as `newest_owner`."""
     path, owner = newest_owner(folder)
     if owner is None or owner.released or owner.is_this_process():
@@ -85,10 +86,10 @@ def refuse_claimed(folder: Path) -> tuple[Path | None, Owner | None]:
     whose = f"in use by process {owner.pid} on {owner.host}, since {owner.since}"
     if owner.host != socket.gethostname():
         raise UserError(
-            f"{folder}: {whose}; wait for it, or give another --run_name. If that process no longer runs, delete {path}"
+            f"{folder}: {whose}; wait for it, or give another {flag}. If that process no longer runs, delete {path}"
         )
     if process_start(owner.pid) == owner.process_start:
-        raise UserError(f"{folder}: {whose}; wait for it, or give another --run_name")
+        raise UserError(f"{folder}: {whose}; wait for it, or give another {flag}")
     return path, owner
 
 
@@ -162,8 +163,10 @@ def _release(path: Path, owner: Owner, made: tuple[Path, ...]) -> None:
 
 
 def _token_of_launcher() -> str | None:
-    values = [os.environ.get(name, "") for name in LAUNCH_VARIABLES]
-    return "|".join(values) if any(values) else None
+    for names in LAUNCH_VARIABLES:
+        if any(values := [os.environ.get(name, "") for name in names]):
+            return "|".join(values)
+    return None
 
 
 def process_start(pid: int | None = None) -> str | None:

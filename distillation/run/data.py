@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from dataset.miniature.world import ensure_world
 from dataset.sunrgbd.frames import picture_size
 from distillation.forward import tower_features, vision_tower
 from distillation.run.machine import half_dtype, probe, resolve_precision
-from utils import ROOT, UserError, data_root, locked, outputs_root, progress
+from utils import ROOT, UserError, amount, data_root, free_space, locked, outputs_root, progress, remove_leftovers
 
 CAMERAS = 200  # frames whose camera is looked at; more would not move a median
 
@@ -73,15 +72,17 @@ def usual_camera(dataset: SUNRGBDDataset) -> dict[str, float]:
     return {"focal_share": round(float(np.median(shares)), 4), "tilt_degrees": round(float(np.median(tilts)), 2)}
 
 
-def check_disk(what: str, folder: Path, bytes_each: float, n: int) -> None:
-    """Say how much will be written for `n` images of this size. Raises UserError when there is no room."""
-    needed = max(n, 0) * bytes_each
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    print(f"{what}: {needed / 1e9:.2f} GB to write into {folder}, {free / 1e9:.0f} GB free")
+def check_disk(what: str, folder: Path, bytes_each: float, n: int, *, others: float = 0) -> None:
+    """Say how much will be written for `n` things of this size. Raises UserError when there is no room.
+
+    `others`: bytes that something else needs on the same disk.
+    """
+    remove_leftovers(folder)
+    needed, free = max(n, 0) * bytes_each, free_space(folder) - others
+    print(f"{what}: {amount(needed)} to write into {folder}, {amount(free)} free")
     if needed > free:
         raise UserError(
-            f"{what}: no room in {folder} for {needed / 1e9:.2f} GB; make some, or choose another MAIN_ROOT_DATA_DIR"
+            f"{what}: no room in {folder}, {amount(needed)} needed, {amount(free)} free; make some, or write elsewhere"
         )
 
 

@@ -1,13 +1,12 @@
 """Where runs write, and how users name them and their checkpoints."""
 
 import argparse
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import ROOT, UserError, outputs_root
+from utils import ROOT, UserError, outputs_root, read_json
 
 MINIATURE = "miniature_"  # how the names of runs on the built-in world begin
 NAMED_RUNS = 5  # in the message about one that is not there
@@ -140,9 +139,12 @@ def finished_run(run: Run, args: argparse.Namespace) -> dict[str, Any] | None:
     path = run.logs / "run.json"
     if not run.resume_from or not path.is_file():
         return None
-    recorded = json.loads(path.read_text(encoding="utf-8"))
+    recorded = read_json(path)
     if "best" not in recorded:
         return None
+    numbers = (recorded.get(name) for name in ("optimizer_steps", "max_steps", "max_epochs"))
+    if not isinstance(recorded["best"], str) or not all(type(number) is int for number in numbers):
+        raise UserError(f"{path}: is not what a finished run writes; it was changed, remove it to go on")
     updates = recorded["optimizer_steps"]
     ended_by_steps = 0 < recorded["max_steps"] <= updates
     enough_epochs = args.max_epochs <= recorded["max_epochs"] and not ended_by_steps

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from utils import UserError, peak_memory
 
@@ -50,13 +50,16 @@ def own_checkpoints_only() -> dict[str, Any]:
     """
     options: dict[str, Any] = {"default_root_dir": os.devnull}  # no folder, so nothing is found in it
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():  # Lightning's own order
-        options["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+        # In a job of one task, Lightning would wait for srun to start further ranks, and use one device of several.
+        one_task = int(os.environ["SLURM_NTASKS"]) == 1
+        options["plugins"] = [LightningEnvironment() if one_task else SLURMEnvironment(auto_requeue=False)]
     return options
 
 
 def is_first_process() -> bool:
-    """Whether no other process of this run comes before this one. A launcher's know their rank among all machines."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")) == 0
+    """Whether no other process of this run comes before this one. Those of torchrun and srun know their rank."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return int(next(filter(None, ranks), 0)) == 0
 
 
 def frozen_dtype(precision: str, accelerator: str = "auto") -> torch.dtype:

@@ -11,10 +11,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.trainer.states import TrainerFn
 
 from distillation.run.callbacks import ends_update
-from utils import STOP_SIGNALS
+from utils import STOP_SIGNALS, end_children
 
 
 @contextmanager
@@ -42,18 +43,22 @@ def _put(handlers: dict[int, Any]) -> None:
 class StopOnSignal(Callback):
     """On a signal: save last.ckpt as of the last finished update, exit with 128 + signal, so that a scheduler requeues.
 
-    It is looked for one after every micro-batch of training and of validation. Micro-batches of an unfinished update
-    are read again by the resumed run, with the same random numbers (see `KeyedRandomness`); so is a whole validation.
-    With several ranks each time costs a sum over one number.
+    Whether one has come is asked after every micro-batch of training and of validation. The resumed run does the
+    micro-batches of an unfinished update again, with the same random numbers (see `KeyedRandomness`), and a whole
+    validation. With several ranks each question costs a sum over one number. A single process leaves while it waits for
+    data too, which a disk may never deliver.
     """
 
     def __init__(self, last: Path) -> None:
         self.last, self.received = last, 0
+        self.fetching = Fetching()  # for the Trainer
+        self.interrupted = False  # while it waited for data
         self.finished: dict[str, Any] | None = None  # Lightning's counters at the end of the last finished update
         self.saved: dict[str, Any] | None = None  # those that the checkpoint gets instead of the present ones
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Listen from here on, the loading of a checkpoint included."""
+        self.alone = trainer.world_size == 1
         self._listen()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -67,6 +72,18 @@ class StopOnSignal(Callback):
 
     def _receive(self, number: int, stack: Any) -> None:
         self.received = number  # only a flag: saving here could interrupt a save
+        if self.fetching.now and self.alone:
+            self.interrupted = True
+            raise SystemExit(128 + number)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Save where no batch has come; and wait for no loading process, whatever has happened."""
+        if self.interrupted and trainer.state.fn == TrainerFn.FITTING:
+            counters = self.finished
+            if trainer.validating:
+                counters = validation_ahead(trainer.fit_loop.state_dict())
+            self._save(trainer, counters)
+        end_children()
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """A resumed run's last finished update is that of its checkpoint."""
@@ -108,8 +125,8 @@ class StopOnSignal(Callback):
         if not self._asked(trainer):
             return
         if trainer.state.fn == TrainerFn.FITTING:
-            self._leave(trainer, validation_ahead(trainer.fit_loop.state_dict()))
-        self._exit(trainer, "stopped by a signal after the last update; --resume auto validates it")
+            self._save(trainer, validation_ahead(trainer.fit_loop.state_dict()))
+        self._exit(trainer)  # that of what --max_steps has ended is not part of the fit, and all is saved
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Leave with the epoch validated and its best checkpoint written."""
@@ -122,21 +139,41 @@ class StopOnSignal(Callback):
         return trainer.strategy.reduce_boolean_decision(bool(self.received), all=False)
 
     def _leave(self, trainer: pl.Trainer, counters: dict[str, Any] | None) -> None:
-        """Save with these counters, None: the present ones; in the first update of a new run there is nothing to."""
-        if not trainer.global_step:
-            self._exit(trainer, "stopped by a signal before the first update; nothing to save, start it again")
-        self.saved = counters
-        trainer.save_checkpoint(self.last)
-        self._exit(trainer, f"stopped by a signal; saved {self.last}; continue with --resume auto")
+        self._save(trainer, counters)
+        self._exit(trainer)
 
-    def _exit(self, trainer: pl.Trainer, message: str) -> None:
+    def _save(self, trainer: pl.Trainer, counters: dict[str, Any] | None) -> None:
+        """Save with these counters, None: the present ones; in the first update of a new run there is nothing to."""
+        said = "stopped by a signal before the first update; nothing to save, start it again"
+        if trainer.global_step:
+            self.saved = counters
+            trainer.save_checkpoint(self.last)
+            said = f"stopped by a signal; saved {self.last}; continue with --resume auto"
         if trainer.is_global_zero:
-            print(message, file=sys.stderr, flush=True)
+            print(said, file=sys.stderr, flush=True)
+
+    def _exit(self, trainer: pl.Trainer) -> None:
         number = torch.tensor(self.received, device=trainer.strategy.root_device)  # which not all ranks have received
         code = 128 + int(trainer.strategy.reduce(number, reduce_op="max"))
         if trainer.local_rank > 0 and isinstance(trainer.strategy.cluster_environment, LightningEnvironment):
             code = 0  # Lightning has started this process, and would kill the first one for any other code
         raise SystemExit(code)
+
+
+class Fetching(Profiler):
+    """Tells whether Lightning waits for a batch: it reports that to its profiler, in training and validation."""
+
+    now = False
+
+    def start(self, action_name: str) -> None:
+        """A `..._next` fetches a batch."""
+        if action_name.endswith("_next"):
+            self.now = True
+
+    def stop(self, action_name: str) -> None:
+        """It has come, or failed to."""
+        if action_name.endswith("_next"):
+            self.now = False
 
 
 def validation_ahead(counters: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from distillation.run.checkpoints import read_checkpoint
 from distillation.run.claim import claim, join, refuse_claimed
 from distillation.run.folders import Run, finished_run, run_folder, run_folders
 from distillation.run.machine import is_first_process, probe
-from utils import ROOT, UserError, data_root, git_commit, outputs_root
+from utils import ROOT, UserError, check_writable, data_root, git_commit, outputs_root, printable
 
 RUN_NAME_VARIABLE = "RUN_NAME_OF_FIRST_PROCESS"
 
@@ -30,10 +30,12 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
         UserError: there is no data, the run's folder is in use, or there is nothing to resume.
     """
     data_root(args.miniature)  # before minutes are spent on loading a model
-    probe(args)
-    pl.seed_everything(args.seed, verbose=False)  # before adapters are initialised
     path = Path(script).resolve()
     experiment = outputs_root(path.parent)
+    if not args.dry_run:
+        check_places(args, experiment)
+    probe(args)
+    pl.seed_everything(args.seed, verbose=False)  # before adapters are initialised
     record = plain(vars(args)) | dataclasses.asdict(student)
     record |= {"script": path.relative_to(ROOT).as_posix(), "git_commit": git_commit()}
     last = checkpoint_to_resume(args, experiment, record["script"])
@@ -50,6 +52,14 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
     return run
 
 
+def check_places(args: argparse.Namespace, experiment: Path) -> None:
+    """Raise UserError when a folder that the run will write into is not writable."""
+    check_writable(experiment, "checkpoints and logs")
+    for flag in ("export", "save_final_pt"):
+        if path := getattr(args, flag):
+            check_writable(path.parent, f"--{flag} {path}")
+
+
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values as str, int, float, bool or None: anything else would make a checkpoint unloadable with weights_only."""
     return {k: v if isinstance(v, (str, int, float, bool, type(None))) else str(v) for k, v in values.items()}
@@ -63,7 +73,8 @@ def given_name(args: argparse.Namespace) -> str | None:
     """
     # Lightning starts this script once more for each further device; those processes join the run of the first.
     joined = None if is_first_process() else os.environ.get(RUN_NAME_VARIABLE)
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not joined
+    sizes = (os.environ.get(name) or "1" for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))  # of torchrun, of srun
+    launched = max(map(int, sizes)) > 1 and not joined
     if launched and not args.run_name:
         raise UserError("--run_name: give one; processes that a launcher starts side by side cannot agree on a name")
     return joined or (run_folder(args.run_name, miniature=args.miniature) if args.run_name else None)
@@ -80,9 +91,9 @@ def take_folder(run: Run, *, named: bool) -> Run:
     else:
         run = make_unused_folder(run)
         made = (run.logs, run.checkpoints)
-    refuse_claimed(run.checkpoints)  # first: who writes there says more than that there is something
+    refuse_claimed(run.checkpoints, flag="--run_name")  # first: who writes there says more than that there is something
     refuse_used_folder(run)
-    claim(run.checkpoints, made=made)
+    claim(run.checkpoints, flag="--run_name", made=made)
     refuse_used_folder(run)  # a run that has ended meanwhile
     return run
 
@@ -124,7 +135,7 @@ def checkpoint_to_resume(args: argparse.Namespace, experiment: Path, script: str
         last = newest_good(run) if run else None
         if is_first_process():
             found = f"continuing {last}" if last else "no checkpoint to continue, starting a new run"
-            print(f"--resume auto: {found}")
+            print(printable(f"--resume auto: {found}"))
         return last
     path = Path(args.resume)
     if path.name == args.resume and not path.exists():
@@ -158,7 +169,7 @@ def newest_good(run: Path) -> Path:
             faults.append(str(error))
             continue
         for fault in faults:
-            print(f"warning: passed over {fault}", file=sys.stderr)
+            print(printable(f"warning: passed over {fault}"), file=sys.stderr)
         return path
     raise UserError(f"--resume: no good checkpoint in {run}: {'; '.join(faults)}; start again under another --run_name")
 
@@ -175,7 +186,7 @@ def check_home(path: Path, experiment: Path, script: str, args: argparse.Namespa
     named = recorded.get("run_name") and run_folder(recorded["run_name"], miniature=recorded["miniature"])
     name = recorded.get("run") or named or path.parent.name  # runs that are older than `run` record what was given
     home = experiment / "checkpoints" / name
-    if path.parent != home.resolve():
+    if name != path.parent.name or path.parent != home.resolve():
         raise UserError(
             f"--resume {path}: is of run {name}, which writes into {home}; move it there to continue that run, or "
             f"start a new one from it with --load_checkpoint {path}"

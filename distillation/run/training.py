@@ -19,12 +19,15 @@ from dataset.datamodule import SUNRGBDDataModule
 from distillation.models import count_parameters, trained_state
 from distillation.run.callbacks import FiniteGuard, KeyedRandomness, Progress, StepTimer, UpdateLog
 from distillation.run.checkpoints import (
+    CHECKPOINT_SHARE,
+    KEPT,
     BestCheckpoint,
     CheckpointContents,
     SafeCheckpointIO,
+    check_room,
     put_starting_weights,
     resume_batch,
-    stands_inside_epoch,
+    tensor_bytes,
     write_outputs,
 )
 from distillation.run.data import use_vision_cache, usual_camera
@@ -38,8 +41,9 @@ from distillation.run.machine import (
     quieten,
     resolve_precision,
 )
+from distillation.run.restore import RestoredState, fit_from
 from distillation.run.signals import StopOnSignal, signals_given_back
-from utils import duration, write_json
+from utils import amount, disk_errors, duration, printable, write_json
 
 
 def train(
@@ -70,9 +74,11 @@ def train(
     position = put_starting_weights(module.student, run, args, builds_on=builds_on)
     if (finished := finished_run(run, args)) is not None:
         if is_first_process():  # behind torchrun all ranks come here
-            print(f"{run.name} is finished ({finished['optimizer_steps']} updates); best: {finished['best']}")
+            print(
+                printable(f"{run.name} is finished ({finished['optimizer_steps']} updates); best: {finished['best']}")
+            )
             best, validation = Path(finished["best"]), {monitor: finished[monitor]}
-            write_outputs(module, data.processor, run, args, best=best, validation=validation)
+            write_outputs(module, data.processor, args, best=best, validation=validation)
         return
     if args.gradient_checkpointing:
         # Reentrant checkpointing would need an input with a gradient, which a frozen tower's does not have.
@@ -81,6 +87,8 @@ def train(
         dry_run(module, data, args)
         return
     run.record.update(usual_camera(data.train))  # for whoever uses the student on a picture of an unknown camera
+    if is_first_process():
+        check_room(module.student, run, args)
     if args.vision_cache:
         use_vision_cache(module.student, data, args)
     if position:
@@ -98,8 +106,8 @@ def fit(
     trainer = build_trainer(args, run, monitor)
     if trainer.is_global_zero:
         write_json(run.logs / "run.json", run.record)
-    with nothing_left_running(trainer), signals_given_back():
-        trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
+    with disk_errors(run.logs), nothing_left_running(trainer), signals_given_back():  # checkpoints name themselves
+        fit_from(trainer, module, data, run.resume_from)
     return trainer
 
 
@@ -141,7 +149,7 @@ def finish(
     summary = {"best": str(best), monitor: score, "optimizer_steps": steps, "seconds": seconds}
     write_json(run.logs / "run.json", run.record | summary | {"peak_memory_gib": memory_gib})
     print(f"{steps} updates in {duration(seconds)}, peak memory {memory_gib} GiB; best: {best} ({monitor} {score:.4f})")
-    write_outputs(module, data.processor, run, args, best=best, validation={monitor: score})
+    write_outputs(module, data.processor, args, best=best, validation={monitor: score})
 
 
 def best_of_run(
@@ -154,7 +162,7 @@ def best_of_run(
     kept = trainer.checkpoint_callback
     validated = [callback.validated_step for callback in trainer.callbacks if isinstance(callback, Progress)]
     if validated != [trainer.global_step]:
-        epoch = trainer.current_epoch - stands_inside_epoch(trainer)  # which Lightning counts as done
+        epoch = trainer.fit_loop.epoch_progress.current.started - 1  # counted from 0
         with signals_given_back():
             (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
         if kept.improves(metrics):
@@ -168,7 +176,7 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
     """The Trainer of every experiment."""
     quieten()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    options = own_checkpoints_only()
+    options, stop = own_checkpoints_only(), StopOnSignal(run.checkpoints / "last.ckpt")
     return pl.Trainer(
         max_epochs=args.max_epochs,
         max_steps=args.max_steps,
@@ -182,13 +190,15 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
         logger=build_loggers(run),
         callbacks=[
             *checkpoint_callbacks(run, monitor),
+            RestoredState(),
             CheckpointContents(run.record),
             KeyedRandomness(args.seed),
             FiniteGuard(),
-            StopOnSignal(run.checkpoints / "last.ckpt"),
+            stop,
             UpdateLog(),
             Progress(),
         ],
+        profiler=stop.fetching,
         default_root_dir=options["default_root_dir"],
         plugins=[SafeCheckpointIO(), *options.get("plugins", [])],
         use_distributed_sampler=False,  # MicroBatchSampler shares the batches out
@@ -240,10 +250,7 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
         **own_checkpoints_only(),
     )
     trainer.fit(module, train_dataloaders=data.train_dataloader())
-    state = trained_state(module.student)
-    checkpoint_gib = (
-        sum(v.numel() * v.element_size() for v in state.values()) / 2**30 * 3
-    )  # weights and two Adam moments
+    checkpoint = CHECKPOINT_SHARE * tensor_bytes(trained_state(module.student))
     world_size = probe(args).world_size
     batches = math.ceil(data.images_per_epoch / (args.batch_size * world_size)) * args.max_epochs
     if args.max_steps > 0:
@@ -253,5 +260,5 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
         f"peak memory: {peak_memory_gib():.2f} GiB\n"
         f"one step of {args.batch_size} images: {timer.seconds:.2f} s; {batches} steps on {world_size} device(s): "
         f"{duration(batches * timer.seconds)}\n"
-        f"disk: 2 checkpoints of at most {checkpoint_gib:.2f} GiB"
+        f"disk: {KEPT + 1} checkpoints of at most {amount(checkpoint)}, one of them while it is written"
     )

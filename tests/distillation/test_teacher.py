@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import utils
 from dataset.datamodule import SUNRGBDDataModule
 from dataset.inputs import pictures
 from dataset.inputs.pictures import ImageSettings
@@ -17,7 +18,6 @@ from distillation import teacher as teacher_module
 from distillation import teacher_cache
 from distillation.forward import answer_logits, overview_patches
 from distillation.models import load_model
-from distillation.run import data as run_data
 from distillation.teacher import TeacherConstants
 from tests.helpers.training import STRATEGIES, data_module, distill, flags, teacher_of, train
 from utils import UserError, load_script
@@ -182,14 +182,14 @@ def test_other_code_or_libraries_ask_the_teacher_again(tiny_teacher, tmp_path, m
 
 
 def test_no_room_for_the_teachers_outputs(places, tiny_folder, tiny_teacher, monkeypatch):
-    monkeypatch.setattr(run_data.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="the teacher's outputs: no room in"):
         distill("logit", tiny_folder, tiny_teacher)
 
 
 def test_unfit_teachers_are_refused(places, world, tiny_folder, tiny_teacher, tmp_path):
     data = data_module(world, tiny_folder)
-    with pytest.raises(UserError, match="no LLaVA-OneVision processor"):
+    with pytest.raises(UserError, match="no LLaVA-OneVision model"):
         teacher_of(data, tiny_folder, tmp_path)
     train("baseline_depth", tiny_folder, "--max_steps", "1")
     run = places / "baseline_depth/checkpoints/t"

@@ -23,7 +23,7 @@ def save(*args, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 torch.save = save
 """
-STUCK = in_loading(28, "import time; time.sleep(1000)")  # as on a network disk that is gone
+STUCK = in_loading(36, "import time; time.sleep(1000)")  # as on a network disk that is gone
 KILLED = "error: a data loading process was killed .*--num_workers"
 IN_TRAINING = {  # fault -> lines, what the last line of stderr says
     "full disk in the first checkpoint": (FULL_DISK, "No space left"),

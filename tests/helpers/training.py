@@ -32,6 +32,12 @@ STRATEGIES = {  # their folders below distillation/, and below what a run writes
     "feature": "knowledge_distillation7b_feature_based",
     "logit": "knowledge_distillation7b_logit_based",
 }
+# What every checkpoint of a depth student records.
+RECORD = {
+    **{"script": BASELINES["baseline_depth"], "student_name": "dataset/miniature/student", "miniature": True},
+    **{"modality": "depth", "depth_encoding": "metric_log3", "depth_source": "raw", "image_tokens": "one_tile"},
+    **{"seed": 0, "subset_percentage": 1.0, "label_fraction": 1.0, "load_checkpoint": None},
+}
 
 
 def flags(tiny_folder, *more: str) -> list[str]:
@@ -93,7 +99,7 @@ def assert_same_end(places: Path, name: str, reference: str = "t") -> None:
 def validations(places: Path, name: str) -> list[tuple[str, ...]]:
     logs = (places / "baseline_depth/tensorboard_logs" / name).glob("metrics*.csv")
     rows = [row for path in logs for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())]
-    return sorted((row["epoch"], row["step"], row["val/ce"]) for row in rows if row.get("val/ce"))
+    return sorted((row["step"], row["val/ce"]) for row in rows if row.get("val/ce"))
 
 
 def data_module(world, tiny_folder, **options) -> SUNRGBDDataModule:

@@ -2,7 +2,8 @@
 
 Reads   SUNRGBD/csv_data/{train,val,test}_dataset.csv; a checkpoint of our training scripts, or a model id or folder;
         with --dataset daquar instead DAQUAR/qa.894.raw.{train,test}.txt, people's questions about the NYUv2 frames
-Writes  <output>/predictions.csv, a row per question
+Writes  <output>/answers.jsonl, every answer as it comes: the same command goes on where a killed evaluation was
+        <output>/predictions.csv, a row per question
         <output>/metrics.json: accuracy per type and overall with 95 % intervals that resample recordings, the same for
         baselines that see no image, caption scores; for DAQUAR also WUPS
 
@@ -27,10 +28,12 @@ from utils import (  # first: loads .env before transformers reads it
     announced,
     at_least,
     atomic_path,
+    check_writable,
     data_root,
     duration,
     git_commit,
     outputs_root,
+    printable,
     run_script,
     write_json,
 )
@@ -62,8 +65,10 @@ from dataset.questions.rows import (
 )
 from distillation.export import read_description
 from distillation.run.checkpoints import read_checkpoint
+from distillation.run.claim import claim
 from distillation.run.folders import EXPERIMENTS
 from distillation.run.machine import peak_memory_gib, quieten
+from evaluation.answer_log import AnswerLog, asked_of, check_results_room
 from evaluation.caption_scores import caption_scores
 from evaluation.metrics import evaluate_rows, recording
 from evaluation.system import answer_questions, checkpoint_of_flags, load_system
@@ -172,25 +177,39 @@ def main(args: argparse.Namespace) -> None:
     """Answer all questions of the split, score, write."""
     started, notes = time.monotonic(), {}
     quieten()
+    check_writable(args.output or outputs_root(ROOT / "evaluation") / "results", "--output")
     path = checkpoint_of_flags(args)
     checkpoint = read_checkpoint(path) if path else None
     root = find_data(args, path, checkpoint)
     rows, train_rows = load_questions(root, args, notes), load_train_questions(root, args)
     similarity = wordnet_similarity(notes) if args.dataset == "daquar" else None
     for name, note in notes.items():
-        print(f"{name}: {note}", file=sys.stderr)
+        print(printable(f"{name}: {note}"), file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     system, images, model, processor = load_system(args, path, checkpoint)
     system |= {"split": args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"}
     output = args.output or default_output(args, system, path)
-    answers = answer_questions(model.to(device).eval(), processor, root, rows, images, args)
+    check_results_room(output, rows, args.max_new_tokens)
+    claim(output, flag="--output")
+    asked = asked_of(model.to(device).eval(), processor, rows, images, args, root=root, split=system["split"])
+    log = AnswerLog(output, asked, rows)
+    answers = answer_questions(model, processor, root, rows, images, args, log)
     predictions = prediction_rows(rows, answers, miniature=args.miniature)
-    # Answering is what takes hours: it is on disk before anything else can fail, and no older scores stand beside it.
-    (output / "metrics.json").unlink(missing_ok=True)
+    (output / "metrics.json").unlink(missing_ok=True)  # no older scores stand beside new answers
     write_predictions(output / "predictions.csv", predictions)
     warn_if_empty(answers, system["name"])
     scores = score(predictions, train_rows, similarity, meteor=args.meteor)
-    seconds = time.monotonic() - started
+    metrics = metrics_of(args, system, scores, notes, seconds=time.monotonic() - started)
+    write_json(output / "metrics.json", metrics)
+    print(summary(metrics))
+    seconds, memory_gib = duration(metrics["seconds"]), metrics["peak_memory_gib"]
+    print(printable(f"{len(rows)} questions in {seconds}, peak memory {memory_gib} GiB; wrote {output}"))
+
+
+def metrics_of(
+    args: argparse.Namespace, system: dict[str, Any], scores: dict[str, Any], notes: dict[str, str], *, seconds: float
+) -> dict[str, Any]:
+    """The content of metrics.json; `seconds` are those of this call."""
     metrics: dict[str, Any] = {
         "system": system | {"git_commit": git_commit()},
         "seconds": round(seconds, 1),
@@ -199,9 +218,7 @@ def main(args: argparse.Namespace) -> None:
     }
     if args.dataset == "daquar":
         metrics |= {"wups": scores.get("wups"), "notes": notes}
-    write_json(output / "metrics.json", metrics)
-    print(summary(metrics))
-    print(f"{len(rows)} questions in {duration(seconds)}, peak memory {metrics['peak_memory_gib']} GiB; wrote {output}")
+    return metrics
 
 
 def find_data(args: argparse.Namespace, path: Path | None, checkpoint: dict[str, Any] | None) -> Path:
@@ -256,8 +273,8 @@ def warn_if_empty(answers: dict[str, str], name: str) -> None:
     """Say so where a system answers nothing at all."""
     if not any(answers.values()):
         print(
-            f"warning: all {len(answers)} answers of {name} are empty; check that the checkpoint learned to answer (its"
-            " val/exact_match) and that --max_new_tokens leaves room",
+            f"warning: all {len(answers)} answers of {printable(name)} are empty; check that the checkpoint learned to "
+            "answer (its val/exact_match) and that --max_new_tokens leaves room",
             file=sys.stderr,
         )
 
@@ -343,7 +360,7 @@ def summary(metrics: dict[str, Any]) -> str:
     for name, cell in wups["overall"].items():
         best = max(result["overall"][name]["value"] for result in wups["blind"].values())
         lines.append(f"  {name:<24}{_interval(cell)}  blind {best:.3f}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _interval(cell: dict[str, float | None]) -> str:

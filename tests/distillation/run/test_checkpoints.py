@@ -6,26 +6,27 @@ import pytest
 import torch
 
 from distillation.run.checkpoints import SafeCheckpointIO, read_checkpoint
+from tests.helpers.training import RECORD
 from utils import UserError
 
 
 def test_finished_files_survive_a_failing_write(tmp_path):
     """A write that fails half-way leaves the old checkpoint, its checksum and no litter."""
-    path, good = tmp_path / "last.ckpt", {"state_dict": {"w": torch.ones(3)}, "hyper_parameters": {"script": "x"}}
+    path, good = tmp_path / "last.ckpt", {"state_dict": {"student.w": torch.ones(3)}, "hyper_parameters": RECORD}
     io = SafeCheckpointIO()
     io.save_checkpoint(good, path)
     with pytest.raises(AttributeError):
         io.save_checkpoint(good | {"cannot be stored": lambda: None}, path)
     with pytest.raises(UserError, match="not finite"):
         io.save_checkpoint({"state_dict": {"w": torch.tensor([1.0, float("nan")])}}, path)
-    assert torch.equal(read_checkpoint(path)["state_dict"]["w"], torch.ones(3))
+    assert torch.equal(read_checkpoint(path)["state_dict"]["student.w"], torch.ones(3))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]
 
 
 def test_damage_is_noticed(tmp_path):
     path = tmp_path / "last.ckpt"
     SafeCheckpointIO().save_checkpoint(
-        {"state_dict": {"w": torch.arange(1000.0)}, "hyper_parameters": {"script": "x"}}, path
+        {"state_dict": {"student.w": torch.arange(1000.0)}, "hyper_parameters": RECORD}, path
     )
     data = path.read_bytes()
     for offset in range(50, len(data), len(data) // 20):

@@ -15,10 +15,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+import utils
 from dataset.questions.rows import questions_file, read_questions
 from distillation.models import add_lora, load_model
 from distillation.run import callbacks
-from distillation.run import data as run_data
 from distillation.run.checkpoints import read_checkpoint
 from tests.helpers.training import BASELINES, flags, interrupted, train
 from utils import ROOT, UserError
@@ -173,13 +173,13 @@ def test_a_picture_cache_changes_no_weight_and_needs_room(places, tiny_folder, m
     for run, more in (("t", ()), ("first", ("--picture_cache",)), ("again", ("--picture_cache", "--num_workers", "1"))):
         train("baseline_depth", tiny_folder, "--max_steps", "4", *more, "--run_name", run)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--picture_cache")]
-    assert " 0.00 GB to write" not in said[0] and " 0.00 GB to write" in said[1]
+    assert " 6.29 MB to write" in said[0] and " 1.57 MB to write" in said[1]
     plain_run, *cached = (
         read_checkpoint(places / "baseline_depth/checkpoints" / run / "last.ckpt")["state_dict"]
         for run in ("t", "first", "again")
     )
     assert all(torch.equal(state[key], value) for state in cached for key, value in plain_run.items())
-    monkeypatch.setattr(run_data.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="no room"):
         train("baseline_depth", tiny_folder, "--picture_cache", "--depth_encoding", "grey", "--run_name", "full")
 

@@ -1,0 +1,171 @@
+"""The answers of an evaluation as they come, so that a killed one goes on where it was.
+
+`answers.jsonl` in the results folder: its first line says what answers (`asked_of`), every other one is an answer. A
+folder with the answers of something else is refused. Everything else in the folder is computed from the answers.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from dataset.inputs.pictures import ImageSettings, picture_key
+from dataset.inputs.processor import ImageTextProcessor
+from dataset.questions.rows import QuestionRow, csv_cells
+from distillation.run.data import check_disk, weights_digest
+from distillation.run.machine import resolve_precision
+from utils import ROOT, UserError, announced, atomic_path, disk_errors, source_digest
+
+NAME = "answers.jsonl"
+RESULTS = ("predictions.csv", "metrics.json")
+BYTES_PER_TOKEN = 8  # more than an answer's token takes in a file
+SHOWN = 12  # characters of a long value in a message
+
+
+def asked_of(
+    model: torch.nn.Module,
+    processor: ImageTextProcessor,
+    rows: Sequence[QuestionRow],
+    images: ImageSettings,
+    args: argparse.Namespace,
+    *,
+    root: Path,
+    split: str,
+) -> dict[str, str]:
+    """All that decides the answers, as text: weights, what is seen, questions, settings, code.
+
+    The number of images in a batch does not: neither neighbours nor padding change an answer.
+    """
+    with announced("digesting the weights", after_s=3):
+        weights = weights_digest(model)
+    code = [source_digest(ROOT / "distillation", subfolders=False), _digest(ROOT / "evaluation" / "system.py")]
+    versions = [torch.__version__, transformers.__version__]
+    seen = picture_key(processor, images) | {"code": code, "versions": versions}
+    return {
+        "weights": weights,
+        "split": split,
+        "questions": questions_digest(root, rows),
+        **{name: str(value) for name, value in dataclasses.asdict(images).items()},
+        "max_new_tokens": str(args.max_new_tokens),
+        "precision": resolve_precision(args.precision),
+        "device": next(model.parameters()).device.type,
+        "code and libraries": hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest(),
+    }
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def questions_digest(root: Path, rows: Sequence[QuestionRow]) -> str:
+    """Digest of questions and pictures, of these the names and sizes: their contents would be hours to read."""
+    digest = hashlib.sha256()
+    for row in rows:
+        sizes = [(root / path).stat().st_size for path in (row.image_path, row.depth_path) if (root / path).is_file()]
+        digest.update(json.dumps([row.id, row.question, row.image_path, row.depth_path, sizes]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+class AnswerLog:
+    """The answers of one evaluation, by question id: those that its file held already and those that are added."""
+
+    def __init__(self, folder: Path, asked: Mapping[str, str], rows: Sequence[QuestionRow]) -> None:
+        """Open the file of answers or begin it.
+
+        Args:
+            folder: of the results.
+            asked: see `asked_of`.
+            rows: the questions.
+
+        Raises:
+            UserError: the folder has results of something else, or the disk is full or not writable.
+        """
+        self.path, self.ids = folder / NAME, {row.id for row in rows}
+        self.answers: dict[str, str] = {}
+        if self.path.exists() and self.path.read_bytes().count(b"\n") > 1:  # there is an answer to keep
+            self._read(asked)
+            return
+        for name in RESULTS:
+            if (folder / name).exists():
+                raise UserError(
+                    f"{folder / name}: is of an evaluation that kept no {NAME}; give another --output, or delete it"
+                )
+        with atomic_path(self.path) as part:
+            part.write_text(_line({"asked": asked}), encoding="utf-8")
+
+    def _read(self, asked: Mapping[str, str]) -> None:
+        with disk_errors(self.path), open(self.path, "rb+") as handle:
+            self._check_header(handle.readline(), asked)
+            good = handle.tell()
+            for line in handle:
+                found = _answer(line)
+                if found is None:
+                    break
+                if found[0] not in self.ids or found[0] in self.answers:
+                    raise UserError(
+                        f"{self.path}: question {found[0]!r:.40} is not asked, or twice; give another --output, "
+                        "or delete it"
+                    )
+                self.answers[found[0]] = found[1]
+                good += len(line)
+            handle.truncate(good)  # a line that a kill cut off, and what may follow it
+        print(f"{self.path}: {len(self.answers)} of {len(self.ids)} questions are answered; ", end="")
+        print("going on with the others" if len(self.answers) < len(self.ids) else "they are scored again")
+
+    def _check_header(self, line: bytes, asked: Mapping[str, str]) -> None:
+        try:
+            before = json.loads(line)["asked"]
+            differs = next((k for k in asked | before if asked.get(k) != before.get(k)), None)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"{self.path}: is not a file of answers; give another --output, or delete it") from None
+        if differs:
+            theirs, own = (f"{values.get(differs, 'none')!s:.{SHOWN}}" for values in (before, asked))
+            raise UserError(
+                f"{self.path}: holds answers of another evaluation, {differs} was {theirs!r} and is {own!r} now; give "
+                "another --output, or delete it"
+            )
+
+    def add(self, answers: Mapping[str, str]) -> None:
+        """Append answers, those that are there already left out.
+
+        Raises:
+            UserError: the disk is full; all answers before are kept.
+        """
+        new = {name: answer for name, answer in answers.items() if name not in self.answers}
+        data = "".join(_line({"id": name, "answer": answer}) for name, answer in new.items()).encode()
+        with disk_errors(self.path, size=len(data)), open(self.path, "ab", buffering=0) as handle:
+            while data:
+                data = data[handle.write(data) :]
+        self.answers |= new
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _answer(line: bytes) -> tuple[str, str] | None:
+    """Question id and answer of a whole line."""
+    try:
+        value = json.loads(line) if line.endswith(b"\n") else None
+        found = value["id"], value["answer"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return found if all(isinstance(text, str) for text in found) else None
+
+
+def check_results_room(folder: Path, rows: Sequence[QuestionRow], max_new_tokens: int) -> None:
+    """Raise UserError when the disk has no room for answers and predictions."""
+    cells = sum(len(str(value)) for row in rows for value in csv_cells(row).values())
+    check_disk("results", folder, 2 * (cells + len(rows) * BYTES_PER_TOKEN * max_new_tokens), 1)
+
+
+def remove_results(folder: Path) -> None:
+    """Remove what an evaluation has written, so that another one may write there."""
+    for name in (*RESULTS, NAME):
+        (folder / name).unlink(missing_ok=True)

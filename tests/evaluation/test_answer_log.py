@@ -1,0 +1,106 @@
+"""Evaluations that are killed, repeated, or find another one's answers, as the command that a user calls."""
+
+import json
+
+import pytest
+
+from evaluation import answer_log
+from evaluation.onevisionv3.sunrgbd import evaluate_onevision
+from tests.helpers.processes import Started
+from utils import UserError
+
+SCRIPT = "evaluation/onevisionv3/sunrgbd/evaluate_onevision.py"
+
+
+def argv(tiny_folder, output, *more: str) -> list[str]:
+    stock = ("--model_id", str(tiny_folder), "--pixel_data_type", "depth", "--image_tokens", "one_tile")
+    return [*stock, "--max_new_tokens", "6", "--output", str(output), *more]
+
+
+def evaluate(*flags) -> None:
+    evaluate_onevision.main(evaluate_onevision.parse_args(argv(*flags)))
+
+
+@pytest.fixture
+def finished(places, tiny_folder, tmp_path):
+    evaluate(tiny_folder, tmp_path / "done")
+    return tmp_path / "done"
+
+
+def ids(folder) -> list[str]:
+    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    return [json.loads(line)["id"] for line in lines]
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(finished, tiny_folder, tmp_path, capsys):
+    """kill -9 behind the first answers and a line cut off: the same bytes in the end, and no question twice."""
+    folder = tmp_path / "killed"
+    with Started(SCRIPT, argv(tiny_folder, folder), tmp_path / "process") as started:
+        answers = folder / "answers.jsonl"
+        started.wait_until(lambda: answers.is_file() and answers.read_bytes().count(b"\n") > 2)
+    kept = answers.read_text().splitlines()[:9]
+    answers.write_text("\n".join(kept) + '\n{"id": "half')
+    evaluate(tiny_folder, folder)
+    assert f"8 of {len(ids(finished))} questions are answered; going on" in capsys.readouterr().out
+    assert answers.read_text().splitlines()[:9] == kept and ids(folder) == ids(finished)
+    assert (folder / "predictions.csv").read_bytes() == (finished / "predictions.csv").read_bytes()
+
+
+def test_a_finished_evaluation_is_scored_again(finished, tiny_folder, monkeypatch):
+    """Without asking the model once."""
+    before = {path: path.read_bytes() for path in finished.iterdir() if path.name != "metrics.json"}
+    monkeypatch.setattr("evaluation.system.greedy_answers", lambda *args, **options: 1 / 0)
+    evaluate(tiny_folder, finished, "--name", "another name")
+    assert before == {path: path.read_bytes() for path in before}
+    assert json.loads((finished / "metrics.json").read_text())["system"]["name"] == "another name"
+
+
+@pytest.mark.parametrize(
+    ("more", "differs"),
+    [
+        (("--max_new_tokens", "5"), "max_new_tokens was '6' and is '5' now"),
+        (("--gts_type", "val"), "split was 'test' and is 'val' now"),
+        (("--pixel_data_type", "rgb"), "modality was 'depth' and is 'rgb' now"),
+        (("--captions", "--max_new_tokens", "6"), "questions was "),
+    ],
+)
+def test_answers_of_another_evaluation_are_refused(finished, tiny_folder, more, differs):
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    with pytest.raises(UserError, match=f"answers.jsonl: holds answers of another evaluation, {differs}"):
+        evaluate(tiny_folder, finished, *more)
+    assert before == {path: path.read_bytes() for path in finished.iterdir()}
+
+
+def test_other_weights_and_other_code_are_refused(finished, tiny_teacher, tiny_folder, monkeypatch):
+    with pytest.raises(UserError, match="weights was"):
+        evaluate(tiny_teacher, finished)
+    monkeypatch.setattr(answer_log, "source_digest", lambda *args, **options: "other")
+    with pytest.raises(UserError, match="code and libraries was"):
+        evaluate(tiny_folder, finished)
+
+
+def test_results_without_answers_and_foreign_files_are_refused(finished, tiny_folder):
+    for content, complaint in (("hello\n" * 3, "is not a file of answers"), (None, "predictions.csv: is of an evalu")):
+        if content:
+            (finished / "answers.jsonl").write_text(content)
+        else:
+            (finished / "answers.jsonl").unlink()
+        with pytest.raises(UserError, match=complaint):
+            evaluate(tiny_folder, finished)
+
+
+def test_two_evaluations_do_not_write_one_folder(tiny_folder, places, tmp_path):
+    folder = tmp_path / "output"
+    with Started(SCRIPT, argv(tiny_folder, folder), tmp_path / "first") as first:
+        first.wait_until(lambda: any(folder.glob("owner-1.json")))
+        with pytest.raises(UserError, match=f"in use by process {first.process.pid} on .*another --output"):
+            evaluate(tiny_folder, folder)
+        assert first.ends() == 0, first.stderr
+    evaluate(tiny_folder, folder)
+
+
+def test_an_output_that_cannot_be_written_is_said_first(places, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluate_onevision, "load_system", lambda *args: 1 / 0)
+    with pytest.raises(UserError, match="--output: cannot write into .*file/results, Not a directory"):
+        evaluate("nobody/nothing", tmp_path / "file" / "results")
