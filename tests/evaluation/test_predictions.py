@@ -8,11 +8,10 @@ import pytest
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
 from utils import UserError
 
+ANSWERED = (("Yes/No", "yes", "Yes."), ("Count", "2", "two"), ("Count", "3", "two"))  # type, gold, model
 ROWS = [
     {"Question_Id": str(number), "Questions": "What?", "Question_Type": kind, "Answers": gold, "Model_Answer": answer}
-    for number, (kind, gold, answer) in enumerate(
-        [("Yes/No", "yes", "Yes."), ("Count", "2", "two"), ("Count", "3", "two")]
-    )
+    for number, (kind, gold, answer) in enumerate(ANSWERED)
 ]
 PUBLISHED = {  # set-of-lemmas accuracy in %, from the original project's summaries
     "results_kd_modeltypeLdepth_val_double_troublephase3": 45.21,
