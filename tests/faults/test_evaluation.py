@@ -48,8 +48,4 @@ def test_kills_of_an_evaluation(places, tiny_folder, tmp_path, fault_table):
             whole_lines = kept[: kept.rindex(b"\n") + 1]
             assert answers.read_bytes().startswith(whole_lines) and ids(folder) == asked
             assert (folder / "predictions.csv").read_bytes() == expected
-            assert sorted(path.name for path in folder.iterdir()) == [
-                "answers.jsonl",
-                "metrics.json",
-                "predictions.csv",
-            ]
+            assert {path.name for path in folder.iterdir()} == {"answers.jsonl", "metrics.json", "predictions.csv"}
