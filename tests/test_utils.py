@@ -1,27 +1,42 @@
 """What processes share: folders that one works in at a time, and the cores."""
 
 import argparse
+import errno
+import os
+import resource
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 import utils
 from dataset.inputs.pictures import OTHER_CODE
 from tests.helpers.system import hide_affinity
 from utils import (
     ROOT,
+    UserError,
     announced,
     at_least,
+    atomic_path,
     available_cores,
+    check_writable,
     core_shares,
     fraction,
     locked,
+    machine,
     peak_memory,
     positive,
+    remove_leftovers,
+    run_script,
     share,
     source_digest,
     use_cores,
@@ -120,6 +135,93 @@ def test_a_key_covers_what_its_module_imports(module, folders, left_out):
     assert set(left_out) <= {path.name for path in (ROOT / "dataset" / "sunrgbd").iterdir()}
 
 
+@contextmanager
+def files_of_at_most(n_bytes: int) -> Iterator[None]:
+    """What a quota does, for everybody and without a small disk: a file ends at a size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_tensors(part):
+    torch.save({"w": torch.zeros(10_000)}, part)
+
+
+def save_safetensors(part):
+    save_file({"w": torch.zeros(10_000)}, part)
+
+
+def save_picture(part):
+    Image.effect_noise((200, 200), 50).save(part, format="PNG")
+
+
+@pytest.mark.parametrize(
+    "write", [save_tensors, save_safetensors, save_picture, lambda part: part.write_bytes(bytes(40_000))]
+)
+def test_a_full_disk_is_one_line_whoever_writes(tmp_path, write):
+    """And the file of before stays, without litter."""
+    path = tmp_path / "file"
+    path.write_text("good")
+    with files_of_at_most(8000), pytest.raises(UserError) as raised, atomic_path(path, size=40_000) as part:
+        write(part)
+    said = str(raised.value)
+    assert said.startswith(f"{path}: not written, ") and "; 40 kB needed, " in said and "free; make room" in said
+    assert path.read_text() == "good" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "deeper", tmp_path / "file"):
+        with pytest.raises(UserError, match=f"--output: cannot write into {place}, "):
+            check_writable(place, "--output")
+        with pytest.raises(UserError, match=f"{place}.*: cannot be used, "), atomic_path(place / "a"):
+            pass
+    check_writable(tmp_path / "new" / "folder", "--output")
+    with pytest.raises(UserError, match="name too long"):
+        check_writable(tmp_path / ("x" * 300), "--output")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), PermissionError(errno.EACCES, "no", "/some/file")])
+def test_no_script_ends_with_a_traceback_of_the_disk(capsys, error):
+    def main(args):
+        thread = threading.Thread(target=fail)  # as TensorBoard writes
+        thread.start()
+        thread.join()
+        fail()
+
+    def fail():
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(threading, "excepthook", threading.__excepthook__)  # what the script sets is undone
+        run_script(main, lambda: None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith(f"error: {error.filename or 'a file'}: ")
+
+
+def test_leftovers_of_dead_processes_are_removed(tmp_path):
+    """Those of this machine, by the next write into the folder; a live process's after a day: its number was reused."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    parts = {name: tmp_path / f".a.{name}.part" for name in (f"{dead.pid}-{machine()}", f"{os.getppid()}-{machine()}")}
+    gone, reused = parts.values()
+    others = [tmp_path / name for name in (".a.part", f".a.{dead.pid}-elsewhere.part", f"a.{dead.pid}.part")]
+    for path in (gone, *others):
+        path.write_text("")
+    reused.mkdir()  # as an export
+    with atomic_path(tmp_path / "a") as part:
+        part.write_text("")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", reused, *others])
+    os.utime(reused, (0, 0))
+    remove_leftovers.cache_clear()
+    remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", *others])
+
+
 def test_only_a_long_job_is_announced(capsys):
     with announced("fitting", after_s=30):
         pass
@@ -186,3 +288,27 @@ def number_flags():
     parser.add_argument("--temperature", type=positive)
     parser.add_argument("--alpha", type=fraction)
     return parser
+
+
+def test_only_what_steers_a_terminal_is_escaped():
+    plain = "Tür 椅子 стул كرسي 👩‍🏫 a|b <c>"
+    assert utils.printable(plain) == plain
+    assert utils.printable("a\x1b[31m\x9b\u202e\n\udcff") == "a\\x1b[31m\\x9b\\u202e\\n\\udcff"
+
+
+def test_a_users_error_is_one_short_line_without_escapes(capsys):
+    assert utils._fail(UserError("a\x1b[2J\n" + "x" * 10_000)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: a\\x1b[2J xxx") and said.count("\n") == 1 and len(said) < 2100
+
+
+@pytest.mark.parametrize("error", [ValueError("pass trust_remote_code"), RuntimeError("or without weights_only")])
+def test_advice_to_switch_safety_off_is_not_passed_on(error):
+    assert utils.reason(error) == type(error).__name__
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7", "[" * 100_000, "\xff"])
+def test_json_that_is_no_object_is_refused(tmp_path, text):
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="a.json: (not valid JSON|holds a JSON)"):
+        utils.read_json(tmp_path / "a.json")

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import utils
-from benchmarks import processes
+from benchmarks import demo, processes
 from benchmarks.demo import CONTROL, SYSTEMS, chains, comparison
 from benchmarks.processes import Task, run_side_by_side
 from tests.helpers.system import SAY_CORES, needs_affinity
@@ -102,6 +102,17 @@ def test_tasks_run_unpinned_where_the_system_cannot_restrict_cores(tmp_path, mon
     monkeypatch.setattr(processes, "core_shares", lambda n: [[max(before)]])
     run_side_by_side([[task]], 1)
     assert task.log.read_text(encoding="utf-8") == f"{before} []\n"
+
+
+def test_a_second_demo_scores_anew(tmp_path, monkeypatch):
+    """Its systems are others than those of the first: their results go, and nothing else does."""
+    folder = tmp_path / "distilled"
+    folder.mkdir()
+    for name in ("answers.jsonl", "predictions.csv", "metrics.json", "mine.txt"):
+        (folder / name).write_text("")
+    monkeypatch.setattr(demo, "run_side_by_side", lambda *args: None)
+    demo.main(demo.parse_args(["--output", str(tmp_path)]))
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
 
 
 def test_the_command_takes_no_unknown_flag():

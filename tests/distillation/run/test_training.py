@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from dataset.questions.rows import questions_file, read_questions
 from distillation.models import add_lora, load_model
 from distillation.run import callbacks
 from distillation.run.checkpoints import read_checkpoint
+from tests.helpers.processes import Started
 from tests.helpers.training import BASELINES, flags, interrupted, train
 from utils import ROOT, UserError
 
@@ -182,6 +185,39 @@ def test_a_picture_cache_changes_no_weight_and_needs_room(places, tiny_folder, m
     monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="no room"):
         train("baseline_depth", tiny_folder, "--picture_cache", "--depth_encoding", "grey", "--run_name", "full")
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system cannot limit another process")
+def test_a_disk_that_fills_up_costs_no_checkpoint(places, tiny_folder):
+    """As a command, at the second epoch's best: one line with path, needed and free space, and the run goes on."""
+    argv = flags(tiny_folder, "--max_epochs", "20")
+    with Started(BASELINES["baseline_depth"], argv, places / "process") as started:
+        started.wait_until(lambda: (places / "baseline_depth/checkpoints/t/last.ckpt.sha256").is_file())
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.prlimit(started.process.pid, resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        assert started.ends() == 2, started.stderr
+    (line,) = [line for line in started.stderr.splitlines() if not line.startswith("training step")]
+    assert re.search(r"^error: .*\.ckpt: not written, .*; 3.. kB needed, .* free; make room", line)
+    assert len([read_checkpoint(path) for path in places.rglob("*.ckpt")]) == 2 and not list(places.rglob("*.part"))
+
+
+def test_no_room_for_checkpoints_and_exports_is_said_before_training(places, tiny_folder, monkeypatch):
+    for free, what in ((1_000_000, "checkpoints"), (1_160_000, "--export")):
+        monkeypatch.setattr(utils.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with pytest.raises(UserError, match=f"{what}: no room in .* needed, .* free; make some"):
+            train("baseline_depth", tiny_folder, "--export", str(places / "export"))
+    assert not [path for path in places.rglob("*") if path.is_file()]
+
+
+def test_places_that_cannot_be_written_are_said_before_anything_is_loaded(places, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for flag in ("--export", "--save_final_pt"):
+        with pytest.raises(UserError, match=f"{flag} .*/file/x: cannot write into .*/file, "):
+            train("baseline_depth", "absent", flag, str(tmp_path / "file" / "x"))
+    monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(tmp_path / "file" / "x"))
+    with pytest.raises(UserError, match="checkpoints and logs: cannot write into"):
+        train("baseline_depth", "absent")
+    assert not places.exists()
 
 
 @pytest.mark.parametrize("name", ["baseline_depth", "baseline_rgb7b"])
