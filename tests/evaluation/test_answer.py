@@ -1,5 +1,6 @@
 """A student in the hand: one picture, any questions, the answers of the evaluation script."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from dataset.questions.rows import frame_path, questions_file, read_questions
 from dataset.sunrgbd.frames import read_frame
 from evaluation import answer
 from evaluation.student import Student
-from tests.evaluation.test_evaluate import evaluate
+from tests.helpers.evaluation import evaluate
 from tests.helpers.training import train
 from utils import ROOT, UserError
 
@@ -110,6 +111,19 @@ def test_the_command(places, depth, capsys, tmp_path):
     assert Image.open(tmp_path / "seen.png").size == (128, 128)
     stated = ask(capsys, *model, *asked, *CAMERA)
     assert "assumed" not in stated.err
+
+
+def test_the_lines_of_python_in_the_guide(places, depth):
+    """Run as they stand there, with the names of a real export and picture; the answer is the command's."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "evaluation/README.md").read_text(encoding="utf-8"), re.S)[1]
+    code = code.replace("my_student", str(places / "baseline_depth")).replace("path/to/depth.png", str(depth))
+    assert len([line for line in code.splitlines() if line]) <= 8
+    python = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    command = ["--model", str(places / "baseline_depth"), "--depth", str(depth), "--depth_format", "mm"]
+    command += ["--question", "How many chairs are there?"]
+    asked = subprocess.run([sys.executable, "evaluation/answer.py", *command], cwd=ROOT, capture_output=True, text=True)
+    assert python.returncode == asked.returncode == 0, python.stderr + asked.stderr
+    assert asked.stdout.splitlines()[1].strip().startswith(python.stdout.strip() or "(nothing)")
 
 
 def test_the_picture_beside_the_photograph(places, depth, capsys, tmp_path):
