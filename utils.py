@@ -39,6 +39,7 @@ SOURCES = (".py", ".json", ".csv", ".txt", ".xz")  # code and tables
 # Control characters (C0, delete, C1), marks and overrides of the writing direction, line separators, and the halves of
 # characters that stand for bytes of a file's name that are no text.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+LONGEST_MESSAGE = 2000  # characters; a stranger's file may quote itself at any length
 # What libraries advise where they refuse to run a stranger's code: to let it run.
 UNSAFE_ADVICE = re.compile("weights_only|trust_remote_code|safe_globals|safe_load|upgrade", re.IGNORECASE)
 
@@ -66,6 +67,7 @@ def load_script(path: str) -> ModuleType:
 def _fail(error: UserError) -> int:
     # A data loading process hands its error over inside a traceback; the user's words stand at its end.
     message = " ".join(str(error).rsplit("utils.UserError: ", 1)[-1].split())
+    message = message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} ..."
     print(f"error: {printable(message)}", file=sys.stderr)
     return 2
 

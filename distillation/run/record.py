@@ -15,6 +15,7 @@ from utils import UNPRINTABLE, UserError
 
 Check = Callable[[Any], bool]
 LONGEST_TEXT = 4096  # characters; as long as a path can be
+WIDEST = 2**14  # of a language model, which limits the rank of its adapters; the 7B teacher has 3584
 
 
 def _one_of(choices: Collection[str]) -> tuple[str, Check]:
@@ -59,7 +60,7 @@ NEEDED: dict[str, tuple[str, Check]] = {
 }
 # What the records of some scripts have, or those since a flag was added.
 OTHERS: dict[str, tuple[str, Check]] = {
-    "lora_rank": _optional(WHOLE),
+    "lora_rank": _optional((f"a whole number up to {WIDEST}", lambda value: WHOLE[1](value) and value <= WIDEST)),
     "lora_alpha": _optional(WHOLE),
     "teacher_name": _optional(TEXT),
     "teacher_checkpoint": _optional(TEXT),

@@ -116,3 +116,98 @@ MODEL_FOLDERS: dict[str, Change] = {
     "junk weights": content("model.safetensors", b"\xff" * 5_000_000),
     "index of files elsewhere": index_elsewhere,
 }
+
+
+def record(**values: Any) -> Callable[[dict], object]:
+    """Change what a checkpoint records."""
+    return lambda checkpoint: checkpoint["hyper_parameters"].update(values)
+
+
+def lacking(name: str) -> Callable[[dict], object]:
+    return lambda checkpoint: checkpoint["hyper_parameters"].pop(name)
+
+
+def part(name: str, value: Any) -> Callable[[dict], object]:
+    """Replace one part of a checkpoint."""
+    return lambda checkpoint: checkpoint.update({name: value})
+
+
+def weight(change: Callable[[torch.Tensor], Any]) -> Callable[[dict], object]:
+    """Change one of its weights."""
+
+    def tamper(checkpoint: dict) -> None:
+        name = max(checkpoint["state_dict"], key=lambda name: checkpoint["state_dict"][name].numel())
+        checkpoint["state_dict"][name] = change(checkpoint["state_dict"][name])
+
+    return tamper
+
+
+def inner(path: str, value: Any) -> Callable[[dict], object]:
+    """Replace a value deep inside a checkpoint; numbers in the path are positions."""
+
+    def tamper(checkpoint: dict) -> None:
+        *parents, last = [int(key) if key.isdecimal() else key for key in path.split("/")]
+        found = checkpoint
+        for key in parents:
+            found = found[key]
+        found[last] = value
+
+    return tamper
+
+
+# Whatever reads a checkpoint has to refuse these.
+TAMPERED: dict[str, Callable[[dict], object]] = {
+    "record is no dict": part("hyper_parameters", "script"),
+    "no student_name": lacking("student_name"),
+    "student_name a number": record(student_name=7),
+    "student_name of a missing folder": record(student_name="/nowhere/at all"),
+    "student_name with escapes": record(student_name=EVIL_NAME),
+    "no modality": lacking("modality"),
+    "unknown modality": record(modality="sonar"),
+    "unknown depth_encoding": record(depth_encoding="evil"),
+    "unknown image_tokens": record(image_tokens=["one_tile"]),
+    "unknown depth_source": record(depth_source="../raw"),
+    "miniature a text": record(miniature="yes"),
+    "script with ..": record(script="distillation/../../../etc/train.py"),
+    "script absolute": record(script="/etc/passwd"),
+    "script a number": record(script=3),
+    "lora_rank 10**6": record(lora_rank=10**6, lora_alpha=2),
+    "lora_rank a text": record(lora_rank="16"),
+    "lora_rank negative": record(lora_rank=-1),
+    "lora_rank without lora_alpha": record(lora_rank=2, lora_alpha=None),
+    "seed a text": record(seed="0"),
+    "label_fraction 10**9": record(label_fraction=10**9),
+    "a list among the settings": record(extra=[1, 2]),
+    "no weights": part("state_dict", {}),
+    "weights are a list": part("state_dict", [1]),
+    "a weight too large": weight(lambda value: torch.zeros(value.numel() + 1)),
+    "a weight of 10**12 values": weight(lambda value: torch.zeros(1).expand(10**12)),
+    "a weight of whole numbers": weight(lambda value: value.long()),
+    "a weight that is a text": weight(lambda value: "weight"),
+    "a weight missing": lambda checkpoint: checkpoint["state_dict"].pop(next(iter(checkpoint["state_dict"]))),
+}
+LOOP = "loops/fit_loop/epoch_loop.batch_progress/current"
+# What only a run that goes on reads.
+TAMPERED_STATE: dict[str, Callable[[dict], object]] = {
+    "no position": lambda checkpoint: checkpoint.pop("position"),
+    "position a text": part("position", "start"),
+    "batch negative": inner("position/batch", -4),
+    "world_size a text": inner("position/world_size", "1"),
+    "no loops": part("loops", None),
+    "loop's batch a text": inner(f"{LOOP}/ready", "3"),
+    "loop's batch negative": inner(f"{LOOP}/completed", -3),
+    "an unknown loop": inner("loops/fit_loop/evil", {"a": 1}),
+    "no optimizer": part("optimizer_states", []),
+    "optimizer a text": part("optimizer_states", ["adam"]),
+    "rate a text": inner("optimizer_states/0/param_groups/0/lr", "fast"),
+    "rate not finite": inner("optimizer_states/0/param_groups/0/lr", float("nan")),
+    "moment of another shape": inner("optimizer_states/0/state/0/exp_avg", torch.zeros(3, 5)),
+    "moment a text": inner("optimizer_states/0/state/0/exp_avg", "large"),
+    "schedule's method replaced": inner("lr_schedulers/0/step", 5),
+    "schedule's count a text": inner("lr_schedulers/0/last_epoch", "3"),
+    "callbacks a list": part("callbacks", []),
+    "best path a number": lambda checkpoint: [
+        state.update(best_model_path=7) for state in checkpoint["callbacks"].values()
+    ],
+    "version of Lightning no version": part("pytorch-lightning_version", "newest"),
+}
