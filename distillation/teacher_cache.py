@@ -71,7 +71,7 @@ class StoredOutputs:
         tensors = self.store.get(name)
         if tensors is None:
             raise UserError(f"{self.store.folder}: {name} was damaged since the start; start again, it is made anew")
-        refuse_not_finite(tensors, f"{self.store.path(name)}: the teacher's stored outputs", "remove the file")
+        refuse_not_finite(tensors, self.store.path(name), "remove the file, it is made anew")
         return tensors
 
 
@@ -98,7 +98,7 @@ class LiveTeacher:
     def head(self) -> Tensor:
         """(V, H) the output layer, cropped to the tokenizer's length."""
         head = self.model.get_output_embeddings().weight[: len(self.processor.tokenizer)]
-        refuse_not_finite({"head": head}, "the teacher's output layer", BROKEN_TEACHER)
+        refuse_not_finite({"head": head}, "output layer", BROKEN_TEACHER)
         return head.detach().cpu().contiguous().clone()
 
     def compute(self, groups: Sequence[Group]) -> list[dict[str, Tensor]]:
@@ -136,16 +136,16 @@ class LiveTeacher:
             )
         for i, rows in enumerate(groups):
             own = _image_outputs(patches[i].cpu(), answers.tokens[i], answers.hidden[i], eos_token_id=eos_token_id)
-            refuse_not_finite(own, f"{rows[0].image_path}: the teacher's outputs", BROKEN_TEACHER)
+            refuse_not_finite(own, rows[0].image_path, BROKEN_TEACHER)
             outputs.append(own)
         return outputs
 
 
-def refuse_not_finite(tensors: Mapping[str, Tensor], what: str, advice: str) -> None:
-    """Raises UserError where a value is NaN or infinite: the student's loss would be, too."""
+def refuse_not_finite(tensors: Mapping[str, Tensor], where: Path | str, advice: str) -> None:
+    """Raises UserError where an output of the teacher is NaN or infinite: the student's loss would be, too."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{what} hold NaN or infinity ({name}), there is nothing to learn from them; {advice}")
+            raise UserError(f"{where}: the teacher's outputs hold NaN or infinity ({name}); {advice}")
 
 
 def asked_answers(rows: Group) -> list[tuple[str, str | None]]:

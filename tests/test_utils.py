@@ -14,6 +14,7 @@ from dataset.inputs.pictures import OTHER_CODE
 from tests.helpers.system import hide_affinity
 from utils import (
     ROOT,
+    UserError,
     announced,
     at_least,
     available_cores,
@@ -186,3 +187,27 @@ def number_flags():
     parser.add_argument("--temperature", type=positive)
     parser.add_argument("--alpha", type=fraction)
     return parser
+
+
+def test_only_what_steers_a_terminal_is_escaped():
+    plain = "Tür 椅子 стул كرسي 👩‍🏫 a|b <c>"
+    assert utils.printable(plain) == plain
+    assert utils.printable("a\x1b[31m\x9b\u202e\n\udcff") == "a\\x1b[31m\\x9b\\u202e\\n\\udcff"
+
+
+def test_a_users_error_is_one_short_line_without_escapes(capsys):
+    assert utils._fail(UserError("a\x1b[2J\n" + "x" * 10_000)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: a\\x1b[2J xxx") and said.count("\n") == 1 and len(said) < 2100
+
+
+@pytest.mark.parametrize("error", [ValueError("pass trust_remote_code=True"), RuntimeError("Use weights_only=False")])
+def test_advice_to_switch_safety_off_is_not_passed_on(error):
+    assert utils.reason(error) == type(error).__name__
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7", "[" * 100_000, "\xff"])
+def test_json_that_is_no_object_is_refused(tmp_path, text):
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="a.json: (not valid JSON|holds a JSON)"):
+        utils.read_json(tmp_path / "a.json")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dataset.datamodule import SUNRGBDDataModule
 from dataset.inputs import pictures
@@ -185,6 +186,23 @@ def test_no_room_for_the_teachers_outputs(places, tiny_folder, tiny_teacher, mon
     monkeypatch.setattr(run_data.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="the teacher's outputs: no room in"):
         distill("logit", tiny_folder, tiny_teacher)
+
+
+def test_outputs_that_are_not_finite_are_blamed_on_the_teacher(places, world, tiny_folder, tiny_teacher, tmp_path):
+    data = data_module(world, tiny_folder)
+    teacher = teacher_of(data, tiny_folder, tiny_teacher)
+    store, name = teacher.source.store, teacher.source.names[0]
+    outputs = store.get(name)
+    store.put(name, outputs | {"patches": outputs["patches"] * float("nan")})  # whole, and its checksum fits
+    with pytest.raises(UserError, match=f"{name}.tensors: the teacher's outputs hold NaN .*patches.* remove the file"):
+        teacher_of(data, tiny_folder, tiny_teacher).patches(data.train.images[0][0].image_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_teacher, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.language_model.norm.weight"] *= float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="image/.*: the teacher's outputs hold NaN .*use another teacher"):
+        teacher_of(data, tiny_folder, broken)
 
 
 def test_unfit_teachers_are_refused(places, world, tiny_folder, tiny_teacher, tmp_path):

@@ -15,6 +15,7 @@ from dataset.sunrgbd.depth import encode_sunrgbd
 from evaluation import compare, comparison, figures
 from evaluation.intervals import paired_difference, permutation_test
 from evaluation.metrics import evaluate_rows
+from tests.helpers.hostile import EVIL_NAME, STEERING
 from utils import ROOT, UserError
 
 N_IMAGES = 10
@@ -303,3 +304,32 @@ def test_command_runs_from_another_folder(folders, world, tmp_path):
     assert "distilled student" in done.stdout and (tmp_path / "out" / "contact_sheet.png").is_file()
     failed = subprocess.run([*command, "--baseline", "nobody"], cwd=tmp_path, capture_output=True, text=True)
     assert failed.returncode == 2 and failed.stderr.startswith("error: --baseline nobody")
+
+
+def test_a_strangers_names_reach_no_table_raw(tmp_path, world):
+    """Neither escapes for the terminal nor markup; other scripts pass unharmed."""
+    rows = [row | {"Question_Type": row["Question_Type"] + "\x1b[2J"} for row in answered(question_rows(), 0.0, seed=1)]
+    folder = write_results(tmp_path / "a", rows, name=EVIL_NAME + " Tür 椅子")
+    compare.write_report([comparison.load_results(folder)], tmp_path / "out", world)
+    for name in ("table.txt", "table.md"):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert (
+            not any(mark in text for mark in STEERING)
+            and "Tür 椅子" in text
+            and r"\x1b[31mred" in text.replace("\\[", "[")
+        )
+    assert "<script>" not in text and r"\<script\>" in text and r"\x9b2J\|" in text
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"system": "x"}', '{"system": {"name": ["x"]}}'])
+def test_metrics_of_another_form_are_named(folders, text):
+    (folders[0] / "metrics.json").write_text(text)
+    with pytest.raises(UserError, match="metrics.json"):
+        comparison.load_results(folders[0])
+
+
+def test_pictures_on_another_disk_are_shown(folders, world, tmp_path):
+    (world / "SUNRGBD/frame0").rename(tmp_path / "other_disk")
+    (world / "SUNRGBD/frame0").symlink_to(tmp_path / "other_disk")
+    figures.draw_contact_sheet(load(folders[:1]), tmp_path / "sheet.png", world, n_frames=N_IMAGES)
+    assert (tmp_path / "sheet.png").is_file()

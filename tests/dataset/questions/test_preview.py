@@ -1,6 +1,7 @@
 """Captions say what is true of a frame, whatever the frame; the preview page shows what the question files say."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,6 +13,8 @@ from dataset.questions.preview import write_preview
 from dataset.questions.rows import CAPTION_TYPE, questions_file, read_questions
 from dataset.sunrgbd.annotations import Instance, frame_objects
 from dataset.sunrgbd.frames import find_frames
+from tests.helpers.hostile import EVIL_NAME, STEERING
+from utils import printable
 
 SIZE = 50
 
@@ -110,3 +113,13 @@ def test_every_miniature_room_has_a_caption(world):
     frames, _ = find_frames(world)
     texts = [caption(frame_objects(frame)[0], scene=frame.scene) for frame in frames]
     assert all(texts) and len(set(texts)) > 0.9 * len(texts)
+
+
+def test_a_strangers_questions_are_no_markup(world, tmp_path):
+    rows = read_questions(questions_file(world, "test"), root=world)
+    write_preview(tmp_path / "page.html", world, [replace(row, question=EVIL_NAME) for row in rows], n_frames=2)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert not any(mark in text for mark in STEERING) and "<script>" not in text
+    page = _Cells()
+    page.feed(text)
+    assert printable(EVIL_NAME) in page.cells

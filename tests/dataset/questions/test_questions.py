@@ -484,3 +484,39 @@ def test_a_short_row_is_named(tmp_path):
     path.write_text(",".join(REQUIRED_COLUMNS) + "\n1,Is it?\n")
     with pytest.raises(UserError, match="q.csv:2: Answers is empty"):
         read_questions(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("chair", "ch\x1b[31mair"), "q.csv:2: Questions contains the control character"),
+        (lambda text: text.replace("chair", "ch\0air"), "q.csv:2: Questions contains the control character"),
+        (lambda text: text.rstrip("\n") + ",,,\n", "q.csv:2: has more cells than the first line has columns"),
+        (lambda text: "a," * 5000 + text, "q.csv:1: has 5,006 columns"),
+        (lambda text: text.replace("chair", "x" * 10_000_000), "q.csv: question file cannot be read .*field limit"),
+    ],
+)
+def test_files_of_strangers_are_refused(tmp_path, change, message):
+    text = ",".join(REQUIRED_COLUMNS) + "\n1,Is it a chair?,yes,a/image/b.jpg,a/depth/c.png,Yes/No\n"
+    (tmp_path / "q.csv").write_text(change(text))
+    with pytest.raises(UserError, match=message):
+        read_questions(tmp_path / "q.csv")
+
+
+def test_links_that_a_user_made_in_the_tree_are_followed(tmp_path):
+    """The tree is the user's; a collection may lie on another disk. A question's own path may not lead out."""
+    frame = tmp_path / "other_disk" / "frame"
+    for name in ("image/b.jpg", "depth/c.png"):
+        (frame / name).parent.mkdir(parents=True)
+        (frame / name).touch()
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "a").symlink_to(frame)
+    for place, reason in (("a", None), ("a/../a", "stay inside"), ("../other_disk/frame", "stay inside")):
+        line = f"1,Is it?,yes,{place}/image/b.jpg,{place}/depth/c.png,Yes/No\n"
+        (tmp_path / "q.csv").write_text(",".join(REQUIRED_COLUMNS) + "\n" + line)
+        if reason is None:
+            assert len(read_questions(tmp_path / "q.csv", root=root)) == 1
+        else:
+            with pytest.raises(UserError, match=reason):
+                read_questions(tmp_path / "q.csv", root=root)

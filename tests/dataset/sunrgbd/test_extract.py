@@ -367,3 +367,33 @@ def test_random_damage_ends_in_one_message_or_in_true_files(root, tmp_path):
         for folder in root.iterdir():
             shutil.rmtree(folder)
     assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({f"SUNRGBD/{'x' * 400}.jpg": b"x"}, "longer than a disk can take"),
+        ({"SUNRGBD/" + "d/" * 90 + "a.jpg": b"x"}, "longer than a disk can take"),
+        ({"SUNRGBD/\x1b[31m.jpg": b"x"}, "has control characters"),
+        (
+            {f"{FRAME}/depth/0.png": bytes(2_000_000)},
+            "would be 2.0 MB unpacked, .* no picture .* reaches 100",
+        ),
+    ],
+)
+def test_what_no_archive_of_the_data_set_has_is_refused(root, tmp_path, files, complaint):
+    path = make_zip(tmp_path / "a.zip", PICTURES | files)
+    with pytest.raises(UserError, match=f"refused: .*{complaint}.*; nothing was unpacked"):
+        extract_archives(sunrgbd(path), root)
+    assert not any(root.iterdir())
+
+
+def test_too_many_files_and_a_directory_that_lies_about_sizes_are_refused(root, tmp_path, monkeypatch):
+    path = make_zip(tmp_path / "a.zip", PICTURES)
+    patch_directory(path, f"{FRAME}/scene.txt", 20, (10**6).to_bytes(4, "little"))  # packed size
+    with pytest.raises(UserError, match="its files are said to be 1.0 MB packed"):
+        extract_archives(sunrgbd(path), root)
+    monkeypatch.setattr(extract, "MOST_FILES", 3)
+    with pytest.raises(UserError, match="it has 5 files"):
+        extract_archives(sunrgbd(path), root)
+    assert not any(root.iterdir())
