@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from dataset.questions.rows import frame_path, read_questions
 from tests.helpers.hostile import (
     ADVICE,
     EVIL_NAME,
@@ -354,3 +356,37 @@ def test_a_collection_on_another_disk_is_read(fault_table, world, tiny_folder, t
         comparison = load_script(COMPARISON)
         comparison.main(comparison.parse_args([str(tmp_path / "results"), "--output", str(tmp_path / "out")]))
         assert (tmp_path / "out" / "contact_sheet.png").is_file()
+
+
+def smaller_depth(frame: Path) -> None:
+    (path,) = (frame / "depth").iterdir()
+    with Image.open(path) as picture:
+        picture.crop((0, 0, picture.width - 1, picture.height)).save(path)
+
+
+def nan_intrinsics(frame: Path) -> None:
+    (frame / "intrinsics.txt").write_text("nan 0 1\n0 1 1\n0 0 1\n")
+
+
+@pytest.mark.parametrize("damage", [smaller_depth, nan_intrinsics])
+def test_frames_that_are_not_registered(fault_table, world, tiny_folder, tmp_path, monkeypatch, capsys, damage):
+    """Evaluation and preparation name the frame; training is in tests/distillation/run/test_training.py."""
+    own = tmp_path / "world"
+    shutil.copytree(world, own)
+    row = read_questions(own / "SUNRGBD/csv_data/test_dataset.csv", root=own)[0]
+    damage(own / frame_path(row))
+    monkeypatch.setenv("ROOT_DATA_DIR", str(own))
+    with fault_table.trial("depth of another size, NaN intrinsics: evaluation"):
+        argv = ["--model_id", str(tiny_folder), "--pixel_data_type", "depth", "--image_tokens", "one_tile"]
+        assert frame_path(row) in refused(EVALUATION, [*argv, "--output", str(tmp_path / "results")], capsys)
+    with fault_table.trial("depth of another size, NaN intrinsics: --check"):
+        assert "1 frames cannot be used" in refused(PREPARATION, ["--root", str(own), "--check"], capsys)
+
+
+def test_a_name_that_steers_a_terminal(fault_table, places, tiny_folder, tmp_path, capsys):
+    script = load_script(EVALUATION)
+    argv = ["--model_id", str(tiny_folder), "--image_tokens", "one_tile", "--gts_type", "val", "--max_new_tokens", "2"]
+    with fault_table.trial("control characters and markup, --name"):
+        script.main(script.parse_args([*argv, "--name", EVIL_NAME, "--output", str(tmp_path / "results")]))
+        said = capsys.readouterr()
+        assert not [mark for mark in STEERING if mark in said.out + said.err]
