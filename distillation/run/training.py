@@ -45,6 +45,8 @@ from distillation.run.restore import RestoredState, fit_from
 from distillation.run.signals import StopOnSignal, signals_given_back
 from utils import amount, disk_errors, duration, printable, write_json
 
+FEWEST_POINTS = 10  # of a curve: shorter runs log more often than every tenth update
+
 
 def train(
     module: pl.LightningModule,
@@ -103,7 +105,7 @@ def fit(
 ) -> pl.Trainer:
     """Train and validate."""
     allow_open_files()
-    trainer = build_trainer(args, run, monitor)
+    trainer = build_trainer(args, run, monitor, updates=updates_of_run(data, args))
     if trainer.is_global_zero:
         write_json(run.logs / "run.json", run.record)
     with disk_errors(run.logs), nothing_left_running(trainer), signals_given_back():  # checkpoints name themselves
@@ -172,8 +174,15 @@ def best_of_run(
     return Path(kept.best_model_path), float(kept.best_model_score)
 
 
-def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Trainer:
-    """The Trainer of every experiment."""
+def updates_of_run(data: SUNRGBDDataModule, args: argparse.Namespace) -> int:
+    """How many optimizer updates a run of these flags makes from its start to its end."""
+    per_update = args.batch_size * args.accumulate_grad_batches * probe(args).world_size
+    updates = math.ceil(data.images_per_epoch / per_update) * args.max_epochs
+    return min(updates, args.max_steps) if args.max_steps > 0 else updates
+
+
+def build_trainer(args: argparse.Namespace, run: Run, monitor: str, *, updates: int) -> pl.Trainer:
+    """The Trainer of every experiment; a run of few `updates` logs them more often."""
     quieten()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     options, stop = own_checkpoints_only(), StopOnSignal(run.checkpoints / "last.ckpt")
@@ -205,7 +214,7 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=10,
+        log_every_n_steps=max(1, min(10, updates // FEWEST_POINTS)),
     )
 
 
