@@ -154,7 +154,7 @@ def _release(path: Path, owner: Owner, made: tuple[Path, ...]) -> None:
     """At the end of the owner: remove what it made if there is no checkpoint in it, and let go of the rest."""
     if os.getpid() != owner.pid or not path.is_file():  # a forked process; a folder that the user has deleted
         return
-    with suppress(OSError):  # a full disk: the claim of a process that is gone can be taken over anyway
+    with suppress(OSError, UserError):  # a full disk: the claim of a process that is gone can be taken over anyway
         if made and not any(path.parent.glob("*.ckpt")):
             for folder in sorted(made, key=lambda made_folder: made_folder == path.parent):  # the claimed one last
                 shutil.rmtree(folder, ignore_errors=True)

@@ -375,15 +375,23 @@ def test_random_damage_ends_in_one_message_or_in_true_files(root, tmp_path):
         ({f"SUNRGBD/{'x' * 400}.jpg": b"x"}, "longer than a disk can take"),
         ({"SUNRGBD/" + "d/" * 90 + "a.jpg": b"x"}, "longer than a disk can take"),
         ({"SUNRGBD/\x1b[31m.jpg": b"x"}, "has control characters"),
-        (
-            {f"{FRAME}/depth/0.png": bytes(2_000_000)},
-            "would be 2.0 MB unpacked, .* no picture .* reaches 100",
-        ),
+        ({f"{FRAME}/depth/0.png": bytes(20_000_000)}, "would be 20.0 MB unpacked, .* no picture .* reaches 100"),
     ],
 )
 def test_what_no_archive_of_the_data_set_has_is_refused(root, tmp_path, files, complaint):
     path = make_zip(tmp_path / "a.zip", PICTURES | files)
     with pytest.raises(UserError, match=f"refused: .*{complaint}.*; nothing was unpacked"):
+        extract_archives(sunrgbd(path), root)
+    assert not any(root.iterdir())
+
+
+def test_many_small_files_that_unpack_to_too_much_are_refused(root, tmp_path, monkeypatch):
+    """Each may be anything, such as a map of labels; all of them together may not."""
+    path = make_zip(tmp_path / "a.zip", PICTURES | {f"{FRAME}/seg{i}.mat": bytes(2_000_000) for i in range(5)})
+    extract_archives(sunrgbd(path), root)
+    shutil.rmtree(root / "SUNRGBD")
+    monkeypatch.setattr(extract, "SMALL_IN_ALL", 1_000_000)
+    with pytest.raises(UserError, match="would be 10.0 MB unpacked, more than 20 times its size"):
         extract_archives(sunrgbd(path), root)
     assert not any(root.iterdir())
 
