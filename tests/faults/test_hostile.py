@@ -41,7 +41,7 @@ def refused(script: str, argv: list[str], capsys) -> str:
     with pytest.raises(UserError) as error:
         loaded.main(loaded.parse_args(argv))
     assert time.monotonic() - started < 60
-    assert _fail(error.value) == 2
+    assert _fail(str(error.value)) == 2
     said = capsys.readouterr()
     (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert not [words for words in ADVICE if words in said.err + said.out]
