@@ -60,7 +60,13 @@ class Started:
     def wait_until(self, condition: Callable[[], bool], *, within_s: float = 120) -> None:
         """Return as soon as the condition holds; fail when the process ends or the time is over before."""
         deadline = time.monotonic() + within_s
-        while not condition():
+
+        def holds() -> bool:
+            with suppress(FileNotFoundError):  # a folder that the process has removed while it was looked through
+                return condition()
+            return False
+
+        while not holds():
             assert self.process.poll() is None, f"ended with {self.process.returncode} too early:\n{self.stderr}"
             assert time.monotonic() < deadline, f"nothing happened within {within_s} s:\n{self.stderr}"
             time.sleep(0.005)
