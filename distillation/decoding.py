@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dataset.inputs.prompts import PADDING_SEGMENT, answer_targets, visible_segments
+from dataset.inputs.prompts import PADDING_SEGMENT, PREFIX_SEGMENT, answer_targets, pack_blocks, visible_segments
 from distillation.forward import base_model, input_embeddings, states_at, true_columns
 
 Text = Mapping[str, Tensor]
@@ -47,12 +47,21 @@ def greedy_answers(
         max_new_tokens: longest answer.
         suppress_tokens: tokens that are no words (image placeholders).
     """
-    head = base_model(model).lm_head.weight[:vocab_size]
-    suppressed = head.new_zeros(vocab_size, dtype=torch.float32)
-    suppressed[list(suppress_tokens)] = -torch.inf
     decoding = prefill(model, text, images)
+    return _decode(model, decoding, vocab_size, eos_token_id, max_new_tokens, suppress_tokens)
+
+
+def _decode(
+    model: nn.Module,
+    decoding: "Decoding",
+    vocab_size: int,
+    eos_token_id: int,
+    max_new_tokens: int,
+    suppress_tokens: Sequence[int],
+) -> Answers:
+    """Go on with open blocks until each has its answer. Arguments: see `greedy_answers`."""
     for step in range(max_new_tokens):
-        logits = decoding.newest @ head.to(decoding.newest.dtype).T + suppressed.to(decoding.newest.dtype)
+        logits = word_logits(model, decoding.newest, vocab_size=vocab_size, suppress_tokens=suppress_tokens)
         chosen = logits.argmax(-1)  # (B, open blocks)
         decoding.append(chosen)
         decoding.segments = torch.where(chosen == eos_token_id, PADDING_SEGMENT, decoding.segments)
@@ -61,6 +70,91 @@ def greedy_answers(
             break
         decoding.advance(model, chosen, true_columns(is_open))
     return decoding.answers()
+
+
+def word_logits(model: nn.Module, hidden: Tensor, *, vocab_size: int, suppress_tokens: Sequence[int] = ()) -> Tensor:
+    """Last hidden states (..., D) -> next-token logits (..., vocab_size), -inf for tokens that are no words."""
+    head = base_model(model).lm_head.weight[:vocab_size].to(hidden.dtype)
+    suppressed = head.new_zeros(vocab_size)
+    suppressed[list(suppress_tokens)] = -torch.inf
+    return hidden @ head.T + suppressed
+
+
+@dataclass(frozen=True)
+class ImagePrefix:
+    """An image that was read once, for any number of questions."""
+
+    cache: DynamicCache  # keys and values of the prefix
+    length: int  # of the prefix, in tokens
+
+
+@torch.no_grad()
+def read_prefix(model: nn.Module, input_ids: Tensor, images: Mapping[str, Any]) -> ImagePrefix:
+    """Read an image prefix: (1, P) token ids, and the images as for `answer_states`."""
+    length = input_ids.shape[1]
+    positions = torch.arange(length, device=input_ids.device)[None]
+    text = {"position_ids": positions, "attention_mask": positions.new_ones(1, 1, 1, length, dtype=torch.bool)}
+    cache = DynamicCache(config=base_model(model).config.text_config)
+    states_at(model, input_embeddings(model, input_ids, images), text, positions[:, -1:], cache)
+    return ImagePrefix(cache, length)
+
+
+@torch.no_grad()
+def answers_behind(
+    model: nn.Module,
+    prefix: ImagePrefix,
+    blocks: Sequence[list[int]],
+    *,
+    vocab_size: int,
+    eos_token_id: int,
+    max_new_tokens: int,
+    suppress_tokens: Sequence[int] = (),
+) -> Answers:
+    """Greedy answers to question blocks behind an image that was read before; the prefix stays as it was.
+
+    Args:
+        model: that read the prefix.
+        prefix: of `read_prefix`.
+        blocks: token ids of each question, up to where its answer starts or somewhere inside the answer.
+        vocab_size: as for `greedy_answers`, and the following ones, too.
+        eos_token_id: token that ends an answer.
+        max_new_tokens: longest answer.
+        suppress_tokens: tokens that are no words.
+
+    Returns:
+        One row, with a block for each of `blocks`.
+    """
+    try:
+        decoding = _read_blocks(model, prefix, blocks)
+        return _decode(model, decoding, vocab_size, eos_token_id, max_new_tokens, suppress_tokens)
+    finally:
+        prefix.cache.crop(prefix.length - prefix.cache.get_seq_length())
+
+
+def _read_blocks(model: nn.Module, prefix: ImagePrefix, blocks: Sequence[list[int]]) -> "Decoding":
+    packed = pack_blocks([], [(block, []) for block in blocks])
+    device = base_model(model).device
+    ids, own, positions = (
+        torch.tensor(values, device=device)[None] for values in (packed.input_ids, packed.segments, packed.positions)
+    )
+    segments = torch.cat([own.new_full((1, prefix.length), PREFIX_SEGMENT), own], dim=1)
+    causal = own.new_ones(own.shape[1], segments.shape[1], dtype=torch.bool).tril(prefix.length)
+    text = {
+        "position_ids": positions + prefix.length,
+        "attention_mask": (visible_segments(own, segments) & causal)[:, None],
+    }
+    ends = torch.tensor([len(block) for block in blocks], device=device).cumsum(0)[None] - 1
+    newest = states_at(model, input_embeddings(model, ids, {}), text, ends, prefix.cache)
+    numbers = torch.arange(1, len(blocks) + 1, device=device)[None]
+    return Decoding(
+        prefix.cache,
+        segments,
+        numbers,
+        text["position_ids"].gather(1, ends),
+        newest,
+        [[[] for _ in blocks]],
+        [[[] for _ in blocks]],
+    )
 
 
 @dataclass

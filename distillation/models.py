@@ -1,9 +1,7 @@
-"""Load student and teacher, choose what trains, LoRA, weights in and out, export."""
+"""Load student and teacher, choose what trains, LoRA, weights in and out."""
 
-import shutil
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +11,8 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 from dataset.inputs.model_folder import check_weight_files, model_folder
-from dataset.inputs.processor import ImageTextProcessor, save_processor
 from distillation.forward import base_model, use_packed_attention, vision_tower
-from utils import UserError, disk_errors, part_path, reason, remove_leftovers
+from utils import UserError, reason
 
 STUDENT_NAME = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
 TEACHER_NAME = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
@@ -190,26 +187,3 @@ def student_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The student's weights out of a training checkpoint."""
     state = checkpoint["state_dict"]
     return {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
-
-
-def export_model(model: nn.Module, processor: ImageTextProcessor, folder: Path, *, dtype: torch.dtype = torch.float16):
-    """Write a Hugging Face folder that stock transformers loads; LoRA adapters are merged into the weights.
-
-    The model's weights are converted in place; call it when training is over. An interrupted export leaves no folder.
-
-    Raises:
-        UserError: the disk is full or not writable.
-    """
-    part = part_path(folder)
-    remove_leftovers(folder.parent)
-    try:
-        if isinstance(model, PeftModel):
-            model = model.merge_and_unload()
-        model.to(dtype)
-        with disk_errors(folder, part=part, size=sum(weight.nbytes for weight in model.parameters())):
-            part.parent.mkdir(parents=True, exist_ok=True)
-            model.save_pretrained(part)
-            save_processor(processor, part)
-            part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -16,6 +16,7 @@ from dataset.loading import follow_the_script
 from dataset.questions.rows import QuestionRow, frame_path, group_by_image
 from dataset.sunrgbd.frames import read_frame
 from distillation.decoding import greedy_answers
+from distillation.export import read_description
 from distillation.models import MINIATURE_STUDENT, STUDENT_NAME, load_model, restore_student
 from distillation.run.folders import EXPERIMENTS, chosen_checkpoint, experiment_folder
 from distillation.run.machine import frozen_dtype, resolve_precision
@@ -48,7 +49,14 @@ def load_system(
 
 
 def stock_system(args: argparse.Namespace) -> tuple[dict[str, Any], ImageSettings]:
-    """A stock model: its description and image settings. Raises UserError when a flag would have no effect."""
+    """A stock model, or one that was exported: its description and image settings.
+
+    Raises:
+        UserError: a flag would have no effect, or contradicts the export.
+    """
+    model_id = args.model_id or (MINIATURE_STUDENT if args.miniature else STUDENT_NAME)
+    if (exported := read_description(model_id)) is not None:
+        return exported_system(args, model_id, exported)
     for flag in ("depth_encoding", "depth_source"):
         if getattr(args, flag) and args.pixel_data_type != "depth":
             raise UserError(f"--{flag} {getattr(args, flag)}: goes with --pixel_data_type depth")
@@ -58,7 +66,15 @@ def stock_system(args: argparse.Namespace) -> tuple[dict[str, Any], ImageSetting
         depth_source=args.depth_source or "raw",
         image_tokens=args.image_tokens or ("one_tile" if args.miniature else "anyres"),
     )
-    model_id = args.model_id or (MINIATURE_STUDENT if args.miniature else STUDENT_NAME)
+    return {"model_id": model_id, "checkpoint": None, "name": f"{Path(model_id).name} {images.modality}"}, images
+
+
+def exported_system(
+    args: argparse.Namespace, model_id: str, exported: dict[str, Any]
+) -> tuple[dict[str, Any], ImageSettings]:
+    """An export of ours: its description and image settings. Raises UserError when a flag contradicts them."""
+    recorded = exported["sees"] | {"student_name": model_id, "miniature": exported["miniature"]}
+    images = recorded_images(args, recorded, Path(model_id))
     return {"model_id": model_id, "checkpoint": None, "name": f"{Path(model_id).name} {images.modality}"}, images
 
 

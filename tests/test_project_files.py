@@ -50,8 +50,8 @@ def test_the_change_log_starts_with_the_newest_day():
 
 def test_the_guides_name_files_and_commands_that_are_there():
     targets = re.search(r"^\.PHONY: (.*)", MAKEFILE, re.M).group(1).split()
-    made = {"benchmarks/reproduce/rates.json", "answers.jsonl"}  # by commands
-    places = (ROOT, ROOT / "dataset", ROOT / "distillation", ROOT / "tests")
+    made = {"benchmarks/reproduce/rates.json", "answers.jsonl", "student.json"}  # by commands
+    places = (ROOT, ROOT / "dataset", ROOT / "distillation", ROOT / "evaluation", ROOT / "tests")
     for path in ("CHANGELOG.md", ".github/CONTRIBUTING.md"):
         quoted = re.findall(r"`([^`\n]+)`", (ROOT / path).read_text(encoding="utf-8"))
         assert not {name for text in quoted for name in re.findall(r"\bmake (\w+)", text)} - set(targets)

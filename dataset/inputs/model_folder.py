@@ -37,7 +37,10 @@ def model_folder(name: str) -> Path:
         try:
             folder = Path(snapshot_download(name, allow_patterns=WANTED, token=hf_token()))
         except (OSError, ValueError) as error:
-            raise UserError(f"{name}: no such folder, and not to be had from the hub ({reason(error)})") from error
+            raise UserError(
+                f"{name}: no such folder, and not to be had from the hub ({reason(error)}). Where there is internet: "
+                f"hf download {name}, into an HF_HOME that this machine reads, too"
+            ) from error
     if not (folder / "config.json").is_file():
         raise UserError(f"{name}: no LLaVA-OneVision model can be loaded from there (no config.json)")
     if (folder / "adapter_config.json").exists():

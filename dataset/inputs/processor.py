@@ -15,6 +15,10 @@ from transformers.models.llava_onevision.processing_llava_onevision import Llava
 from dataset.inputs.model_folder import model_folder
 from utils import UserError, read_json, reason, write_json
 
+VIDEO_SETTINGS = (
+    "size", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+    "do_convert_rgb",
+)  # fmt: skip
 IMAGE_TOKENS = ("anyres", "two_tile", "one_tile")
 MOST_GRIDS, LARGEST_GRID = 100, 10  # ways to cut a picture, tiles per side; LLaVA-OneVision has 36 ways of up to 6
 
@@ -174,5 +178,10 @@ def save_processor(processor: ImageTextProcessor, folder: Path) -> None:
         text = text.replace("FloatImageProcessor", "LlavaOnevisionImageProcessor")
         text = text.replace("ImageTextProcessor", "LlavaOnevisionProcessor")
         write_json(path, json.loads(text))
+    # AutoProcessor asks for this file too (and for torchvision); a video's frames are treated as pictures are.
+    settings = processor.image_processor.to_dict()
+    video = {name: settings[name] for name in VIDEO_SETTINGS if settings.get(name) is not None}
+    video["video_processor_type"] = "LlavaOnevisionVideoProcessor"
+    write_json(folder / "video_preprocessor_config.json", video | {"processor_class": "LlavaOnevisionProcessor"})
     path = folder / "tokenizer_config.json"
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"processor_class": "LlavaOnevisionProcessor"})

@@ -57,7 +57,8 @@ def _tokens(processor: ImageTextProcessor, text: str) -> list[int]:
 
 
 @lru_cache(maxsize=100_000)
-def _question_tokens(processor: ImageTextProcessor, question: str, *, with_image: bool) -> tuple[list[int], list[int]]:
+def question_tokens(processor: ImageTextProcessor, question: str, *, with_image: bool) -> tuple[list[int], list[int]]:
+    """Token ids before and after the image placeholders, see `render_question`. Cached, as `_tokens`."""
     head, tail = render_question(processor, question, with_image=with_image)
     return _tokens(processor, head), _tokens(processor, tail)
 
@@ -78,7 +79,7 @@ def pack_questions(
             answer starts; None instead of a list = none of them has an answer.
         n_image_tokens: image placeholders in the prefix; 0 = the model sees no image.
     """
-    parts = [_question_tokens(processor, question, with_image=n_image_tokens > 0) for question in questions]
+    parts = [question_tokens(processor, question, with_image=n_image_tokens > 0) for question in questions]
     prefix = [*parts[0][0], *[processor.image_token_id] * n_image_tokens]
     eos_token_id = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     blocks = []

@@ -147,14 +147,14 @@ def read_frame(root: Path, path: str) -> Frame:
 def _check_sizes(frame: Frame) -> None:
     """Image and depth must have the same size, since their pixels correspond. Reads only the headers of the files."""
     image, *depths = (frame.root / path for path in (frame.image_path, frame.depth_path, frame.depth_bfx_path) if path)
-    sizes = [_header_size(path) for path in (image, *depths)]
+    sizes = [picture_size(path) for path in (image, *depths)]
     for path, size in zip(depths, sizes[1:], strict=True):
         if size and sizes[0] and size != sizes[0]:
             found, expected = ("{}x{}".format(*pixels) for pixels in (size, sizes[0]))
             raise UserError(f"{path}: depth is {found} pixels and {image.name} {expected}; they must be registered")
 
 
-def _header_size(path: Path) -> tuple[int, int] | None:
+def picture_size(path: Path) -> tuple[int, int] | None:
     """Width and height of a picture; None for a damaged one, which is reported when its pixels are read."""
     with suppress(*UNREADABLE), Image.open(path) as picture:
         return picture.size

@@ -14,7 +14,8 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from dataset.inputs.processor import ImageTextProcessor
-from distillation.models import export_model, load_trained_state, student_state, trained_state
+from distillation.export import DTYPES, describe_student, export_model
+from distillation.models import load_trained_state, student_state, trained_state
 from distillation.run.data import check_disk
 from distillation.run.folders import Run, chosen_checkpoint
 from distillation.run.machine import probe
@@ -241,8 +242,9 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
     Raises:
         UserError: names the first setting that differs.
     """
-    free = {"resume", "run", "run_name", "git_commit", "export", "save_final_pt", "num_workers", "max_epochs"}
-    free |= {"max_steps", "accelerator", "devices", "strategy", "load_checkpoint", "picture_cache", "vision_cache"}
+    free = {"resume", "run", "run_name", "git_commit", "export", "export_dtype", "save_final_pt", "num_workers"}
+    free |= {"max_epochs", "max_steps", "accelerator", "devices", "strategy", "load_checkpoint"}
+    free |= {"picture_cache", "vision_cache"}
     free |= {"gradient_checkpointing", "num_nodes", "teacher", "any_teacher"}
     free |= {"teacher_val_exact_match"}  # follows from the teacher
     for name in sorted(run.record.keys() - free):
@@ -307,7 +309,8 @@ def check_room(student: torch.nn.Module, run: Run, args: argparse.Namespace) -> 
     if args.save_final_pt:
         wanted.append(("--save_final_pt", args.save_final_pt.parent, trained))
     if args.export:
-        wanted.append(("--export", args.export.parent, sum(2 * w.numel() for w in student.parameters())))  # float16
+        bytes_each = DTYPES[args.export_dtype].itemsize
+        wanted.append(("--export", args.export.parent, bytes_each * sum(w.numel() for w in student.parameters())))
     disks: dict[int, float] = {}
     for what, folder, needed in wanted:
         disk = existing_folder(folder).stat().st_dev
@@ -316,17 +319,25 @@ def check_room(student: torch.nn.Module, run: Run, args: argparse.Namespace) -> 
 
 
 def write_outputs(
-    module: pl.LightningModule, processor: ImageTextProcessor, best: Path, args: argparse.Namespace
+    module: pl.LightningModule,
+    processor: ImageTextProcessor,
+    args: argparse.Namespace,
+    *,
+    best: Path,
+    validation: Mapping[str, float],
 ) -> None:
-    """--save_final_pt and --export, both of the best checkpoint."""
+    """--save_final_pt and --export, both of the best checkpoint; `validation`: name and value of its score."""
     if not (args.save_final_pt or args.export):
         return
-    state = student_state(read_checkpoint(best))
+    checkpoint = read_checkpoint(best)
+    state = student_state(checkpoint)
     load_trained_state(module.student, state, origin=str(best))
     if args.save_final_pt:
         with atomic_path(args.save_final_pt, size=tensor_bytes(state)) as part:
             torch.save(state, part)
         print(printable(f"wrote {args.save_final_pt}"))
     if args.export:
-        export_model(module.student, processor, args.export)
+        record = checkpoint["hyper_parameters"]
+        description = describe_student(record, processor, checkpoint=best, validation=validation)
+        export_model(module.student, processor, args.export, description, dtype=DTYPES[args.export_dtype])
         print(printable(f"wrote {args.export}"))

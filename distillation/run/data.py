@@ -5,6 +5,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dataset.datamodule import SUNRGBDDataModule, SUNRGBDDataset
@@ -12,9 +13,12 @@ from dataset.inputs.pictures import ImageSettings, PictureCache, picture_key
 from dataset.inputs.processor import ImageTextProcessor
 from dataset.loading import follow_the_script
 from dataset.miniature.world import ensure_world
+from dataset.sunrgbd.frames import picture_size
 from distillation.forward import tower_features, vision_tower
 from distillation.run.machine import half_dtype, probe, resolve_precision
 from utils import ROOT, UserError, amount, data_root, free_space, locked, outputs_root, progress, remove_leftovers
+
+CAMERAS = 200  # frames whose camera is looked at; more would not move a median
 
 
 def build_data(
@@ -52,6 +56,20 @@ def build_data(
         missing = data.images_per_epoch + len(data.val) - len(cache.store)
         check_disk("--picture_cache", cache.store.folder, data.train[0, 0]["picture"].tiles.nbytes, missing)
     return data
+
+
+def usual_camera(dataset: SUNRGBDDataset) -> dict[str, float]:
+    """The median camera of evenly spread training frames.
+
+    Returns:
+        focal_share: focal length over width. tilt_degrees: by which the camera looks down.
+    """
+    chosen = sorted({round(i) for i in np.linspace(0, len(dataset) - 1, CAMERAS)})
+    frames = [dataset.frame(i) for i in chosen]
+    sizes = [picture_size(frame.root / frame.image_path) for frame in frames]  # None: damaged, found when it is read
+    shares = [frame.intrinsics[0, 0] / size[0] for frame, size in zip(frames, sizes, strict=True) if size]
+    tilts = [np.degrees(np.arcsin(np.clip(frame.tilt[1, 2], -1, 1))) for frame in frames]
+    return {"focal_share": round(float(np.median(shares)), 4), "tilt_degrees": round(float(np.median(tilts)), 2)}
 
 
 def check_disk(what: str, folder: Path, bytes_each: float, n: int, *, others: float = 0) -> None:

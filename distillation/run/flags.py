@@ -9,6 +9,7 @@ from typing import Any
 from dataset.inputs.depth_encodings import ENCODINGS
 from dataset.inputs.pictures import DEPTH_SOURCES
 from dataset.inputs.processor import IMAGE_TOKENS
+from distillation.export import DTYPES, read_description
 from distillation.losses import DIVERGENCES
 from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, TEACHER_NAME
 from distillation.run.folders import MINIATURE
@@ -129,6 +130,11 @@ def _add_run_args(add: Callable[..., None]) -> None:
     )
     add("--run_name", type=run_name, help="name of the run's folders (default: the time it started)")
     add("--export", type=new_path, help="write the best student as a Hugging Face folder to this path")
+    add(
+        "--export_dtype",
+        choices=tuple(DTYPES),
+        help="number format of the exported weights (float32: the very answers of the checkpoint)",
+    )
     add(
         "--save_final_pt",
         type=new_path,
@@ -253,6 +259,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
         defaults = MINIATURE_DEFAULTS | (MINIATURE_DEPTH_RATES if sees_depth else {}) | miniature_defaults
         parser.set_defaults(**{name: v for name, v in defaults.items() if parser.get_default(name) is not None})
         args = parser.parse_args(argv)
+    args = see_as_exported(parser, args, argv)
+    if args.export_dtype and not args.export:
+        parser.error("--export_dtype goes with --export")
+    args.export_dtype = args.export_dtype or "float32"
     if args.strategy.startswith("fsdp") and args.gradient_clip:
         parser.error(
             "--strategy fsdp cannot clip the norm of gradients that are spread over devices: --gradient_clip 0"
@@ -268,6 +278,33 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
             parser.error(f"--augmentation changes every picture in every epoch: leave out --{name}")
     if args.picture_cache is None:
         args.picture_cache = args.miniature and not args.augmentation
+    return args
+
+
+def see_as_exported(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """Parse again with the image settings of an exported student or teacher; stop where a flag contradicts them.
+
+    A student that was exported from another modality starts to learn this script's, with this script's settings.
+    """
+    sees_depth = "depth_encoding" in args
+    for flag, modality in (("student_name", "depth" if sees_depth else "rgb"), ("teacher_name", "rgb")):
+        name = getattr(args, flag, None)
+        description = read_description(name) if name else None
+        if description is None:
+            continue
+        if description["sees"]["modality"] != modality:
+            if flag == "teacher_name":
+                parser.error(f"--teacher_name {name}: sees {description['sees']['modality']}, a teacher sees RGB")
+            continue
+        shared = ("depth_encoding", "depth_source", "image_tokens") if flag == "student_name" else ("image_tokens",)
+        settings = {setting: description["sees"][setting] for setting in shared if setting in vars(args)}
+        parser.set_defaults(**settings)
+        args = parser.parse_args(argv)
+        for setting, value in settings.items():
+            if getattr(args, setting) != value:
+                parser.error(f"--{setting} {getattr(args, setting)}: {name} was trained with {value}; leave it out")
     return args
 
 

@@ -78,6 +78,7 @@ def quieten() -> None:
     for text in (
         ".*is_gradient_checkpointing.*",
         ".*LeafSpec.*",
+        ".*suggested max number of worker.*",  # waiting processes cost little
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
         ".*but have no `val_dataloader`.*",  # --dry_run trains only

@@ -30,7 +30,7 @@ from distillation.run.checkpoints import (
     tensor_bytes,
     write_outputs,
 )
-from distillation.run.data import use_vision_cache
+from distillation.run.data import use_vision_cache, usual_camera
 from distillation.run.folders import Run, finished_run
 from distillation.run.machine import (
     allow_open_files,
@@ -44,6 +44,8 @@ from distillation.run.machine import (
 from distillation.run.restore import RestoredState, fit_from
 from distillation.run.signals import StopOnSignal, signals_given_back
 from utils import amount, disk_errors, duration, printable, write_json
+
+FEWEST_POINTS = 10  # of a curve: shorter runs log more often than every tenth update
 
 
 def train(
@@ -77,7 +79,8 @@ def train(
             print(
                 printable(f"{run.name} is finished ({finished['optimizer_steps']} updates); best: {finished['best']}")
             )
-            write_outputs(module, data.processor, Path(finished["best"]), args)
+            best, validation = Path(finished["best"]), {monitor: finished[monitor]}
+            write_outputs(module, data.processor, args, best=best, validation=validation)
         return
     if args.gradient_checkpointing:
         # Reentrant checkpointing would need an input with a gradient, which a frozen tower's does not have.
@@ -85,6 +88,7 @@ def train(
     if args.dry_run:
         dry_run(module, data, args)
         return
+    run.record.update(usual_camera(data.train))  # for whoever uses the student on a picture of an unknown camera
     if is_first_process():
         check_room(module.student, run, args)
     if args.vision_cache:
@@ -101,7 +105,7 @@ def fit(
 ) -> pl.Trainer:
     """Train and validate."""
     allow_open_files()
-    trainer = build_trainer(args, run, monitor)
+    trainer = build_trainer(args, run, monitor, updates=updates_of_run(data, args))
     if trainer.is_global_zero:
         write_json(run.logs / "run.json", run.record)
     with disk_errors(run.logs), nothing_left_running(trainer), signals_given_back():  # checkpoints name themselves
@@ -147,7 +151,7 @@ def finish(
     summary = {"best": str(best), monitor: score, "optimizer_steps": steps, "seconds": seconds}
     write_json(run.logs / "run.json", run.record | summary | {"peak_memory_gib": memory_gib})
     print(f"{steps} updates in {duration(seconds)}, peak memory {memory_gib} GiB; best: {best} ({monitor} {score:.4f})")
-    write_outputs(module, data.processor, best, args)
+    write_outputs(module, data.processor, args, best=best, validation={monitor: score})
 
 
 def best_of_run(
@@ -170,8 +174,15 @@ def best_of_run(
     return Path(kept.best_model_path), float(kept.best_model_score)
 
 
-def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Trainer:
-    """The Trainer of every experiment."""
+def updates_of_run(data: SUNRGBDDataModule, args: argparse.Namespace) -> int:
+    """How many optimizer updates a run of these flags makes from its start to its end."""
+    per_update = args.batch_size * args.accumulate_grad_batches * probe(args).world_size
+    updates = math.ceil(data.images_per_epoch / per_update) * args.max_epochs
+    return min(updates, args.max_steps) if args.max_steps > 0 else updates
+
+
+def build_trainer(args: argparse.Namespace, run: Run, monitor: str, *, updates: int) -> pl.Trainer:
+    """The Trainer of every experiment; a run of few `updates` logs them more often."""
     quieten()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     options, stop = own_checkpoints_only(), StopOnSignal(run.checkpoints / "last.ckpt")
@@ -203,7 +214,7 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str) -> pl.Traine
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=10,
+        log_every_n_steps=max(1, min(10, updates // FEWEST_POINTS)),
     )
 
 

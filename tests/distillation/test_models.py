@@ -1,13 +1,11 @@
-"""Models: trainable parts, true sizes, LoRA checkpoints, exports that stock transformers loads."""
+"""Models: trainable parts, true sizes, LoRA checkpoints."""
 
 import pytest
 import torch
-from transformers import LlavaOnevisionForConditionalGeneration
 
 from distillation.forward import input_embeddings, output_logits
 from distillation.models import (
     add_lora,
-    export_model,
     load_model,
     load_trained_state,
     parameter_groups,
@@ -60,27 +58,6 @@ def test_lora_state_is_small_and_restores(tiny_folder):
     del state[next(iter(state))]
     with pytest.raises(UserError, match="1 missing"):
         load_trained_state(other, state, origin="x.ckpt")
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_export_loads_with_stock_transformers(tiny_folder, processor, tmp_path, lora):
-    torch.manual_seed(2)
-    model = load_model(str(tiny_folder))
-    if lora:
-        model = add_lora(model, rank=2, alpha=4)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.3)
-    model.eval()
-    ids = torch.tensor([[3, 5, 7, 11]])
-    expected = model(input_ids=ids).logits
-    export_model(model, processor, tmp_path / "export", dtype=torch.float32)
-    stock, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
-        tmp_path / "export", dtype=torch.float32, output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    torch.testing.assert_close(stock.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_missing_model_names_the_place(tmp_path):

@@ -1,7 +1,6 @@
 """The evaluation script: every kind of system, batched answers equal single ones, contradictions and damage refused."""
 
 import csv
-import json
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from distillation.models import load_model
 from distillation.run.checkpoints import read_checkpoint
 from evaluation.metrics import recording
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
+from tests.helpers.evaluation import evaluate
 from tests.helpers.training import train
 from utils import ROOT, UserError
 
@@ -39,13 +39,6 @@ def places(world, trained, monkeypatch):
     monkeypatch.setenv("ROOT_DATA_DIR", str(world))
     monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(trained))
     return trained
-
-
-def evaluate(output, *more: str):
-    evaluate_onevision.main(evaluate_onevision.parse_args([*more, "--max_new_tokens", "6", "--output", str(output)]))
-    with open(output / "predictions.csv", encoding="utf-8", newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    return rows, json.loads((output / "metrics.json").read_text())
 
 
 def best(places, name: str):

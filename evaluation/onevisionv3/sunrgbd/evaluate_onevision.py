@@ -15,6 +15,7 @@ repetition rules.
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --kd_model_type baseline_depth --load_checkpoint
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --model_id llava-hf/llava-onevision-qwen2-0.5b-ov-hf
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --ckpt_path path/to/checkpoint.ckpt --dataset daquar
+    python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --predictions path/to/predictions.csv
 """
 
 import sys
@@ -34,6 +35,7 @@ from utils import (  # first: loads .env before transformers reads it
     git_commit,
     outputs_root,
     printable,
+    read_json,
     run_script,
     write_json,
 )
@@ -63,6 +65,7 @@ from dataset.questions.rows import (
     questions_file,
     read_questions,
 )
+from distillation.export import read_description
 from distillation.run.checkpoints import read_checkpoint
 from distillation.run.claim import claim
 from distillation.run.folders import EXPERIMENTS
@@ -70,8 +73,11 @@ from distillation.run.machine import peak_memory_gib, quieten
 from evaluation.answer_log import AnswerLog, asked_of, check_results_room
 from evaluation.caption_scores import caption_scores
 from evaluation.metrics import evaluate_rows, recording
+from evaluation.predictions import read_predictions
 from evaluation.system import answer_questions, checkpoint_of_flags, load_system
 from evaluation.wups import WordSimilarity, wordnet_similarity, wups_scores
+
+SHOWN_SCORES = {"bleu_1": "BLEU-1", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "cider": "CIDEr", "meteor": "METEOR"}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -101,7 +107,12 @@ def add_system_flags(parser: argparse.ArgumentParser) -> None:
     add("--load_checkpoint", action="store_true", help="score the best checkpoint of --kd_model_type (and --phase_no)")
     add("--kd_model_type", choices=tuple(EXPERIMENTS), help="experiment that the checkpoint is from")
     add("--phase_no", type=int, choices=(1, 2, 3), help="phase of double_trouble that the checkpoint is from")
-    add("--model_id", help="hub id or folder of a stock model to score")
+    add("--model_id", help="hub id or folder of a stock model to score, or of one that was exported")
+    add(
+        "--predictions",
+        type=Path,
+        help="CSV file with answers of any other code to score: Questions, Question_Type, Answers (gold), Model_Answer",
+    )
     add("--name", help="name of the system in tables (experiment, or model and modality)")
 
 
@@ -152,6 +163,11 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse flags that do not go together."""
+    if args.predictions:
+        free = {"predictions", "name", "meteor", "output", "miniature"}
+        given = [name for name in sorted(vars(args).keys() - free) if getattr(args, name) != parser.get_default(name)]
+        if given:
+            parser.error(f"--{given[0]}: --predictions asks no system anything; leave it out")
     if args.phase_no and args.kd_model_type != "double_trouble":
         parser.error("--phase_no goes with --kd_model_type double_trouble")
     if args.ckpt_path == "":  # an unset variable of a shell
@@ -174,6 +190,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def main(args: argparse.Namespace) -> None:
     """Answer all questions of the split, score, write."""
+    if args.predictions:
+        return score_file(args)
     started, notes = time.monotonic(), {}
     quieten()
     check_writable(args.output or outputs_root(ROOT / "evaluation") / "results", "--output")
@@ -205,6 +223,39 @@ def main(args: argparse.Namespace) -> None:
     print(printable(f"{len(rows)} questions in {seconds}, peak memory {memory_gib} GiB; wrote {output}"))
 
 
+def score_file(args: argparse.Namespace) -> None:
+    """Score the answers in a file. Blind baselines need the training questions, and are left out without them."""
+    started, predictions = time.monotonic(), read_predictions(args.predictions)
+    check_writable(args.output or outputs_root(ROOT / "evaluation") / "results", "--output")
+    system = {"name": args.name or args.predictions.stem, "predictions": str(args.predictions), "split": "file"}
+    output = args.output or default_output(args, system, None)
+    refuse_other_results(output, args.predictions)
+    for row in predictions:
+        row["Correct"] = int(exact_match(row["Model_Answer"], row["Answers"]))
+    try:
+        train_rows = load_train_questions(data_root(args.miniature), args)
+    except UserError as error:
+        print(f"no baselines without an image: {error}", file=sys.stderr)
+        train_rows = []
+    scores = score(predictions, train_rows, None, meteor=args.meteor)
+    write_predictions(output / "predictions.csv", predictions)
+    metrics = metrics_of(args, system, scores, {}, seconds=time.monotonic() - started)
+    write_json(output / "metrics.json", metrics)
+    print(summary(metrics))
+    lemmas = 100 * metrics["overall"]["lemma_set_match"]["value"]
+    print(f"set-of-lemmas accuracy, as the original code reports it: {lemmas:.2f} %")
+    print(printable(f"{len(predictions)} answers scored; wrote {output}"))
+
+
+def refuse_other_results(output: Path, scored: Path) -> None:
+    """Raise UserError where a results folder has those of something else than of this predictions file."""
+    if (output / "answers.jsonl").exists():
+        raise UserError(f"--output {output}: has the answers of an evaluated system; give another folder")
+    path = output / "metrics.json"
+    if path.is_file() and read_json(path).get("system", {}).get("predictions") != str(scored):
+        raise UserError(f"--output {output}: has the results of something else; give another folder, or delete it")
+
+
 def metrics_of(
     args: argparse.Namespace, system: dict[str, Any], scores: dict[str, Any], notes: dict[str, str], *, seconds: float
 ) -> dict[str, Any]:
@@ -223,14 +274,17 @@ def metrics_of(
 def find_data(args: argparse.Namespace, path: Path | None, checkpoint: dict[str, Any] | None) -> Path:
     """The folder with the data, rendered first where it is the built-in world.
 
-    A checkpoint of the built-in world sets `args.miniature`.
+    A checkpoint or export of the built-in world sets `args.miniature`.
 
     Raises:
         UserError: the data is not there, or DAQUAR is asked of a checkpoint of the built-in world.
     """
-    args.miniature |= bool(checkpoint and checkpoint["hyper_parameters"]["miniature"])
+    exported = read_description(args.model_id) if args.model_id else None
+    args.miniature |= bool((checkpoint["hyper_parameters"] if checkpoint else exported or {}).get("miniature"))
     if args.miniature and args.dataset == "daquar":
-        raise UserError(f"--dataset daquar: {path} was trained on the built-in world, which is all it knows")
+        raise UserError(
+            f"--dataset daquar: {path or args.model_id} was trained on the built-in world, which is all it knows"
+        )
     root = data_root(args.miniature)
     if args.miniature:
         ensure_world(root)
@@ -286,15 +340,18 @@ def score(
 
     Args:
         predictions: rows of predictions.csv.
-        train_rows: training questions with gold answers, to fit the blind baselines on.
+        train_rows: training questions with gold answers, to fit the blind baselines on; without any there are none.
         similarity: of two words, for WUPS, which is left out without it.
         meteor: whether to compute METEOR.
     """
-    with announced("fitting the blind baselines"):
-        blind = blind_predictions(train_rows, predictions)
+    blind = None
+    if train_rows:
+        with announced("fitting the blind baselines"):
+            blind = blind_predictions(train_rows, predictions)
     captions = [cells for cells in predictions if cells["Question_Type"] == CAPTION_TYPE]
     answers = [cells for cells in predictions if cells["Question_Type"] != CAPTION_TYPE]
-    scores = evaluate_rows(predictions, blind=blind)
+    with announced("computing intervals"):
+        scores = evaluate_rows(predictions, blind=blind)
     scores["captions"] = {
         "answers": score_texts(answers, meteor=meteor),
         "captions": score_texts(captions, meteor=meteor),
@@ -347,15 +404,23 @@ def load_train_questions(root: Path, args: argparse.Namespace) -> list[dict[str,
 
 def summary(metrics: dict[str, Any]) -> str:
     """A few lines for the terminal: accuracy per type with its interval, and the best blind baseline."""
-    blind = {name: result["per_type"] | {"Overall": result["overall"]} for name, result in metrics["blind"].items()}
-    lines = [f"{metrics['system']['name']} on {metrics['system']['split']}: exact match with 95 % interval"]
+    baselines = metrics.get("blind", {})
+    blind = {name: result["per_type"] | {"Overall": result["overall"]} for name, result in baselines.items()}
+    system = metrics["system"]
+    seen = {None: "", "blind": ", without any image"}.get(system.get("modality"), f", seeing {system.get('modality')}")
+    lines = [f"{system['name']}{seen}, on {system['split']}: exact match with 95 % interval"]
     for kind, cell in (metrics["per_type"] | {"Overall": metrics["overall"]}).items():
-        best = max(result[kind]["exact_match"]["value"] for result in blind.values())
-        lines.append(f"  {kind:<24}{_interval(cell['exact_match'])}  blind {best:.3f}  n {cell['n_questions']}")
+        best = max((result[kind]["exact_match"]["value"] for result in blind.values()), default=None)
+        beside = "" if best is None else f"  blind {best:.3f}"
+        lines.append(f"  {kind:<24}{_interval(cell['exact_match'])}{beside}  n {cell['n_questions']}")
     wups = metrics.get("wups") or {"overall": {}}
     for name, cell in wups["overall"].items():
         best = max(result["overall"][name]["value"] for result in wups["blind"].values())
         lines.append(f"  {name:<24}{_interval(cell)}  blind {best:.3f}")
+    for kind, scores in (metrics.get("captions") or {}).items():
+        found = {label: (scores or {}).get(name) for name, label in SHOWN_SCORES.items()}
+        shown = ", ".join(f"{label} {value:.3f}" for label, value in found.items() if value is not None)
+        lines += [f"  {kind} as texts: {shown}"] if shown else []
     return "\n".join(map(printable, lines))
 
 

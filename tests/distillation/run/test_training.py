@@ -99,6 +99,14 @@ def test_tensorboard_lists_a_run_with_its_flags_and_its_best_score(places, tiny_
     assert "hp_metric" not in events.Tags()["scalars"]
 
 
+def test_a_short_run_logs_its_loss(places, tiny_folder):
+    """With the usual one point per ten updates, runs of fewer would have an empty curve."""
+    train("baseline_depth", tiny_folder, "--max_steps", "5")
+    logs = places / "baseline_depth/tensorboard_logs/t"
+    assert len([value for value in column(logs / "metrics.csv", "train/loss") if value]) == 5
+    assert len(EventAccumulator(str(logs)).Reload().Scalars("train/loss")) == 5
+
+
 def test_resuming_a_finished_run_changes_nothing(places, tiny_folder, capsys):
     """Not a byte of its checkpoints, records and logs; what is asked for besides is still written."""
     train("baseline_depth", tiny_folder)

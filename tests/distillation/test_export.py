@@ -1,0 +1,99 @@
+"""Exported students: stock transformers loads them, and they say how they see."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaOnevisionForConditionalGeneration
+
+from distillation.export import DESCRIPTION, export_model, read_description
+from distillation.models import add_lora, load_model
+from tests.helpers.training import BASELINES, distill, flags, train
+from utils import UserError, load_script
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_export_loads_with_stock_transformers(tiny_folder, processor, tmp_path, lora):
+    torch.manual_seed(2)
+    model = load_model(str(tiny_folder))
+    if lora:
+        model = add_lora(model, rank=2, alpha=4)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3)
+    model.eval()
+    ids = torch.tensor([[3, 5, 7, 11]])
+    expected = model(input_ids=ids).logits
+    export_model(model, processor, tmp_path / "export", {})
+    stock, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
+        tmp_path / "export", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    torch.testing.assert_close(stock.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").get_vocab() == processor.tokenizer.get_vocab()
+    assert AutoImageProcessor.from_pretrained(tmp_path / "export").size == processor.image_processor.size
+    # AutoProcessor wants all three parts, and torchvision for the last one: only its files can be looked at here.
+    video = json.loads((tmp_path / "export/video_preprocessor_config.json").read_text())
+    assert video["video_processor_type"] == "LlavaOnevisionVideoProcessor"
+    assert video["size"] == dict(processor.image_processor.size)
+
+
+def test_an_export_says_how_it_sees_and_where_it_comes_from(places, tiny_folder, tiny_teacher):
+    export = places / "export"
+    distill("logit", tiny_folder, tiny_teacher, "--depth_encoding", "normals", "--export", str(export))
+    said = json.loads((export / DESCRIPTION).read_text())
+    assert said == read_description(str(export))
+    assert said["sees"] == {
+        "modality": "depth", "depth_encoding": "normals", "depth_source": "raw", "image_tokens": "one_tile",
+    }  # fmt: skip
+    assert said["depth"]["largest_m"] == 8 and said["depth"]["unit"] == "metres" and said["dtype"] == "float32"
+    assert 0.5 < said["camera"]["focal_share"] < 2 and -90 < said["camera"]["tilt_degrees"] < 90
+    assert said["prompt"]["after_the_image"].count("{question}") == 1
+    assert said["teacher"] == str(tiny_teacher) and said["student_name"] == str(tiny_folder)
+    assert 0 <= said["validation"]["val/exact_match"] <= 1 and said["checkpoint"].startswith("t/best-epoch")
+
+
+def test_training_reads_how_an_export_sees(places, tiny_folder, tiny_teacher, capsys):
+    export = str(places / "export")
+    train("baseline_depth", tiny_folder, "--max_epochs", "1", "--depth_encoding", "turbo", "--export", export)
+    script = load_script(BASELINES["baseline_depth"])
+    assert script.parse_args(["--student_name", export]).depth_encoding == "turbo"
+    assert script.parse_args(["--student_name", export]).image_tokens == "one_tile"
+    for argv, complaint in (
+        (("--depth_encoding", "grey"), f"--depth_encoding grey: {export} was trained with turbo"),
+        (("--image_tokens", "anyres"), f"--image_tokens anyres: {export} was trained with one_tile"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            script.parse_args(["--student_name", export, *argv])
+        assert complaint in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        distill("logit", tiny_folder, export)
+    assert "sees depth, a teacher sees RGB" in capsys.readouterr().err
+    script = load_script(BASELINES["baseline_rgb05b"])  # goes on from what a depth student knows
+    assert script.parse_args(flags(export)).student_name == export
+
+
+def test_an_export_in_another_number_format(places, tiny_folder, capsys):
+    export = ("--export", str(places / "x"))
+    train("baseline_depth", tiny_folder, "--max_epochs", "1", *export, "--export_dtype", "bfloat16")
+    assert load_model(str(places / "x"), dtype="auto").dtype == torch.bfloat16
+    assert read_description(str(places / "x"))["dtype"] == "bfloat16"
+    with pytest.raises(SystemExit, match="2"):
+        train("baseline_depth", tiny_folder, "--export_dtype", "bfloat16")
+    assert "--export_dtype goes with --export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "sees": {"x": "y"}}', '{"format": 1, "sees": 3}'])
+def test_a_damaged_description_is_refused(tiny_folder, tmp_path, text):
+    (tmp_path / DESCRIPTION).write_text(text)
+    with pytest.raises(UserError, match=f"{tmp_path / DESCRIPTION}: (does not say|not valid JSON|holds a JSON list)"):
+        read_description(str(tmp_path))
+
+
+def test_a_description_of_another_version_is_refused(tmp_path):
+    sees = {"modality": "depth", "depth_encoding": "grey", "depth_source": "raw", "image_tokens": "one_tile"}
+    (tmp_path / DESCRIPTION).write_text(json.dumps({"format": 0, "sees": sees}))
+    with pytest.raises(UserError, match="is of format 0, this code reads 1; export it again"):
+        read_description(str(tmp_path))
+    assert read_description("llava-hf/some-hub-id") is None
