@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,7 +71,9 @@ def _or(value: float | None, other: float) -> float:
 
 
 def _save(canvas: Any, path: Path) -> None:
-    with atomic_path(path) as part:
+    with atomic_path(path) as part, warnings.catch_warnings():
+        # A name in a script that the plot's font lacks is drawn as boxes; nobody can do anything about it.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from font")
         canvas.figure.savefig(part, format="png", dpi=150)
 
 

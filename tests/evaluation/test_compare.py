@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -307,10 +308,12 @@ def test_command_runs_from_another_folder(folders, world, tmp_path):
 
 
 def test_a_strangers_names_reach_no_table_raw(tmp_path, world):
-    """Neither escapes for the terminal nor markup; other scripts pass unharmed."""
+    """Neither escapes for the terminal nor markup; other scripts pass unharmed, and without a warning of the plot's."""
     rows = [row | {"Question_Type": row["Question_Type"] + "\x1b[2J"} for row in answered(question_rows(), 0.0, seed=1)]
     folder = write_results(tmp_path / "a", rows, name=EVIL_NAME + " Tür 椅子")
-    compare.write_report([comparison.load_results(folder)], tmp_path / "out", world)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare.write_report([comparison.load_results(folder)], tmp_path / "out", world)
     for name in ("table.txt", "table.md"):
         text = (tmp_path / "out" / name).read_text(encoding="utf-8")
         assert "Tür 椅子" in text and not any(mark in text for mark in STEERING)
