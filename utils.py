@@ -335,15 +335,21 @@ def machine() -> str:
     return name
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process of this machine has this number."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
+def process_start(pid: int | None = None) -> str | None:
+    """When a process of this machine started, in the system's own terms; None where it does not run.
+
+    Args:
+        pid: None = this process.
+    """
+    pid = os.getpid() if pid is None else pid
+    if sys.platform == "linux":
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if fields[0] in "ZX" else fields[19]  # a zombie writes nothing; see man 5 proc
+    said = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
+    return said.stdout.strip() or None
 
 
 @cache  # once per folder and process: caches write thousands of files
@@ -355,7 +361,7 @@ def remove_leftovers(folder: Path) -> None:
             owner = pattern.fullmatch(part.name)
             abandoned = time.time() - part.stat(follow_symlinks=False).st_mtime > ABANDONED_S
             # The number of a dead process may belong to another one by now.
-            if owner and (abandoned or not is_running(int(owner[1]))):
+            if owner and (abandoned or process_start(int(owner[1])) is None):
                 _remove(Path(part.path))
 
 

@@ -13,6 +13,7 @@ from dataset.questions.answers import exact_match, group_by, normalise_answer
 from dataset.questions.rows import CAPTION_TYPE
 from evaluation.intervals import paired_difference, permutation_test
 from evaluation.metrics import evaluate_rows, recordings
+from evaluation.predictions import check_cells, check_ids
 from utils import UserError, printable, read_json, reason
 
 REQUIRED_COLUMNS = ("Question_Id", "Questions", "Question_Type", "Answers", "Model_Answer", "Image_Path", "Depth_Path")
@@ -67,9 +68,7 @@ def load_results(folder: Path) -> Results:
     rows = [row for row in _read_predictions(predictions) if row["Question_Type"] != CAPTION_TYPE]
     if not rows:
         raise UserError(f"{predictions}: holds no questions")
-    question_id, count = Counter(row["Question_Id"] for row in rows).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"{predictions}: Question_Id {question_id} occurs {count} times; ids must be unique")
+    check_ids(rows, str(predictions))
     system = metrics.get("system") or {}
     if not isinstance(system, dict) or not isinstance(system.get("name"), (str, type(None))):
         raise UserError(f"{metrics_path}: system.name is no text; evaluate the system again")
@@ -86,9 +85,7 @@ def _read_predictions(path: Path) -> list[dict[str, str]]:
         raise UserError(f"{path}: not a UTF-8 CSV file ({error}); evaluate the system again") from error
     if missing:
         raise UserError(f"{path}: column {', '.join(missing)} is missing; evaluate the system again")
-    for number, row in enumerate(rows, 1):
-        if None in row or None in row.values():
-            raise UserError(f"{path}: row {number} has more or fewer cells than the header; evaluate the system again")
+    check_cells(rows, str(path), "; evaluate the system again")
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import csv
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils import UserError, reason
@@ -28,14 +29,25 @@ def read_predictions(path: Path) -> list[dict[str, str]]:
         raise UserError(f"--predictions {path}: column {', '.join(missing)} is missing; needed are {', '.join(NEEDED)}")
     if not rows:
         raise UserError(f"--predictions {path}: has no rows")
+    check_cells(rows, f"--predictions {path}")
     for number, row in enumerate(rows, 1):
-        if None in row or None in row.values():
-            raise UserError(f"--predictions {path}: row {number} has more or fewer cells than the header")
         if not row["Question_Type"].strip():
             raise UserError(f"--predictions {path}: row {number} has no Question_Type")
         row.setdefault("Question_Id", str(number))
         row.setdefault("Image_Path", row["Question_Id"])
+    check_ids(rows, f"--predictions {path}")
+    return rows
+
+
+def check_cells(rows: Sequence[Mapping[str, str]], named: str, advice: str = "") -> None:
+    """Raise UserError, which calls the file `named`, for a row of `csv.DictReader` with too many or too few cells."""
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise UserError(f"{named}: row {number} has more or fewer cells than the header{advice}")
+
+
+def check_ids(rows: Sequence[Mapping[str, str]], named: str) -> None:
+    """Raise UserError, which calls the file `named`, for a Question_Id that occurs twice."""
     question_id, count = Counter(row["Question_Id"] for row in rows).most_common(1)[0]
     if count > 1:
-        raise UserError(f"--predictions {path}: Question_Id {question_id} occurs {count} times; ids must be unique")
-    return rows
+        raise UserError(f"{named}: Question_Id {question_id} occurs {count} times; ids must be unique")

@@ -11,8 +11,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 import uuid
 from contextlib import suppress
@@ -20,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from utils import UserError, write_json
+from utils import UserError, process_start, write_json
 
 TOKEN_VARIABLE = "TOKEN_OF_FIRST_PROCESS"
 # What torchrun, or else Slurm's srun, tells all processes of one start, and no other start's.
@@ -167,20 +165,3 @@ def _token_of_launcher() -> str | None:
         if any(values := [os.environ.get(name, "") for name in names]):
             return "|".join(values)
     return None
-
-
-def process_start(pid: int | None = None) -> str | None:
-    """When a process of this machine started, in the system's own terms; None where it does not run.
-
-    Args:
-        pid: None = this process.
-    """
-    pid = os.getpid() if pid is None else pid
-    if sys.platform == "linux":
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] in "ZX" else fields[19]  # a zombie writes nothing; see man 5 proc
-    said = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
-    return said.stdout.strip() or None
