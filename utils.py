@@ -565,6 +565,13 @@ def share(text: str) -> float:
     return value
 
 
+def share_or_none(text: str) -> float:
+    """An argparse type: a number of at least 0 and at most 1."""
+    if not 0 <= (value := _number(text, float)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a share of at least 0 and at most 1")
+    return value
+
+
 def fraction(text: str) -> float:
     """An argparse type: a number above 0 and below 1."""
     if not 0 < (value := _number(text, float)) < 1:

@@ -35,7 +35,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.inputs.pictures import ImageSettings, Picture, PictureCache, load_images, make_picture
+from dataset.inputs.degradations import draw_degradation
+from dataset.inputs.pictures import (
+    ImageSettings,
+    Picture,
+    PictureCache,
+    degrade,
+    encode_view,
+    make_picture,
+    read_view,
+)
 from dataset.inputs.processor import ImageTextProcessor
 from dataset.inputs.prompts import IGNORE, PackedPrompt, collate_prompts, pack_questions
 from dataset.inputs.sampler import ImageOrder, MicroBatchSampler, UpdateLoader
@@ -80,6 +89,7 @@ class SUNRGBDDataset(Dataset):
         further: list[QuestionRow] | None = None,
         further_per_image: int = 0,
         augmentation: bool = False,
+        depth_degradation: float = 0.0,
         cache: PictureCache | None = None,
         seed: int = 0,
     ) -> None:
@@ -89,7 +99,7 @@ class SUNRGBDDataset(Dataset):
         self.further_per_image = further_per_image
         self.student = student
         self.questions_per_image = questions_per_image
-        self.augmentation = augmentation
+        self.augmentation, self.depth_degradation = augmentation, depth_degradation
         self.seed = seed
         self.features: PictureCache | None = None  # set by `SUNRGBDDataModule.use_features`
         self._frames: dict[int, Frame] = {}  # camera and file names, read once
@@ -100,8 +110,7 @@ class SUNRGBDDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         rows = self.images[index]
-        rng = np.random.default_rng((self.seed, epoch, index)) if self.augmentation else None
-        picture = self._picture(self.frame(index), rng)
+        picture = self._picture(self.frame(index), key)
         order = np.random.default_rng((self.seed, index))  # the same in every epoch
         further = self.further.get(rows[0].image_path, [])
         labelled = _take_turns([row for row in rows if row.answer], self.questions_per_image, epoch, order)
@@ -119,18 +128,27 @@ class SUNRGBDDataset(Dataset):
             self._frames[index] = read_frame(self.root, frame_path(self.images[index][0]))
         return self._frames[index]
 
-    def _picture(self, frame: Frame, augment_rng: np.random.Generator | None) -> Picture | None:
+    def _picture(self, frame: Frame, key: tuple[int, int]) -> Picture | None:
         """None for a blind student."""
-
-        def make() -> Picture:
-            (image,) = load_images(frame, [self.student], augment_rng=augment_rng)
-            return make_picture(image, self.processor, self.student.image_tokens)
-
         if self.student.modality == "blind":
             return None
         if self.features:
             return _found(self.features.find(frame), frame)
-        return self.cache.get(frame, make) if self.cache else make()
+        return self.cache.get(frame, lambda: self._make(frame, key)) if self.cache else self._make(frame, key)
+
+    def _make(self, frame: Frame, key: tuple[int, int]) -> Picture:
+        """Augmented and degraded at random where that is wanted, in each epoch anew."""
+        augment_rng = np.random.default_rng((self.seed, *key)) if self.augmentation else None
+        view = read_view(frame, [self.student], augment_rng=augment_rng)
+        recorded = None
+        if self.depth_degradation:
+            # Patches keep the weight of the recorded depth: what the teacher saw there can be learned from the rest.
+            recorded = np.where(view.depth_m > 0, view.depth_m, np.nan)[..., None]
+            rng = np.random.default_rng((self.seed, *key, 1))
+            degradation = draw_degradation(self.depth_degradation, rng)
+            view = degrade(view, degradation, rng) if degradation else view
+        image = encode_view(view, self.student)
+        return make_picture(image, self.processor, self.student.image_tokens, recorded=recorded)
 
 
 def _found(picture: Picture | None, frame: Frame) -> Picture:
@@ -165,6 +183,7 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         subset_percentage: float = 1.0,
         label_fraction: float = 1.0,
         augmentation: bool = False,
+        depth_degradation: float = 0.0,
         cache: PictureCache | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -174,7 +193,8 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         self.batch_size, self.accumulate_grad_batches = batch_size, accumulate_grad_batches
         self.questions_per_image = questions_per_image
         self.teacher_questions, self.label_fraction = teacher_questions, label_fraction
-        self.subset_percentage, self.augmentation = subset_percentage, augmentation
+        self.subset_percentage = subset_percentage
+        self.augmentation, self.depth_degradation = augmentation, depth_degradation
         self.num_workers, self.seed = num_workers, seed
         self.resume_batch = 0  # set when a run continues in the middle of an epoch
         self.teacher: TeacherOutputs | None = None  # set by `use_teacher`
@@ -228,6 +248,7 @@ class SUNRGBDDataModule(pl.LightningDataModule):
 
     def _train_set(self, rows: list[QuestionRow], **options: Any) -> SUNRGBDDataset:
         options |= {"questions_per_image": self.questions_per_image, "augmentation": self.augmentation}
+        options |= {"depth_degradation": self.depth_degradation}
         return self._dataset(rows, **options)
 
     def _dataset(self, rows: list[QuestionRow], **options: Any) -> SUNRGBDDataset:

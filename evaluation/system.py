@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.datamodule import image_placeholders
+from dataset.inputs.degradations import Degradation
 from dataset.inputs.pictures import ImageSettings, load_images
 from dataset.inputs.processor import ImageTextProcessor, load_processor
 from dataset.inputs.prompts import collate_prompts, pack_questions
@@ -147,9 +148,15 @@ class ImageBatches(Dataset):
     """Batches of images, each with all of its questions behind one image prefix (see dataset.inputs.prompts)."""
 
     def __init__(
-        self, root: Path, rows: list[QuestionRow], images: ImageSettings, processor: ImageTextProcessor, batch_size: int
+        self,
+        root: Path,
+        rows: list[QuestionRow],
+        images: ImageSettings,
+        processor: ImageTextProcessor,
+        batch_size: int,
+        degradation: Degradation | None = None,
     ) -> None:
-        self.root, self.images, self.processor = root, images, processor
+        self.root, self.images, self.processor, self.degradation = root, images, processor, degradation
         groups = group_by_image(rows)
         self.batches = [groups[i : i + batch_size] for i in range(0, len(groups), batch_size)]
 
@@ -158,7 +165,8 @@ class ImageBatches(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         groups = self.batches[index]
-        pictures = [load_images(read_frame(self.root, frame_path(g[0])), [self.images])[0] for g in groups]
+        frames = [read_frame(self.root, frame_path(group[0])) for group in groups]
+        pictures = [load_images(frame, [self.images], degradation=self.degradation)[0] for frame in frames]
         blind = self.images.modality == "blind"
         prompts = [
             pack_questions(
@@ -186,6 +194,7 @@ def answer_questions(
     images: ImageSettings,
     args: argparse.Namespace,
     log: AnswerLog,
+    degradation: Degradation | None = None,
 ) -> dict[str, str]:
     """Greedy answers by question id. An image goes through tower and language model once, for all of its questions.
 
@@ -193,7 +202,7 @@ def answer_questions(
     when it is asked again.
     """
     tokenizer = processor.tokenizer
-    batches = ImageBatches(root, rows, images, processor, args.batch_size)
+    batches = ImageBatches(root, rows, images, processor, args.batch_size, degradation)
     waiting = [i for i, groups in enumerate(batches.batches) if any(r.id not in log.answers for g in groups for r in g)]
     loader = DataLoader(
         batches, batch_size=None, sampler=waiting, num_workers=args.num_workers, worker_init_fn=follow_the_script

@@ -36,6 +36,8 @@ def encode_depth(depth_m: np.ndarray, *, encoding: str, intrinsics: np.ndarray, 
     if encoding not in ENCODINGS:
         raise UserError(f"--depth_encoding {encoding}: choose one of {', '.join(ENCODINGS)}")
     holes = depth_m == 0
+    if holes.all():
+        return np.full((*depth_m.shape, 3), np.nan, np.float32)
     clipped = np.clip(np.where(holes, np.nan, depth_m), MIN_DEPTH_M, MAX_DEPTH_M)
     channels = (1 + 254 * ENCODINGS[encoding](clipped, intrinsics, tilt).astype(np.float32)) / 255  # 0 is for holes
     channels[holes] = np.nan

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataset.inputs.augmentation import augment
+from dataset.inputs.degradations import LIGHT_LADDER, Degradation, degrade_depth, degrade_rgb, rng_of
 from dataset.inputs.depth_encodings import encode_depth
 from dataset.inputs.processor import ImageTextProcessor
 from dataset.inputs.store import TensorStore
@@ -39,33 +40,62 @@ class ImageSettings:
     image_tokens: str = "anyres"
 
 
+@dataclass(frozen=True)
+class View:
+    """What the sensors gave of one frame."""
+
+    rgb: np.ndarray | None  # (H, W, 3) uint8
+    depth_m: np.ndarray | None  # (H, W) float32 metres, 0 = no measurement
+    intrinsics: np.ndarray  # (3, 3) pixels
+    tilt: np.ndarray  # (3, 3) rotation from the camera to the gravity frame
+
+
 def load_images(
-    frame: Frame, wanted: list[ImageSettings], *, augment_rng: np.random.Generator | None = None
+    frame: Frame, wanted: list[ImageSettings], *, degradation: Degradation | None = None
 ) -> list[np.ndarray | None]:
-    """The pictures of one frame as the models see them. Training and evaluation both use this function.
+    """The pictures of one frame as the models see them.
 
     Args:
         frame: where the pictures and the camera are.
         wanted: one entry per model (student, teacher).
-        augment_rng: augment with this generator; None = as recorded.
+        degradation: of a worse sensor, the same in every call; None = as recorded.
 
     Returns:
         Per entry: (H, W, 3) uint8 RGB, float32 encoded depth in [1/255, 1] with nan holes, or None for a blind model.
     """
+    view = read_view(frame, wanted)
+    if degradation is not None:
+        view = degrade(view, degradation, rng_of(frame.path, degradation))
+    return [encode_view(view, settings) for settings in wanted]
+
+
+def read_view(frame: Frame, wanted: list[ImageSettings], *, augment_rng: np.random.Generator | None = None) -> View:
+    """Read those pictures of a frame that models with these settings see; `augment_rng`: augment them with it."""
     modalities = {settings.modality for settings in wanted}
     sources = {settings.depth_source for settings in wanted if settings.modality == "depth"}
     rgb = read_rgb(frame.root / frame.image_path) if "rgb" in modalities else None
     depth_m = read_depth(frame.root / _depth_file(frame, sources.pop())) if sources else None
-    intrinsics, tilt = frame.intrinsics, frame.tilt
-    if augment_rng is not None and modalities != {"blind"}:
-        rgb, depth_m, intrinsics, tilt = augment(rgb, depth_m, intrinsics=intrinsics, tilt=tilt, rng=augment_rng)
+    view = View(rgb, depth_m, frame.intrinsics, frame.tilt)
+    if augment_rng is None or modalities == {"blind"}:
+        return view
+    return View(*augment(rgb, depth_m, intrinsics=frame.intrinsics, tilt=frame.tilt, rng=augment_rng))
 
-    def view(settings: ImageSettings) -> np.ndarray | None:
-        if settings.modality == "depth":
-            return encode_depth(depth_m, encoding=settings.depth_encoding, intrinsics=intrinsics, tilt=tilt)
-        return rgb if settings.modality == "rgb" else None
 
-    return [view(settings) for settings in wanted]
+def degrade(view: View, degradation: Degradation, rng: np.random.Generator) -> View:
+    """What a worse sensor, or one in less light, would have given; pictures that it is not about stay."""
+    if degradation.kind in LIGHT_LADDER:
+        return view if view.rgb is None else replace(view, rgb=degrade_rgb(view.rgb, degradation, rng))
+    if view.depth_m is None:
+        return view
+    depth_m, tilt = degrade_depth(view.depth_m, view.tilt, degradation, rng)
+    return replace(view, depth_m=depth_m, tilt=tilt)
+
+
+def encode_view(view: View, settings: ImageSettings) -> np.ndarray | None:
+    """The picture of one model, as `load_images` returns it."""
+    if settings.modality == "depth":
+        return encode_depth(view.depth_m, encoding=settings.depth_encoding, intrinsics=view.intrinsics, tilt=view.tilt)
+    return view.rgb if settings.modality == "rgb" else None
 
 
 def _depth_file(frame: Frame, source: str) -> str:
@@ -85,7 +115,7 @@ def valid_share(depth: np.ndarray, *, grid: int, image_tokens: str) -> np.ndarra
     """Share of each patch of the overview tile that has a depth measurement: 0 in holes and in padding.
 
     Args:
-        depth: (H, W, 3) encoded depth, nan = no measurement; or RGB, which has values everywhere.
+        depth: (H, W, C) encoded depth, nan = no measurement; or RGB, which has values everywhere.
         grid: patches per side of the tile.
         image_tokens: "one_tile" pads the picture to a square, the others stretch it.
 
@@ -110,13 +140,24 @@ class Picture:
     valid_share: Tensor  # (P,) float32 in [0, 1], see the function `valid_share`; ones for RGB
 
 
-def make_picture(image: np.ndarray, processor: ImageTextProcessor, image_tokens: str) -> Picture:
-    """An image of `load_images` -> the picture, cut into tiles."""
+def make_picture(
+    image: np.ndarray, processor: ImageTextProcessor, image_tokens: str, *, recorded: np.ndarray | None = None
+) -> Picture:
+    """An image of `load_images` -> the picture, cut into tiles.
+
+    Args:
+        image: what the model sees.
+        processor: of the model.
+        image_tokens: see `ImageTextProcessor.pixels`.
+        recorded: (H, W, 1) with nan where the frame has no depth measurement, where `image` has lost further ones; None
+            = `image` tells it.
+    """
     grid = math.isqrt(processor.num_image_tokens)
+    recorded = image if recorded is None else recorded
     return Picture(
         tiles=processor.tiles(image, image_tokens=image_tokens),
         size=torch.tensor(processor.shown_size(*image.shape[:2], image_tokens=image_tokens)),
-        valid_share=torch.tensor(valid_share(image, grid=grid, image_tokens=image_tokens)),
+        valid_share=torch.tensor(valid_share(recorded, grid=grid, image_tokens=image_tokens)),
     )
 
 

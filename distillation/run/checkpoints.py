@@ -35,7 +35,7 @@ from utils import (
 
 KEPT = 2  # checkpoints: the best one and the last one
 CHECKPOINT_SHARE = 3  # times the weights that train: they and two Adam moments
-ADDED_FLAGS = {"divergence": "forward_kl"}  # what runs did that are older than the flag
+ADDED_FLAGS = {"depth_degradation": 0.0, "divergence": "forward_kl"}  # what runs did that are older than the flag
 
 
 def read_checkpoint(path: Path, *, need_checksum: bool = False) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def build_data(
         subset_percentage=args.subset_percentage,
         label_fraction=args.label_fraction or 1.0,
         augmentation=args.augmentation,
+        depth_degradation=args.depth_degradation,
         cache=cache,
         num_workers=args.num_workers,
         seed=args.seed,

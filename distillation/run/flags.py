@@ -13,7 +13,7 @@ from distillation.export import DTYPES, read_description
 from distillation.losses import DIVERGENCES
 from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, TEACHER_NAME
 from distillation.run.folders import MINIATURE
-from utils import at_least, positive, share
+from utils import at_least, positive, share, share_or_none
 
 LONGEST_RUN_NAME = 100  # bytes: file systems take 255, and prefixes and suffixes come to it
 
@@ -41,15 +41,17 @@ def add_common_args(parser: argparse.ArgumentParser, *, leave_out: Sequence[str]
     """The flags that every training script has, with the defaults for real SUN RGB-D, but those that it could not obey.
 
     Shared code reads some flags that not every script has: --teacher, --teacher_checkpoint, --teacher_questions,
-    --any_teacher, --vision_cache, and what is left out. Where a script has none of these, its arguments hold None, or
-    False for a switch.
+    --any_teacher, --vision_cache, --depth_degradation, and what is left out. Where a script has none of these, its
+    arguments hold None, False for a switch, or 0.
 
     Args:
         parser: of a training script.
         leave_out: flags that this script does not have.
     """
     parser.set_defaults(teacher=None, teacher_checkpoint=None, teacher_questions=None, any_teacher=False)
-    parser.set_defaults(vision_cache=False, **{flag.removeprefix("--"): None for flag in leave_out})
+    parser.set_defaults(
+        vision_cache=False, depth_degradation=0.0, **{flag.removeprefix("--"): None for flag in leave_out}
+    )
 
     def add(flag: str, *, help: str, **options: Any) -> None:
         if flag not in leave_out:
@@ -73,7 +75,7 @@ def _add_data_args(add: Callable[..., None]) -> None:
     add(
         "--picture_cache",
         action=argparse.BooleanOptionalAction,
-        help="keep the student's preprocessed pictures on disk (default: with --miniature, unless --augmentation)",
+        help="keep the student's preprocessed pictures on disk (default: with --miniature, unless they change)",
     )
     add(
         "--image_tokens",
@@ -191,6 +193,13 @@ def add_depth_args(parser: argparse.ArgumentParser) -> None:
         default="raw",
         help="depth as recorded, or bfx: with filled holes (%(default)s)",
     )
+    add(
+        "--depth_degradation",
+        type=share_or_none,
+        default=0.0,
+        help="share of the training pictures, others in each epoch, that get holes, a coarser resolution or a shorter "
+        "range at random, in [0, 1] (%(default)s)",
+    )
 
 
 def add_teacher_args(parser: argparse.ArgumentParser, *, asks: bool = True) -> None:
@@ -274,10 +283,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
     if args.resume and args.dry_run:
         parser.error("--dry_run says what a new run costs; leave out --resume")
     for name, given in (("picture_cache", args.picture_cache), ("vision_cache", args.vision_cache)):
-        if given and args.augmentation:
-            parser.error(f"--augmentation changes every picture in every epoch: leave out --{name}")
+        for flag in ("augmentation", "depth_degradation"):
+            if given and getattr(args, flag):
+                parser.error(f"--{flag} changes pictures in every epoch: leave out --{name}")
     if args.picture_cache is None:
-        args.picture_cache = args.miniature and not args.augmentation
+        args.picture_cache = args.miniature and not (args.augmentation or args.depth_degradation)
     return args
 
 
