@@ -107,13 +107,3 @@ class Answers:
 def digest(results: Results) -> str:
     """Digest of the ids of the answered questions, in their order."""
     return hashlib.sha256("\n".join(row["Question_Id"] for row in results.rows).encode()).hexdigest()[:16]
-
-
-def pack(right: Sequence[bool]) -> str:
-    """Bits as hexadecimal text, for a JSON record."""
-    return np.packbits(right).tobytes().hex()
-
-
-def unpack(text: str, n: int) -> np.ndarray:
-    """What `pack` packed: (n,) bool."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=n).astype(bool)

@@ -58,7 +58,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.answers import Answers, digest, pack, unpack
+from benchmarks.answers import Answers, digest
 from benchmarks.processes import Task, run_side_by_side
 from dataset.inputs.processor import load_processor, save_processor
 from dataset.questions.answers import exact_match
@@ -66,6 +66,7 @@ from dataset.questions.blind import blind_predictions
 from dataset.questions.rows import QUESTION_TYPES, csv_cells
 from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, load_model
 from evaluation.comparison import load_results, short_type
+from evaluation.ladder import pack, unpack
 
 EPOCHS = 5  # of 5,000 images in batches of 8: 3,125 optimizer steps, for every variant
 FRACTIONS = (1.0, 0.1, 0.05)

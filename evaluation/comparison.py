@@ -204,6 +204,11 @@ def text_table(table: Sequence[TableRow]) -> str:
         ranges = ["", *(f"{_percent(cell, 'low')}-{_percent(cell, 'high')}" if cell else "" for cell in cells)]
         ranges += [f"{100 * difference[1]:+.1f} to {100 * difference[2]:+.1f}" if difference else "", ""]
         lines += [values, ranges]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells in columns of equal width, with a rule below the first row, the header."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [
         "  ".join(
@@ -218,15 +223,23 @@ def text_table(table: Sequence[TableRow]) -> str:
 def markdown_table(table: Sequence[TableRow]) -> str:
     """The comparison as a Markdown table."""
     header = _header(table)
-    lines = [[escaped_markdown(name) for name in header], ["---", *["---:"] * (len(header) - 1)]]
+    lines = [header]
     for row in table:
         cells = [row.accuracies.get(column) for column in table_columns(table)]
-        line = [escaped_markdown(row.name)]
+        line = [row.name]
         line += [f"{_percent(c, 'value')} [{_percent(c, 'low')}, {_percent(c, 'high')}]" if c else "" for c in cells]
         difference = row.difference
         line.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * part for part in difference)) if difference else "")
         lines.append([*line, _p_text(row.p_value)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a Markdown table, the first one its header; nothing in a cell of words is markup."""
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    rows = [[escaped_markdown(cell) for cell in lines[0]], rule]
+    rows += [[escaped_markdown(line[0]), *line[1:]] for line in lines[1:]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def explanation(results: Sequence[Results], baseline: str | None = None) -> str:

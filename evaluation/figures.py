@@ -63,14 +63,15 @@ def draw_accuracies(table: Sequence[TableRow], path: Path, *, title: str) -> Non
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(4, len(table)), frameon=False)
-    _save(FigureCanvasAgg(figure), path)
+    save_figure(FigureCanvasAgg(figure), path)
 
 
 def _or(value: float | None, other: float) -> float:
     return other if value is None else value
 
 
-def _save(canvas: Any, path: Path) -> None:
+def save_figure(canvas: Any, path: Path) -> None:
+    """Write a figure as a PNG, atomically."""
     with atomic_path(path) as part, warnings.catch_warnings():
         # A name in a script that the plot's font lacks is drawn as boxes; nobody can do anything about it.
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from font")
@@ -139,7 +140,7 @@ def draw_contact_sheet(results: Sequence[Results], path: Path, root: Path, *, n_
     axes[0, 1].set_title("Depth (grey: no measurement)")
     axes[0, 2].set_title("Question, right answer, and answers", loc="left")
     figure.colorbar(shown, ax=axes[-1, 1], location="bottom", label="Distance (m)", fraction=0.06, pad=0.04)
-    _save(FigureCanvasAgg(figure), path)
+    save_figure(FigureCanvasAgg(figure), path)
 
 
 def _read_frame(root: Path, row: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dataset.questions.answers import Row, exact_match, group_by, normalise_answer, order_types
-from dataset.questions.rows import CAPTION_TYPE
+from dataset.questions.rows import CAPTION_TYPE, QuestionRow, frame_path
 from dataset.sunrgbd.frames import frame_group
 from evaluation.intervals import cluster_bootstrap_ci, wilson_interval
 from utils import UserError
@@ -118,6 +118,11 @@ def recording(image_path: str) -> str:
     """
     frame, _, _ = image_path.rpartition("/image/")
     return frame_group(frame) if frame else image_path
+
+
+def question_recording(row: QuestionRow, *, miniature: bool) -> str:
+    """The recording of a question's picture. A room of the built-in world is in one picture, whatever that is named."""
+    return frame_path(row) if miniature else recording(row.image_path)
 
 
 def recordings(rows: Iterable[Row]) -> list[str]:

@@ -73,12 +73,12 @@ class Student:
         *,
         name: str,
         precision: str = "auto",
-        camera: Mapping[str, Any] | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
-        """`camera`: focal_share and tilt_degrees of the pictures that it was trained on, where they are known."""
+        """`record`: what is known of its training: miniature, focal_share and tilt_degrees of its pictures, script."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.processor, self.images = model.to(device).eval(), processor, images
-        self.name, self.camera = name, camera or {}
+        self.name, self.record = name, record or {}
         self.mixed = resolve_precision(precision) == "bf16-mixed"
 
     @classmethod
@@ -103,7 +103,7 @@ class Student:
         images = ImageSettings(**{field.name: recorded[field.name] for field in fields(ImageSettings)})
         check_image_tokens(image_tokens, images, name)
         processor = load_processor(recorded["student_name"])
-        return cls(model, processor, images, name=str(path), precision=precision, camera=recorded)
+        return cls(model, processor, images, name=str(path), precision=precision, record=recorded)
 
     @classmethod
     def _of_folder(cls, name: str, precision: str, image_tokens: str | None) -> "Student":
@@ -114,8 +114,13 @@ class Student:
             check_image_tokens(image_tokens, images, name)
         model = load_model(name, dtype=frozen_dtype(precision))
         refuse_broken_weights(model, origin=name)
-        camera = description["camera"] if description else None
-        return cls(model, load_processor(name), images, name=name, precision=precision, camera=camera)
+        record = None
+        if description:
+            record = description["camera"] | {
+                "miniature": description["miniature"],
+                "script": description["trained_by"],
+            }
+        return cls(model, load_processor(name), images, name=name, precision=precision, record=record)
 
     @torch.no_grad()
     def look(self, picture: np.ndarray | None, camera: Camera | None = None) -> Seen:
@@ -143,7 +148,7 @@ class Student:
 
     def usual_camera(self, width: int, height: int, **given: str | None) -> Camera:
         """A camera of `own_camera` with what was usual in training for what is not given."""
-        usual = {name: self.camera.get(name) for name in ("focal_share", "tilt_degrees")}
+        usual = {name: self.record.get(name) for name in ("focal_share", "tilt_degrees")}
         return own_camera(width, height, **usual, **given)
 
     @torch.no_grad()

@@ -32,9 +32,10 @@ DEPTH_LADDER: dict[str, tuple[float, ...]] = {  # kind -> severities, the mildes
     "scale": (0.05, 0.10, 0.20),  # of the distance: how much all distances are too long or too short
     "no_depth": (1,),  # nothing was measured at all
 }
-LIGHT_LADDER: dict[str, tuple[float, ...]] = {  # exposures, as shares of one that is right
-    "light": (1, 1 / 4, 1 / 16, 1 / 64, 1 / 256),  # less light, the picture gets dark
-    "light_gain": (1, 1 / 4, 1 / 16, 1 / 64, 1 / 256),  # less light, amplified until the picture is bright again
+EXPOSURES = (1, 1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 1024, 1 / 4096)  # as shares of the right one
+LIGHT_LADDER: dict[str, tuple[float, ...]] = {
+    "light": EXPOSURES,  # the picture gets dark
+    "light_gain": EXPOSURES,  # it is amplified until it is bright again
 }
 LADDERS = {"depth": DEPTH_LADDER, "rgb": LIGHT_LADDER}  # by what a system sees
 TRAINED = ("holes", "resolution", "range_cut")
@@ -42,7 +43,7 @@ TRAINED = ("holes", "resolution", "range_cut")
 HOLE_SHARES, RESOLUTIONS, RANGES_M = (0.05, 0.65), (6, 48), (2.5, 6.0)
 
 # Sony IMX477 of the Raspberry Pi High Quality Camera: saturation and read noise in electrons, the latter by analog
-# gain, largest analog gain, bits. Measured at https://www.strollswithmydog.com/tag/level ("Pi HQ Cam Sensor Performance").
+# gain, largest analog gain, bits. Measured in "Pi HQ Cam Sensor Performance", https://www.strollswithmydog.com/tag/level.
 FULL_WELL, READ_NOISE, MOST_GAIN, ADC_BITS = 8180, {1: 3.0, 16: 1.5}, 16, 12
 
 
@@ -54,7 +55,7 @@ class Degradation:
     severity: float
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.severity:g}"
+        return f"{self.kind} {self.severity:.3g}" if self.severity else self.kind
 
 
 def draw_degradation(share: float, rng: np.random.Generator) -> Degradation | None:

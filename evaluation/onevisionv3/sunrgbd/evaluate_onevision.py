@@ -61,7 +61,6 @@ from dataset.questions.rows import (
     QuestionRow,
     captions_file,
     csv_cells,
-    frame_path,
     questions_file,
     read_questions,
 )
@@ -72,7 +71,7 @@ from distillation.run.folders import EXPERIMENTS
 from distillation.run.machine import peak_memory_gib, quieten
 from evaluation.answer_log import AnswerLog, asked_of, check_results_room
 from evaluation.caption_scores import caption_scores
-from evaluation.metrics import evaluate_rows, recording
+from evaluation.metrics import evaluate_rows, question_recording
 from evaluation.predictions import read_predictions
 from evaluation.system import answer_questions, checkpoint_of_flags, load_system
 from evaluation.wups import WordSimilarity, wordnet_similarity, wups_scores
@@ -303,8 +302,7 @@ def prediction_rows(rows: list[QuestionRow], answers: dict[str, str], *, miniatu
     return [
         csv_cells(row)
         | {"Model_Answer": answers[row.id], "Correct": int(exact_match(answers[row.id], row.answer))}
-        # A room of the built-in world is in one picture, although that is named like a frame of a recording.
-        | {"Recording": frame_path(row) if miniature else recording(row.image_path)}
+        | {"Recording": question_recording(row, miniature=miniature)}
         for row in rows
     ]
 

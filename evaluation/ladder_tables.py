@@ -1,0 +1,83 @@
+"""The ladder as a table: a row per rung, a column per system."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evaluation.comparison import aligned, markdown, short_type
+from utils import printable
+
+HEADINGS = {"depth": "Depth gets worse", "rgb": "The light fades"}
+SUMMARY = {"clean": "clean", "mean": "mean of the ladder", "kept": "share kept"}
+
+
+def as_text(record: Mapping[str, Any], column: str) -> str:
+    """All tables for a terminal, without intervals."""
+    return _document(record, column, lambda lines: aligned([[_bare(cell) for cell in line] for line in lines]))
+
+
+def as_markdown(record: Mapping[str, Any], column: str) -> str:
+    """All tables as Markdown."""
+    return _document(record, column, markdown)
+
+
+def _document(record: Mapping[str, Any], column: str, drawn) -> str:
+    asked = record["questions"]
+    parts = [
+        f"Share of right answers in %, {short_type(column).lower()}: {asked['n_questions']} questions about "
+        f"{asked['n_images']} images of the {record['split']} split, with 95 % intervals that resample recordings. "
+        "Mean of the ladder: over holes, resolution and range_cut for depth, over all rungs for light. Share kept: "
+        "that mean over the accuracy on clean pictures.\n"
+    ]
+    for modality, heading in HEADINGS.items():
+        systems = [system for system in record["systems"] if system["modality"] == modality]
+        if systems:
+            parts += [f"{heading}:\n", drawn(_lines(systems, record, column))]
+    parts += [line + "\n" for line in map(_crossing, record["crossings"])]
+    return "\n".join(parts)
+
+
+def _lines(systems: Sequence[Mapping[str, Any]], record: Mapping[str, Any], column: str) -> list[list[str]]:
+    compared = [system for system in systems if "difference" in system["rungs"][0]["accuracy"][column]]
+    names = [printable(system["name"]) for system in systems]
+    names += [printable(f"{system['name']} - {record['baseline']}") for system in compared]
+    lines = [["", *names]]
+    for name, title in SUMMARY.items():
+        cells = [system["summary"][column].get(name) for system in systems]
+        lines.append([title, *map(_accuracy, cells), *(_difference(s["summary"][column].get(name)) for s in compared)])
+    for number, rung in enumerate(systems[0]["rungs"][1:], 1):
+        own, differences = ([s["rungs"][number]["accuracy"][column] for s in group] for group in (systems, compared))
+        title = f"{rung['kind']} {rung['severity']:.3g}"
+        lines.append([title, *map(_accuracy, own), *map(_difference, differences)])
+    blind = record["blind"]
+    return [
+        *lines,
+        [f"blind: {blind['name']}", *[_accuracy(blind["accuracy"][column])] * len(systems)] + [""] * len(compared),
+    ]
+
+
+def _accuracy(cell: Mapping[str, float | None] | None) -> str:
+    if cell is None:
+        return ""
+    ends = "" if cell["low"] is None else f" [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"
+    return f"{100 * cell['value']:.1f}{ends}"
+
+
+def _difference(cell: Mapping[str, Any] | None) -> str:
+    if not (cell or {}).get("difference"):
+        return ""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * part for part in cell["difference"]))
+
+
+def _bare(cell: str) -> str:
+    """Without the interval."""
+    return cell.split(" [")[0]
+
+
+def _crossing(found: Mapping[str, Any]) -> str:
+    names = {"light": "without gain", "light_gain": "with gain"}
+    told = [f"{names[kind]} {_below(exposure)}" for kind, exposure in found["exposure"].items()]
+    return printable(f"{found['depth']} answers more than {found['rgb']}: {', '.join(told)}.")
+
+
+def _below(exposure: float | None) -> str:
+    return "at no exposure of the ladder" if exposure is None else f"below an exposure of 1/{1 / exposure:.3g}"
