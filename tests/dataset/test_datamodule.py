@@ -12,6 +12,8 @@ import torch
 from dataset.datamodule import SUNRGBDDataModule
 from dataset.inputs import pictures
 from dataset.inputs.augmentation import augment
+from dataset.inputs.degradations import Degradation
+from dataset.inputs.depth_encodings import ENCODINGS
 from dataset.inputs.pictures import ImageSettings, PictureCache, load_images, picture_key
 from dataset.inputs.sampler import ImageOrder, MicroBatchSampler
 from dataset.questions.rows import frame_path, group_by_image, questions_file, read_questions, subset_of_images
@@ -250,3 +252,71 @@ def test_bfx_source(world):
     (filled,) = load_images(frame, [ImageSettings("depth", depth_source="bfx")])
     (raw,) = load_images(frame, [DEPTH])
     assert np.isfinite(filled).all() and np.isnan(raw).any()
+
+
+def shown(loader, epoch: int) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """By picture: its pixels in an epoch, and the weights of its patches where a teacher reads them."""
+    loader.batch_sampler.sampler.set_epoch(epoch)
+    return {
+        path: (pixels, weights)
+        for batch in loader
+        for path, pixels, weights in zip(
+            batch["image_paths"],
+            batch["student_images"]["pixel_values"],
+            batch.get("teacher", {}).get("valid_share", [None] * len(batch["image_paths"])),
+            strict=True,
+        )
+    }
+
+
+class ConstantTeacher:
+    """Says the same about every picture."""
+
+    def __init__(self, paths):
+        self.rows = {path: row for row, path in enumerate(sorted(paths))}
+
+    def answer(self, row, *, gold):
+        return [5], torch.zeros(1, 4)
+
+    def patches(self, image_path):
+        return torch.zeros(64, 4)
+
+
+def test_depth_is_degraded_anew_in_each_epoch_and_patches_keep_the_recorded_weight(world, processor):
+    clean, worse = (module(world, processor, depth_degradation=share) for share in (0.0, 0.5))
+    for data in (clean, worse):
+        data.use_teacher(ConstantTeacher({row.image_path for row in data.rows("train")}))
+    recorded = shown(clean.train_dataloader(), 0)
+    epochs = [shown(worse.train_dataloader(), epoch) for epoch in range(4)]
+    changed = [{path for path in recorded if not epoch[path][0].equal(recorded[path][0])} for epoch in epochs]
+    share = sum(map(len, changed)) / (len(epochs) * len(recorded))
+    assert 0.3 < share < 0.7 and changed[0] != changed[1]
+    twice = changed[0] & changed[1] & changed[2]
+    assert all(not epochs[0][path][0].equal(epochs[1][path][0]) for path in twice) and twice
+    assert all(epoch[path][1].equal(recorded[path][1]) for epoch in epochs for path in recorded)
+    again = shown(worse.train_dataloader(), 1)
+    assert all(again[path][0].equal(epochs[1][path][0]) for path in recorded)
+
+
+def test_validation_sees_depth_as_recorded(world, processor):
+    clean, worse = (module(world, processor, depth_degradation=share) for share in (0.0, 1.0))
+    first, second = (shown(data.val_dataloader(), 0) for data in (clean, worse))
+    assert all(first[path][0].equal(second[path][0]) for path in first) and first
+
+
+@pytest.mark.parametrize("encoding", [*ENCODINGS])
+def test_a_picture_without_any_depth_is_black(world, encoding, recwarn):
+    frame = read_frame(world, frame_path(read_questions(questions_file(world, "test"), root=world)[0]))
+    settings = ImageSettings("depth", encoding)
+    (picture,) = load_images(frame, [settings], degradation=Degradation("no_depth", 1))
+    (whole,) = load_images(frame, [settings])
+    assert np.isnan(picture).all() and picture.shape == whole.shape and not recwarn.list
+
+
+def test_a_worse_depth_sensor_leaves_rgb_alone_and_less_light_leaves_depth_alone(world):
+    frame = read_frame(world, frame_path(read_questions(questions_file(world, "test"), root=world)[0]))
+    rgb, depth = load_images(frame, [RGB, DEPTH])
+    dark, same_depth = load_images(frame, [RGB, DEPTH], degradation=Degradation("light", 1 / 64))
+    same_rgb, cut = load_images(frame, [RGB, DEPTH], degradation=Degradation("holes", 0.3))
+    assert (same_rgb == rgb).all() and np.array_equal(same_depth, depth, equal_nan=True)
+    assert dark.mean() < rgb.mean() / 4 and np.isnan(cut).mean() > np.isnan(depth).mean() + 0.15

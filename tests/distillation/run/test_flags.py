@@ -22,6 +22,10 @@ from utils import UserError, load_script
         (("--image_tokens", "many"), "--image_tokens"),
         (("--resume", "last.ckpt", "--load_checkpoint"), "--resume"),
         (("--augmentation", "--picture_cache"), "--picture_cache"),
+        (("--depth_degradation", "1.5"), "--depth_degradation: 1.5: give a share"),
+        (("--depth_degradation", "-0.1"), "--depth_degradation: -0.1: give a share"),
+        (("--depth_degradation", "nan"), "--depth_degradation: nan: give a share"),
+        (("--depth_degradation", "0.5", "--picture_cache"), "leave out --picture_cache"),
         (("--no_such_flag",), "--no_such_flag"),
     ],
 )
