@@ -41,8 +41,8 @@ from functools import cache
 from typing import Any
 
 from benchmarks import reproduce
+from benchmarks.arms import ASK, ASKING_PHASES, FEATURES, JOINT, LABELS_ONLY, LOGITS, RGB_STUDENT, Stage
 from benchmarks.processes import Task, run_side_by_side
-from benchmarks.reproduce import ASK, ASKING_PHASES, FEATURES, JOINT, LABELS_ONLY, LOGITS, RGB_STUDENT, Stage
 
 SEED = 0
 FACTOR = 2.0

@@ -59,7 +59,23 @@ import numpy as np
 import torch
 
 from benchmarks.answers import Answers, digest
+from benchmarks.arms import (
+    ALL_VARIANTS,
+    COMPARISONS,
+    CONTROL,
+    DEGRADATION,
+    DEGRADED_VARIANTS,
+    FEW_SEEDS,
+    FRACTIONS,
+    FULL_LABEL_VARIANTS,
+    TEACHERS,
+    VARIANTS,
+    Stage,
+    on_ladder,
+)
+from benchmarks.ladder_report import ladder_tables, rung_name
 from benchmarks.processes import Task, run_side_by_side
+from dataset.inputs.degradations import Degradation
 from dataset.inputs.processor import load_processor, save_processor
 from dataset.questions.answers import exact_match
 from dataset.questions.blind import blind_predictions
@@ -68,126 +84,23 @@ from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, load_model
 from evaluation.comparison import load_results, short_type
 from evaluation.ladder import pack, unpack
 
-EPOCHS = 5  # of 5,000 images in batches of 8: 3,125 optimizer steps, for every variant
-FRACTIONS = (1.0, 0.1, 0.05)
 RATES = ROOT / "benchmarks" / "reproduce" / "rates.json"  # the learning rates of every system, written by rates.py
 EVALUATION = "evaluation/onevisionv3/sunrgbd/evaluate_onevision.py"
-TROUBLE = "knowledge_distillation7b_double_trouble"
-# Run name -> flags with which baseline_rgb7b tunes this teacher. With few labels the stock teacher teaches instead,
-# because it has read none of them.
-TEACHERS = {
-    "teacher": (),
-    # Wrong so often that LoCa has something to correct: .58 on val, and LoCa corrects 25 % of the gold tokens (9 % of
-    # the stock teacher's).
-    "weak_teacher": ("--subset_percentage", "0.05", "--batch_size", "8", "--max_epochs", "1", "--lr", "1e-2"),
-}
-ASK = ("--teacher_questions", "8")
-CONTROL = "label-only"
+ROBUSTNESS = "evaluation/robustness.py"
 START_NOISE = 0.02
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One call of a training script in a variant.
-
-    Attributes:
-        system: whose learning rates in `RATES` it gets.
-        script: folder below distillation/.
-        epochs: passes over the training images.
-        flags: further flags of the script.
-        labels: whether it reads gold answers; one that reads none is trained once for all shares of labels.
-        teacher: a run of `TEACHERS`; None = no teacher.
-        rates: flags of the script's learning rates.
-    """
-
-    system: str
-    script: str
-    epochs: int
-    flags: tuple[str, ...] = ()
-    labels: bool = True
-    teacher: str | None = "teacher"
-    rates: tuple[str, ...] = ("lr", "vision_lr")
-
-    def but(self, *flags: str) -> "Stage":
-        """The same stage with further flags."""
-        return replace(self, flags=self.flags + flags)
-
-
-LABELS_ONLY = Stage(CONTROL, "baseline_depth", EPOCHS, teacher=None)
-RGB_STUDENT = Stage("RGB student", "baseline_rgb05b", EPOCHS, teacher=None)
-LOGITS = Stage("logit-based", "knowledge_distillation7b_logit_based", EPOCHS)
-FEATURES = Stage("feature-based", "knowledge_distillation7b_feature_based", EPOCHS, rates=("lr", "vision_lr", "map_lr"))
-JOINT = Stage("joint", f"{TROUBLE}/phase3", EPOCHS, ("--from_stock",))
-THREE_PHASES = (
-    Stage("phase 1", f"{TROUBLE}/phase1", 2, labels=False, rates=("vision_lr",)),
-    Stage("phase 2", f"{TROUBLE}/phase2", 1, rates=("lr",)),
-    Stage("phase 3", f"{TROUBLE}/phase3", 2),
-)
-ASKING_PHASES = tuple(stage.but(*ASK) if stage.labels else stage for stage in THREE_PHASES)
-VARIANTS = {  # name -> stages; all others are measured against the first one
-    CONTROL: (LABELS_ONLY,),
-    "double trouble": ASKING_PHASES,
+# Seconds on one core of the machine of benchmarks/README.md: of an epoch, by system; more of one on degraded depth; of
+# scoring; of the ladder.
+EPOCH_SECONDS = {
+    "label-only": 60,
+    "RGB student": 55,
+    "phase 1": 55,
+    "phase 2": 75,
+    "phase 3": 105,
+    "joint": 75,
+    "logit-based": 80,
+    "feature-based": 75,
 }
-OFF = {  # term of the joint training -> flags that turn it off
-    "LoCa": ("--kl_weight", "0"),
-    "InfoNCE": ("--contrastive_weight", "0"),
-    "patches": ("--patch_weight", "0"),
-}
-
-
-def joint_without(*terms: str) -> Stage:
-    """The joint training on gold questions without some of its loss terms, at the same learning rates."""
-    return JOINT.but(*(flag for term in terms for flag in OFF[term]))
-
-
-KL, LOCA = replace(LOGITS, system="joint"), joint_without("InfoNCE", "patches")  # at the same learning rates
-# Trained with all labels only: CE with one further term each, all terms but one each, the phases, other strategies.
-FULL_LABEL_VARIANTS = {
-    "CE": (joint_without(*OFF),),
-    "CE + KL": (KL,),
-    "CE + LoCa": (LOCA,),
-    "CE + InfoNCE": (joint_without("LoCa", "patches"),),
-    "CE + patches": (joint_without("LoCa", "InfoNCE"),),
-    "CE + LoCa + teacher questions": (LOCA.but(*ASK),),
-    "CE + InfoNCE + patches": (joint_without("LoCa"),),
-    "CE + LoCa + patches": (joint_without("InfoNCE"),),
-    "CE + LoCa + InfoNCE": (joint_without("patches"),),
-    "CE + LoCa + InfoNCE + patches": (JOINT,),
-    "joint": (JOINT.but(*ASK),),
-    "double trouble, gold questions only": THREE_PHASES,
-    "logit-based": (LOGITS.but(*ASK),),
-    "feature-based": (FEATURES.but(*ASK),),
-    "feature-based, gold questions only": (FEATURES,),
-    "feature-based without patches": (FEATURES.but(*OFF["patches"]),),
-    "feature-based without hidden states": (FEATURES.but("--hidden_weight", "0"),),
-    "CE + KL, weak teacher": (replace(KL, teacher="weak_teacher"),),
-    "CE + LoCa, weak teacher": (replace(LOCA, teacher="weak_teacher"),),
-    "RGB student": (RGB_STUDENT,),
-}
-COMPARISONS = (  # what is compared, the variant with it, the variant without it
-    ("LoCa, on CE alone", "CE + LoCa", "CE"),
-    ("LoCa, beside all else", "CE + LoCa + InfoNCE + patches", "CE + InfoNCE + patches"),
-    ("InfoNCE, on CE alone", "CE + InfoNCE", "CE"),
-    ("InfoNCE, beside all else", "CE + LoCa + InfoNCE + patches", "CE + LoCa + patches"),
-    ("patches, on CE alone", "CE + patches", "CE"),
-    ("patches, beside all else", "CE + LoCa + InfoNCE + patches", "CE + LoCa + InfoNCE"),
-    ("teacher questions, on CE + LoCa", "CE + LoCa + teacher questions", "CE + LoCa"),
-    ("teacher questions, beside all else", "joint", "CE + LoCa + InfoNCE + patches"),
-    ("hidden states, beside patches", "feature-based, gold questions only", "feature-based without hidden states"),
-    ("patches, beside hidden states", "feature-based, gold questions only", "feature-based without patches"),
-    ("teacher questions, in feature-based", "feature-based", "feature-based, gold questions only"),
-    ("KL, on CE alone", "CE + KL", "CE"),
-    ("LoCa instead of KL", "CE + LoCa", "CE + KL"),
-    ("LoCa instead of KL, weak teacher", "CE + LoCa, weak teacher", "CE + KL, weak teacher"),
-    ("phases instead of all at once", "double trouble", "joint"),
-    (
-        "phases instead of all at once, gold questions only",
-        "double trouble, gold questions only",
-        "CE + LoCa + InfoNCE + patches",
-    ),
-    ("RGB instead of depth, labels only", "RGB student", CONTROL),
-)
-FULL_LABEL_SEEDS = 3
+DEGRADED_SECONDS, SCORE_SECONDS, LADDER_SECONDS = 35, 25, 260
 MOST_JOBS = 4  # default of --jobs on a machine with more cores: each run takes a GiB of memory
 
 
@@ -202,7 +115,7 @@ class Job:
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages of its variant, in their order."""
-        return (VARIANTS | FULL_LABEL_VARIANTS)[self.variant]
+        return ALL_VARIANTS[self.variant]
 
     @property
     def name(self) -> str:
@@ -335,27 +248,38 @@ def train_stages(job: Job, work: Path) -> Path:
         shared = f"all_seed{job.seed}" if job.fraction == 1 else f"stock_teacher_seed{job.seed}"
         argv = [*stage_flags(stage, job), "--student_name", str(student_start(work, job.seed))]
         argv += ["--load_checkpoint", str(checkpoints)] if checkpoints else []
+        shared += f"_{file_name(' '.join(stage.flags))}" * bool(stage.flags)
         checkpoints = run_once(stage.script, argv, work, name=job.name if stage.labels else shared)
     return checkpoints
 
 
-def score_run(job: Job, checkpoints: Path, work: Path) -> tuple[dict[str, float], Path]:
-    """Score the best checkpoint of a run on the test split: its accuracies and its results folder."""
+def score_run(job: Job, checkpoints: Path, work: Path) -> tuple[dict[str, float], Path, Path]:
+    """Score the best checkpoint of a run on the test split: its accuracies, its results folder and the checkpoint."""
     folder = work / "results" / job.name / "best"
     (best,) = checkpoints.glob("best-*.ckpt")
     found = scores(evaluate(["--ckpt_path", str(best)], folder))
     if job.variant == CONTROL:  # in its favor: also its last checkpoint is scored, and the better of both counts
-        last = scores(evaluate(["--ckpt_path", str(checkpoints / "last.ckpt")], folder.with_name("last")))
-        if last["By depth"] > found["By depth"]:
-            return last, folder.with_name("last")
-    return found, folder
+        last = checkpoints / "last.ckpt"
+        also = scores(evaluate(["--ckpt_path", str(last)], folder.with_name("last")))
+        if also["By depth"] > found["By depth"]:
+            return also, folder.with_name("last"), last
+    return found, folder, best
+
+
+def climb(checkpoint: Path, name: str, work: Path) -> dict[str, str]:
+    """What a checkpoint answers right on every rung of its ladder, packed, by the rung's name."""
+    output = work / "results" / name / "ladder"
+    script = load_script(ROBUSTNESS)
+    script.main(script.parse_args([str(checkpoint), "--names", name, "--output", str(output)]))
+    (system,) = json.loads((output / "robustness.json").read_text(encoding="utf-8"))["systems"]
+    return {str(Degradation(rung["kind"], rung["severity"])): rung["right"] for rung in system["rungs"]}
 
 
 def run_job(job: Job, work: Path) -> dict[str, Any]:
     """Train a run and score it on the test split: its record."""
     started = time.monotonic()
     checkpoints = train_stages(job, work)
-    found, folder = score_run(job, checkpoints, work)
+    found, folder, checkpoint = score_run(job, checkpoints, work)
     answers = load_results(folder)
     run = json.loads((logs_of(checkpoints) / "run.json").read_text(encoding="utf-8"))
     return {
@@ -370,6 +294,7 @@ def run_job(job: Job, work: Path) -> dict[str, Any]:
         "scores": found | {"Val": run["val/exact_match"]},
         "questions": digest(answers),
         "right": pack(answers.correct()),
+        "ladder": climb(checkpoint, job.name, work) if on_ladder(job.variant, job.fraction) else {},
     }
 
 
@@ -508,6 +433,23 @@ def introduction(study: Study) -> str:
     )
 
 
+def ladder_section(study: Study) -> list[str]:
+    """The tables about worse depth; empty without runs that were trained for it."""
+    seeds = {variant: scores_of(study.runs, variant, 1.0) for variant in (*VARIANTS, *DEGRADED_VARIANTS)}
+    if not all(seeds.values()):
+        return []
+    systems = {variant: [Job(variant, 1.0, seed).name for seed in found] for variant, found in seeds.items()}
+    (control, distilled), (control_degraded, distilled_degraded) = VARIANTS, DEGRADED_VARIANTS
+    pairs = [(distilled_degraded, distilled), (distilled_degraded, control_degraded), (control_degraded, control)]
+    return [
+        "Depth gets worse (the ladder of [robustness.py](../../evaluation/README.md#worse-depth-less-light)), with all "
+        f"labels. Degraded: trained with {' '.join(DEGRADATION)}. Mean: of the nine rungs shown. Share kept: that mean "
+        "over clean.",
+        "",
+        *ladder_tables(study.answers, systems, [*pairs, (distilled, control)]),
+    ]
+
+
 def report(study: Study) -> str:
     """The tables with what they are about."""
     text = ["# Distillation on the miniature world", "", introduction(study), ""]
@@ -521,8 +463,30 @@ def report(study: Study) -> str:
         *comparison_table(study),
         "",
     ]
+    text += [*ladder_section(study), ""]
     text += ["Double trouble against label-only training, type by type:", "", *gain_table(study, "double trouble"), ""]
     return "\n".join([*text, *findings(study), ""])
+
+
+def print_plan(jobs: Sequence[Job], waiting: Sequence[Job], processes: int) -> None:
+    """Say which runs there are, by variant, and how long those that wait will take."""
+    for variant in dict.fromkeys(job.variant for job in jobs):
+        own = [job for job in jobs if job.variant == variant]
+        shares = ", ".join(
+            f"{100 * fraction:g} % of the labels {sum(job.fraction == fraction for job in own)} times"
+            for fraction in dict.fromkeys(job.fraction for job in own)
+        )
+        missing = [job for job in own if job in waiting]
+        print(f"{variant}: {shares}; {len(missing)} to do, about {sum(map(minutes, missing)):.0f} minutes of one core")
+    total = sum(map(minutes, waiting)) / processes
+    print(f"{len(waiting)} of {len(jobs)} runs to do, {processes} at a time: about {total / 60:.1f} hours", flush=True)
+
+
+def minutes(job: Job) -> float:
+    """About how long a run takes on one core of the machine of benchmarks/README.md."""
+    trained = sum(stage.epochs * EPOCH_SECONDS[stage.system] for stage in job.stages)
+    more = sum(DEGRADED_SECONDS * stage.epochs for stage in job.stages if DEGRADATION[0] in stage.flags)
+    return (trained + more + SCORE_SECONDS + on_ladder(job.variant, job.fraction) * LADDER_SECONDS) / 60
 
 
 def add_study_args(parser: argparse.ArgumentParser) -> None:
@@ -552,7 +516,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seeds", type=at_least(1), default=5, help="number of seeds that every variant is repeated with (%(default)s)"
     )
     add_study_args(parser)
-    add("--variant", choices=[*VARIANTS, *FULL_LABEL_VARIANTS], help="train and score one run of this variant only")
+    add("--variant", choices=list(ALL_VARIANTS), help="train and score one run of this variant only")
     add(
         "--fraction",
         type=float,
@@ -565,16 +529,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.variant is None and (args.fraction, args.seed) != (1.0, 0):
         parser.error("--fraction and --seed are of one run; name its variant with --variant")
-    if args.variant in FULL_LABEL_VARIANTS and args.fraction != 1:
+    if args.variant and args.variant not in VARIANTS and args.fraction != 1:
         parser.error(f"--fraction {args.fraction}: {args.variant} is trained with all labels only")
     return args
 
 
 def study(seeds: int) -> list[Job]:
     """All runs, the main comparison first: a study that is cut short then has it complete for some seeds."""
-    main = [(variant, fraction, seed) for seed in range(seeds) for fraction in FRACTIONS for variant in VARIANTS]
-    further = [(variant, 1.0, seed) for seed in range(min(seeds, FULL_LABEL_SEEDS)) for variant in FULL_LABEL_VARIANTS]
-    return [Job(*run) for run in main + further]
+    few = min(seeds, FEW_SEEDS)
+    main = [(variant, 1.0, seed) for seed in range(seeds) for variant in VARIANTS | DEGRADED_VARIANTS]
+    labels = [(variant, fraction, seed) for seed in range(few) for fraction in FRACTIONS[1:] for variant in VARIANTS]
+    further = [(variant, 1.0, seed) for seed in range(few) for variant in FULL_LABEL_VARIANTS]
+    return [Job(*run) for run in main + labels + further]
 
 
 def read_record(job: Job, work: Path) -> dict[str, Any] | None:
@@ -588,7 +554,7 @@ def read_record(job: Job, work: Path) -> dict[str, Any] | None:
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
     flags = [stage_flags(stage, job) for stage in job.stages]
-    if record["flags"] != flags or not {"variant", "right"} <= record.keys():
+    if record["flags"] != flags or not {"variant", "right", "ladder"} <= record.keys():
         raise UserError(
             f"{path}: was made with other flags or by an older version; start over with another --work, or "
             f"remove {work}"
@@ -607,6 +573,11 @@ def best_blind(metrics: Mapping[str, Any]) -> tuple[float, list[bool]]:
     return by_name[name], [exact_match(p, row["Answers"]) for p, row in zip(predicted, cells, strict=True)]
 
 
+def unpacked(name: str, ladder: Mapping[str, str], n: int) -> dict[str, np.ndarray]:
+    """The answers of a run on every rung, by `rung_name`."""
+    return {rung_name(name, rung): unpack(text, n) for rung, text in ladder.items()}
+
+
 def collect(jobs: Sequence[Job], work: Path) -> Study:
     """The records of finished runs with those of the teachers and the best blind baseline.
 
@@ -620,6 +591,7 @@ def collect(jobs: Sequence[Job], work: Path) -> Study:
     results = load_results(work / "results" / "teacher")
     asked = Answers.of(results)
     right = {"teacher": np.array(results.correct()), "blind": np.array(blind_right)}
+    right |= unpacked("teacher", climb(best, "teacher", work), len(blind_right))
     runs = []
     for job in jobs:
         record = read_record(job, work)
@@ -629,6 +601,7 @@ def collect(jobs: Sequence[Job], work: Path) -> Study:
                 f"{work / 'results' / job.name}"
             )
         right[job.name] = unpack(record.pop("right"), len(blind_right))
+        right |= unpacked(job.name, record.pop("ladder"), len(blind_right))
         runs.append(record)
     records = {
         "date": str(date.today()),
@@ -669,8 +642,9 @@ def main(args: argparse.Namespace) -> None:
             write_json(job.record_path(args.work), run_job(job, args.work))
         return
     jobs = study(args.seeds)
-    waiting = [[job.task(args.work)] for job in jobs if read_record(job, args.work) is None]
-    run_side_by_side(waiting, args.jobs, finish_running=True)
+    waiting = [job for job in jobs if read_record(job, args.work) is None]
+    print_plan(jobs, waiting, args.jobs)
+    run_side_by_side([[job.task(args.work)] for job in waiting], args.jobs, finish_running=True)
     found = collect(jobs, args.work)
     found.answers.save(args.output / "answers.npz")
     write_json(args.output / "runs.json", found.records)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import rates, reproduce
+from benchmarks import arms, rates, reproduce
 from benchmarks.rates import STAGES, Search, search, start_of
 from distillation.run.callbacks import FiniteGuard
 from utils import UserError, write_json
@@ -72,9 +72,7 @@ def test_the_message_of_a_run_that_diverged_is_known():
 
 
 def test_every_system_is_searched_from_its_own_rates_on_command_lines_that_its_script_takes(tmp_path):
-    used = {
-        stage.system for stages in (reproduce.VARIANTS | reproduce.FULL_LABEL_VARIANTS).values() for stage in stages
-    }
+    used = {stage.system for stages in arms.ALL_VARIANTS.values() for stage in stages}
     assert used == STAGES.keys()
     assert start_of(STAGES["feature-based"]) == {"lr": 2.5e-4, "vision_lr": 5e-4, "map_lr": 1e-3}
     assert start_of(STAGES["phase 1"]) == {"vision_lr": 4e-3} and start_of(STAGES["phase 2"]) == {"lr": 5e-4}
@@ -151,9 +149,7 @@ def test_the_whole_search(study, monkeypatch):
 
     monkeypatch.setattr(reproduce, "RATES", study.out / "rates.json")
     assert reproduce.rate_flags("joint") == ["--lr", "0.0005", "--vision_lr", "0.001"]
-    assert reproduce.stage_flags(reproduce.JOINT, reproduce.Job("CE + LoCa", 1.0, 0))[-4:] == reproduce.rate_flags(
-        "joint"
-    )
+    assert reproduce.stage_flags(arms.JOINT, reproduce.Job("CE + LoCa", 1.0, 0))[-4:] == reproduce.rate_flags("joint")
 
 
 def test_an_interrupted_search_goes_on_elsewhere(study, monkeypatch):

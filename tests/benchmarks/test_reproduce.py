@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import processes, reproduce
+from benchmarks import arms, processes, reproduce
 from benchmarks.answers import Answers
 from benchmarks.processes import Task, run_side_by_side
 from benchmarks.reproduce import CONTROL, Job, Study
+from dataset.inputs.degradations import DEPTH_LADDER, Degradation
 from dataset.questions.blind import blind_predictions
 from dataset.questions.rows import QUESTION_TYPES, csv_cells, questions_file, read_questions
 from distillation.models import MINIATURE_STUDENT, load_model
+from evaluation.ladder import pack
 from evaluation.metrics import evaluate_rows
 from tests.helpers.system import SAY_CORES, needs_affinity
 from utils import ROOT, UserError, available_cores, core_shares, write_json
 
 N_ROOMS = 200
+RUNG_NAMES = [str(Degradation(kind, severity)) for kind in DEPTH_LADDER for severity in DEPTH_LADDER[kind]]
 COLUMNS = ("By depth", "Overall", *QUESTION_TYPES)
 
 
@@ -52,8 +55,8 @@ def points(text):
 
 
 def test_every_variant_takes_as_many_epochs():
-    for stages in (reproduce.VARIANTS | reproduce.FULL_LABEL_VARIANTS).values():
-        assert sum(stage.epochs for stage in stages) == reproduce.EPOCHS
+    for stages in arms.ALL_VARIANTS.values():
+        assert sum(stage.epochs for stage in stages) == arms.EPOCHS
 
 
 def test_gains_are_paired_by_seed_and_by_room():
@@ -114,7 +117,7 @@ def test_findings_are_by_hand():
 
 def test_every_comparison_is_of_two_variants_that_differ_in_what_it_names():
     """Both are trained; but for what is compared, their command lines are the same, rates included."""
-    variants = reproduce.VARIANTS | reproduce.FULL_LABEL_VARIANTS
+    variants = arms.ALL_VARIANTS
     for what, own, other in reproduce.COMPARISONS:
         assert variants[own] != variants[other], what
         if len(variants[own]) == len(variants[other]) == 1 and "RGB" not in what:
@@ -125,7 +128,7 @@ def test_every_comparison_is_of_two_variants_that_differ_in_what_it_names():
                 without.teacher,
             )
     assert len({what for what, _, _ in reproduce.COMPARISONS}) == len(reproduce.COMPARISONS)
-    for term in reproduce.OFF:  # each alone, and all but each
+    for term in arms.OFF:  # each alone, and all but each
         assert sum(what.startswith(f"{term}, ") for what, _, _ in reproduce.COMPARISONS) >= 2
 
 
@@ -181,9 +184,33 @@ def test_a_start_differs_by_seed_and_comes_back(tmp_path):
     assert not torch.equal(starts[0]["lm_head.weight"], starts[1]["lm_head.weight"])
 
 
+def test_the_plan_says_all_variants_and_the_hours(capsys):
+    jobs = reproduce.study(5)
+    reproduce.print_plan(jobs, jobs[:2], 2)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(arms.ALL_VARIANTS) and lines[0].startswith("label-only: 100 % of the labels 5 times, 10 %")
+    assert last.startswith(f"2 of {len(jobs)} runs to do, 2 at a time: about 0.")
+    assert reproduce.EPOCH_SECONDS.keys() == {s.system for stages in arms.ALL_VARIANTS.values() for s in stages}
+
+
+def test_phases_without_labels_are_shared_but_not_with_degraded_depth(tmp_path, monkeypatch):
+    trained = []
+
+    def train(script, argv, work, *, name):
+        trained.append((script, name))
+        return work / name
+
+    monkeypatch.setattr(reproduce, "run_once", train)
+    monkeypatch.setattr(reproduce, "student_start", lambda work, seed: work)
+    for variant in ("double trouble", "double trouble, gold questions only", "double trouble, degraded depth"):
+        reproduce.train_stages(Job(variant, 1.0, 0), tmp_path)
+    names = [name for script, name in trained if script.endswith("phase1")]
+    assert names[0] == names[1] == "all_seed0" and names[2] == "all_seed0_--depth_degradation_0_5"
+
+
 def test_every_command_line_is_one_that_its_script_takes():
     """Same batches, seed and labels in all stages that read labels; the control has no teacher."""
-    for name, stages in (reproduce.VARIANTS | reproduce.FULL_LABEL_VARIANTS).items():
+    for name, stages in arms.ALL_VARIANTS.items():
         for stage in stages:
             flags = reproduce.stage_flags(stage, Job(name, 0.1, 3))
             start = [] if "--from_stock" in flags else ["--load_checkpoint", "run"]
@@ -334,6 +361,15 @@ def test_finished_variants_are_kept_and_other_flags_are_refused(tmp_path, monkey
             reproduce.main(reproduce.parse_args(task.command[1:]))
 
     monkeypatch.setattr(reproduce, "run_once", train)
+    climbed = []
+
+    def climb(checkpoint, name, work):
+        """Of ten rooms the first six are right on clean pictures, five on all other rungs; six with degraded depth."""
+        climbed.append(name)
+        right = {rung: 6 if rung == "clean" or "degraded" in name else 5 for rung in ("clean", *RUNG_NAMES)}
+        return {rung: pack(np.arange(60) < 6 * n) for rung, n in right.items()}
+
+    monkeypatch.setattr(reproduce, "climb", climb)
     monkeypatch.setattr(reproduce, "evaluate", evaluate)
     monkeypatch.setattr(reproduce, "best_blind", lambda metrics: (0.3, [n < 18 for n in range(60)]))
     monkeypatch.setattr(reproduce, "run_side_by_side", run_here)
@@ -346,6 +382,8 @@ def test_finished_variants_are_kept_and_other_flags_are_refused(tmp_path, monkey
     written = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert "closes 50.0 [" in written and "+0.0 [+0.0, +0.0]" in written  # 0.6 between 0.3 and 0.9, as the control
     assert "all labels of the training set and has 90.0 by depth" in written and "and has 80.0. One" in written
+    assert len(climbed) == len(set(climbed)) == 11  # four variants and the RGB student with two seeds, the teacher
+    assert "| mean | +10.0 [" in written and "| double trouble, degraded depth | 60.0 | 60.0 | 100.0 [" in written
     reproduce.main(args)
     assert len(trained) == first and (tmp_path / "out/README.md").read_text(encoding="utf-8") == written
     records = json.loads((tmp_path / "out/runs.json").read_text(encoding="utf-8"))["runs"]

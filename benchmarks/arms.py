@@ -1,0 +1,143 @@
+"""The arms of the study: which variants there are, of which calls of training scripts, and what is compared."""
+
+from dataclasses import dataclass, replace
+
+EPOCHS = 5  # of 5,000 images in batches of 8: 3,125 optimizer steps, for every variant
+FRACTIONS = (1.0, 0.1, 0.05)
+TROUBLE = "knowledge_distillation7b_double_trouble"
+# Run name -> flags with which baseline_rgb7b tunes this teacher. With few labels the stock teacher teaches instead,
+# because it has read none of them.
+TEACHERS = {
+    "teacher": (),
+    # Wrong so often that LoCa has something to correct: .58 on val, and LoCa corrects 25 % of the gold tokens (9 % of
+    # the stock teacher's).
+    "weak_teacher": ("--subset_percentage", "0.05", "--batch_size", "8", "--max_epochs", "1", "--lr", "1e-2"),
+}
+ASK = ("--teacher_questions", "8")
+CONTROL = "label-only"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One call of a training script in a variant.
+
+    Attributes:
+        system: whose learning rates in `RATES` it gets.
+        script: folder below distillation/.
+        epochs: passes over the training images.
+        flags: further flags of the script.
+        labels: whether it reads gold answers; one that reads none is trained once for all shares of labels.
+        teacher: a run of `TEACHERS`; None = no teacher.
+        rates: flags of the script's learning rates.
+    """
+
+    system: str
+    script: str
+    epochs: int
+    flags: tuple[str, ...] = ()
+    labels: bool = True
+    teacher: str | None = "teacher"
+    rates: tuple[str, ...] = ("lr", "vision_lr")
+
+    def but(self, *flags: str) -> "Stage":
+        """The same stage with further flags."""
+        return replace(self, flags=self.flags + flags)
+
+
+LABELS_ONLY = Stage(CONTROL, "baseline_depth", EPOCHS, teacher=None)
+RGB_STUDENT = Stage("RGB student", "baseline_rgb05b", EPOCHS, teacher=None)
+LOGITS = Stage("logit-based", "knowledge_distillation7b_logit_based", EPOCHS)
+FEATURES = Stage("feature-based", "knowledge_distillation7b_feature_based", EPOCHS, rates=("lr", "vision_lr", "map_lr"))
+JOINT = Stage("joint", f"{TROUBLE}/phase3", EPOCHS, ("--from_stock",))
+THREE_PHASES = (
+    Stage("phase 1", f"{TROUBLE}/phase1", 2, labels=False, rates=("vision_lr",)),
+    Stage("phase 2", f"{TROUBLE}/phase2", 1, rates=("lr",)),
+    Stage("phase 3", f"{TROUBLE}/phase3", 2),
+)
+ASKING_PHASES = tuple(stage.but(*ASK) if stage.labels else stage for stage in THREE_PHASES)
+DEGRADATION = ("--depth_degradation", "0.5")
+
+
+def degraded(*stages: Stage) -> tuple[Stage, ...]:
+    """The same stages on depth that is degraded at random."""
+    return tuple(stage.but(*DEGRADATION) for stage in stages)
+
+
+VARIANTS = {  # name -> stages; all others are measured against the first one
+    CONTROL: (LABELS_ONLY,),
+    "double trouble": ASKING_PHASES,
+}
+OFF = {  # term of the joint training -> flags that turn it off
+    "LoCa": ("--kl_weight", "0"),
+    "InfoNCE": ("--contrastive_weight", "0"),
+    "patches": ("--patch_weight", "0"),
+}
+
+
+def joint_without(*terms: str) -> Stage:
+    """The joint training on gold questions without some of its loss terms, at the same learning rates."""
+    return JOINT.but(*(flag for term in terms for flag in OFF[term]))
+
+
+KL, LOCA = replace(LOGITS, system="joint"), joint_without("InfoNCE", "patches")  # at the same learning rates
+# Trained with all labels and all seeds, and scored on the ladder of robustness.py, as VARIANTS with all labels are.
+DEGRADED_VARIANTS = {
+    f"{CONTROL}, degraded depth": degraded(LABELS_ONLY),
+    "double trouble, degraded depth": degraded(*ASKING_PHASES),
+}
+# Trained with all labels only: CE with one further term each, all terms but one each, the phases, other strategies.
+FULL_LABEL_VARIANTS = {
+    "CE": (joint_without(*OFF),),
+    "CE + KL": (KL,),
+    "CE + LoCa": (LOCA,),
+    "CE + InfoNCE": (joint_without("LoCa", "patches"),),
+    "CE + patches": (joint_without("LoCa", "InfoNCE"),),
+    "CE + LoCa + teacher questions": (LOCA.but(*ASK),),
+    "CE + InfoNCE + patches": (joint_without("LoCa"),),
+    "CE + LoCa + patches": (joint_without("InfoNCE"),),
+    "CE + LoCa + InfoNCE": (joint_without("patches"),),
+    "CE + LoCa + InfoNCE + patches": (JOINT,),
+    "joint": (JOINT.but(*ASK),),
+    "double trouble, gold questions only": THREE_PHASES,
+    "logit-based": (LOGITS.but(*ASK),),
+    "feature-based": (FEATURES.but(*ASK),),
+    "feature-based, gold questions only": (FEATURES,),
+    "feature-based without patches": (FEATURES.but(*OFF["patches"]),),
+    "feature-based without hidden states": (FEATURES.but("--hidden_weight", "0"),),
+    "CE + KL, weak teacher": (replace(KL, teacher="weak_teacher"),),
+    "CE + LoCa, weak teacher": (replace(LOCA, teacher="weak_teacher"),),
+    "RGB student": (RGB_STUDENT,),
+}
+COMPARISONS = (  # what is compared, the variant with it, the variant without it
+    ("LoCa, on CE alone", "CE + LoCa", "CE"),
+    ("LoCa, beside all else", "CE + LoCa + InfoNCE + patches", "CE + InfoNCE + patches"),
+    ("InfoNCE, on CE alone", "CE + InfoNCE", "CE"),
+    ("InfoNCE, beside all else", "CE + LoCa + InfoNCE + patches", "CE + LoCa + patches"),
+    ("patches, on CE alone", "CE + patches", "CE"),
+    ("patches, beside all else", "CE + LoCa + InfoNCE + patches", "CE + LoCa + InfoNCE"),
+    ("teacher questions, on CE + LoCa", "CE + LoCa + teacher questions", "CE + LoCa"),
+    ("teacher questions, beside all else", "joint", "CE + LoCa + InfoNCE + patches"),
+    ("hidden states, beside patches", "feature-based, gold questions only", "feature-based without hidden states"),
+    ("patches, beside hidden states", "feature-based, gold questions only", "feature-based without patches"),
+    ("teacher questions, in feature-based", "feature-based", "feature-based, gold questions only"),
+    ("KL, on CE alone", "CE + KL", "CE"),
+    ("LoCa instead of KL", "CE + LoCa", "CE + KL"),
+    ("LoCa instead of KL, weak teacher", "CE + LoCa, weak teacher", "CE + KL, weak teacher"),
+    ("phases instead of all at once", "double trouble", "joint"),
+    (
+        "phases instead of all at once, gold questions only",
+        "double trouble, gold questions only",
+        "CE + LoCa + InfoNCE + patches",
+    ),
+    ("RGB instead of depth, labels only", "RGB student", CONTROL),
+    ("depth and a teacher instead of RGB", "double trouble", "RGB student"),
+    ("degraded depth, labels only", f"{CONTROL}, degraded depth", CONTROL),
+    ("degraded depth, in double trouble", "double trouble, degraded depth", "double trouble"),
+)
+ALL_VARIANTS = VARIANTS | DEGRADED_VARIANTS | FULL_LABEL_VARIANTS
+FEW_SEEDS = 3  # of runs with few labels, and of FULL_LABEL_VARIANTS
+
+
+def on_ladder(variant: str, fraction: float) -> bool:
+    """Whether runs of this variant are scored with worse depth or less light, too."""
+    return fraction == 1 and variant in (*VARIANTS, *DEGRADED_VARIANTS, "RGB student")
