@@ -1,8 +1,8 @@
 """From rendered pictures to compared systems on the built-in world, in minutes on a laptop: what `make demo` runs.
 
 Renders the world and trains the teacher; then trains the baselines and, beside them, the three phases of the
-distillation, each on its share of the cores; scores all systems on the test split and compares them. Every command is
-printed before it runs: each of them can be given by hand.
+distillation, each on its share of the cores; scores all systems on the test split and compares them; shows what worse
+depth and less light do to them. Every command is printed before it runs: each of them can be given by hand.
 
 Writes  <output>/ with the table, pictures and a folder per system; the runs below distillation/ as always
 
@@ -20,22 +20,27 @@ from utils import duration, run_script  # first: loads .env
 
 # isort: split
 import argparse
+import shutil
 import time
 from collections.abc import Sequence
 from datetime import datetime
 
 from benchmarks.processes import Task, run_side_by_side
+from distillation.run.folders import experiment_folder
 from evaluation.answer_log import remove_results
 
+ROBUSTNESS = "evaluation/robustness.py"
 TROUBLE = "knowledge_distillation7b_double_trouble"
 EVALUATE = "evaluation/onevisionv3/sunrgbd/evaluate_onevision.py"
 SYSTEMS = {  # name in the tables -> results folder, and whose checkpoint
-    "RGB teacher": ("rgb_teacher", ("--kd_model_type", "baseline_rgb7b")),
-    "RGB student": ("rgb_student", ("--kd_model_type", "baseline_rgb05b")),
-    "depth student, distilled": ("distilled", ("--kd_model_type", "double_trouble", "--phase_no", "3")),
-    "depth student, labels only": ("depth_student", ("--kd_model_type", "baseline_depth")),
+    "RGB teacher": ("rgb_teacher", "baseline_rgb7b"),
+    "RGB student": ("rgb_student", "baseline_rgb05b"),
+    "depth student, distilled": ("distilled", "double_trouble"),
+    "depth student, labels only": ("depth_student", "baseline_depth"),
 }
 CONTROL = "depth student, labels only"
+LADDERS = {"depth": ("holes", "resolution", "range_cut"), "RGB": ("light_gain",)}  # part of a system's name -> kinds
+LADDER_IMAGES = 150
 
 
 def training(title: str, script: str, *flags: str) -> Task:
@@ -45,8 +50,20 @@ def training(title: str, script: str, *flags: str) -> Task:
 
 def evaluation(name: str, run: str, output: Path) -> Task:
     """Score a system's run on the test split."""
-    folder, whose = SYSTEMS[name]
-    flags = ("--miniature", *whose, "--ckpt_path", run, "--name", name, "--output", str(output / folder))
+    folder, experiment = SYSTEMS[name]
+    phase = ("--phase_no", "3") * (experiment == "double_trouble")
+    flags = (
+        "--miniature",
+        "--kd_model_type",
+        experiment,
+        *phase,
+        "--ckpt_path",
+        run,
+        "--name",
+        name,
+        "--output",
+        str(output / folder),
+    )
     return Task(f"score the {name}", (EVALUATE, *flags))
 
 
@@ -55,6 +72,20 @@ def comparison(output: Path) -> Task:
     folders = [str(output / folder) for folder, _ in SYSTEMS.values()]
     flags = ("--baseline", CONTROL, "--miniature", "--output", str(output))
     return Task("comparison", ("evaluation/compare.py", *folders, *flags))
+
+
+def ladders(run: str, output: Path) -> tuple[list[list[Task]], Task]:
+    """Worse depth for the depth systems and less light for the RGB ones, side by side; then all in one plot."""
+    folders = {kind: output / "ladder" / kind for kind in LADDERS}
+    flags = ("--n_images", str(LADDER_IMAGES), "--miniature")
+    climbs = []
+    for kind, kinds in LADDERS.items():
+        names = [name for name in SYSTEMS if name.startswith(kind)]
+        runs = [str(experiment_folder(SYSTEMS[name][1]) / "checkpoints" / f"miniature_{run}") for name in names]
+        rest = ("--names", *names, "--kinds", *kinds, *flags, "--output", str(folders[kind]))
+        climbs.append([Task(f"{kind} gets worse", (ROBUSTNESS, *runs, *rest))])
+    rest = ("--with", *map(str, folders.values()), "--baseline", CONTROL, *flags, "--output", str(output / "ladder"))
+    return climbs, Task("all on the ladder", (ROBUSTNESS, *rest))
 
 
 def chains(run: str, output: Path) -> tuple[list[Task], list[Task], list[Task]]:
@@ -95,10 +126,14 @@ def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     for folder, _ in SYSTEMS.values():  # of an earlier demo
         remove_results(args.output / folder)
-    first, baselines, phases = chains(f"demo_{datetime.now():%Y-%m-%d_%H-%M-%S}", args.output)
+    shutil.rmtree(args.output / "ladder", ignore_errors=True)
+    run = f"demo_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    first, baselines, phases = chains(run, args.output)
+    climbs, together = ladders(run, args.output)
     run_side_by_side([first], 1)
     run_side_by_side([baselines, phases], 2)
-    run_side_by_side([[comparison(args.output)]], 1)
+    run_side_by_side(climbs, 2)
+    run_side_by_side([[together, comparison(args.output)]], 1)
     print(f"the demo took {duration(time.monotonic() - started)}")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import utils
 from benchmarks import demo, processes
-from benchmarks.demo import CONTROL, SYSTEMS, chains, comparison
+from benchmarks.demo import CONTROL, SYSTEMS, chains, comparison, ladders
 from benchmarks.processes import Task, run_side_by_side
 from tests.helpers.system import SAY_CORES, needs_affinity
 from utils import ROOT, UserError, available_cores, load_script
@@ -25,7 +25,8 @@ def script_task(path, title, code, *flags, log=None):
 
 def test_every_command_is_one_that_its_script_takes(tmp_path):
     tasks = [task for chain in chains("run", tmp_path) for task in chain]
-    for task in (*tasks, comparison(tmp_path)):
+    climbs, together = ladders("run", tmp_path)
+    for task in (*tasks, *(task for chain in climbs for task in chain), together, comparison(tmp_path)):
         load_script(task.command[0]).parse_args(list(task.command[1:]))
     scored = [task.command[task.command.index("--name") + 1] for task in tasks if "--name" in task.command]
     assert sorted(scored) == sorted(SYSTEMS) and CONTROL in SYSTEMS
@@ -110,9 +111,10 @@ def test_a_second_demo_scores_anew(tmp_path, monkeypatch):
     folder.mkdir()
     for name in ("answers.jsonl", "predictions.csv", "metrics.json", "mine.txt"):
         (folder / name).write_text("")
+    (tmp_path / "ladder" / "depth").mkdir(parents=True)
     monkeypatch.setattr(demo, "run_side_by_side", lambda *args: None)
     demo.main(demo.parse_args(["--output", str(tmp_path)]))
-    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"] and not (tmp_path / "ladder").exists()
 
 
 def test_the_command_takes_no_unknown_flag():
