@@ -9,15 +9,27 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from dataset.inputs.depth_encodings import GRADIENT_SCALE, HEIGHT_RANGE_M
-from dataset.inputs.pictures import ImageSettings
-from dataset.inputs.processor import ImageTextProcessor, save_processor
+from dataset.inputs.depth_encodings import ENCODINGS, GRADIENT_SCALE, HEIGHT_RANGE_M
+from dataset.inputs.pictures import DEPTH_SOURCES, MODALITIES
+from dataset.inputs.processor import IMAGE_TOKENS, ImageTextProcessor, save_processor
 from dataset.inputs.prompts import render_question
 from dataset.sunrgbd.depth import MAX_DEPTH_M, MIN_DEPTH_M
 from utils import UserError, disk_errors, git_commit, model_source, part_path, read_json, remove_leftovers, write_json
 
 DESCRIPTION = "student.json"  # in the exported folder
 FORMAT = 1
+SEEN = {  # what "sees" says -> known values
+    "modality": MODALITIES,
+    "depth_encoding": tuple(ENCODINGS),
+    "depth_source": DEPTH_SOURCES,
+    "image_tokens": IMAGE_TOKENS,
+}
+DEPTH_CONSTANTS = {
+    "smallest_m": MIN_DEPTH_M,
+    "largest_m": MAX_DEPTH_M,
+    "height_range_m": HEIGHT_RANGE_M,
+    "gradient_scale": GRADIENT_SCALE,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,8 +63,11 @@ def export_model(
         model.to(dtype)
         with disk_errors(folder, part=part, size=sum(weight.nbytes for weight in model.parameters())):
             part.parent.mkdir(parents=True, exist_ok=True)
+            model.config.student_description = DESCRIPTION  # so that an export without its description is noticed
             model.save_pretrained(part)
             save_processor(processor, part)
+            for weights in part.glob("*.safetensors"):  # which are written for their owner alone
+                weights.chmod((part / "config.json").stat().st_mode)
             write_json(part / DESCRIPTION, dict(description) | {"dtype": str(dtype).removeprefix("torch.")})
             part.rename(folder)
     finally:
@@ -73,13 +88,10 @@ def describe_student(
     before, after = render_question(processor, "{question}", with_image=record["modality"] != "blind")
     return {
         "format": FORMAT,
-        "sees": {name: record[name] for name in ("modality", "depth_encoding", "depth_source", "image_tokens")},
+        "sees": {name: record[name] for name in SEEN},
         "depth": {
             "unit": "metres",
-            "smallest_m": MIN_DEPTH_M,
-            "largest_m": MAX_DEPTH_M,
-            "height_range_m": HEIGHT_RANGE_M,
-            "gradient_scale": GRADIENT_SCALE,
+            **DEPTH_CONSTANTS,
             "no_measurement": "0 in the picture, and a value of 0 in all three channels",
             "code": "dataset/inputs/depth_encodings.py",
         },
@@ -91,6 +103,7 @@ def describe_student(
         "prompt": {"before_the_image": before, "after_the_image": after} if before else {"text": after},
         "student_name": record["student_name"],
         "teacher": record.get("teacher_checkpoint") or record.get("teacher_name"),
+        "depth_degradation": record.get("depth_degradation", 0.0),
         "trained_by": record["script"],
         "git_commit": {"training": record["git_commit"], "export": git_commit()},
         "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
@@ -108,14 +121,32 @@ def read_description(name: str) -> dict[str, Any] | None:
     folder = Path(model_source(name))
     path = folder / DESCRIPTION
     if not path.is_file():
+        config = folder / "config.json"
+        if config.is_file() and DESCRIPTION == read_json(config).get("student_description"):
+            raise UserError(f"{path}: is missing, so nobody knows what this student sees; export it again")
         return None
     description = read_json(path)
-    try:
-        sees = description["sees"]
-        ImageSettings(**sees)
-        complete = description["format"] == FORMAT and all(isinstance(value, str) for value in sees.values())
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{path}: does not say how the student sees; export it again") from error
-    if not complete:
+    if description.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path}: is of format {description['format']}, this code reads {FORMAT}; export it again")
+    if problem := _problem(description):
+        raise UserError(f"{path}: {problem}; export it again")
     return description
+
+
+def _problem(description: Mapping[str, Any]) -> str | None:
+    """What is wrong with a description; None = nothing."""
+    sees, camera = description.get("sees"), description.get("camera")
+    if not isinstance(sees, dict) or sees.keys() != SEEN.keys():
+        return "does not say how the student sees"
+    for name, choices in SEEN.items():
+        if sees[name] not in choices:
+            return f"says {name} {sees[name]}, and this code knows {', '.join(choices)}"
+    for name, value in DEPTH_CONSTANTS.items():
+        if (description.get("depth") or {}).get(name) != value:
+            return f"was written for another depth encoding: {name} is {value} here"
+    numbers = [camera.get(name) for name in ("focal_share", "tilt_degrees")] if isinstance(camera, dict) else [""]
+    if not all(number is None or type(number) in (int, float) for number in numbers) or (numbers[0] or 1) <= 0:
+        return "does not say what camera the student knows"
+    if not isinstance(description.get("miniature"), bool) or not isinstance(description.get("trained_by"), str):
+        return "does not say how the student was trained"
+    return None

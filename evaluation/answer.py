@@ -17,6 +17,7 @@ from utils import UserError, at_least, atomic_path, run_script  # first: loads .
 
 # isort: split
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -27,6 +28,8 @@ from dataset.inputs.processor import IMAGE_TOKENS
 from distillation.run.machine import peak_memory_gib, quieten
 from evaluation.student import Seen, Student, check_question
 from evaluation.what_is_seen import draw_seen
+
+MOST_OTHERS = 100
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -41,8 +44,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--intrinsics", help="fx,fy,cx,cy in pixels, or a file with the matrix (as usual in training, centered)")
     add("--tilt", help="degrees by which the camera looks down, or a file with the rotation (as usual in training)")
     add("--question", action="append", default=[], help="what to ask; may be given several times")
-    add("--interactive", action="store_true", help="read questions line by line from stdin")
-    add("--others", type=at_least(0), default=3, help="number of next best answers to show (%(default)s)")
+    add(
+        "--interactive",
+        action="store_true",
+        help="read questions line by line from stdin; in a terminal an empty one ends them",
+    )
+    add(
+        "--others",
+        type=at_least(0, below=MOST_OTHERS + 1),
+        default=3,
+        help="number of next best answers to show (%(default)s)",
+    )
     add("--max_new_tokens", type=at_least(1), default=32, help="length limit of an answer in tokens (%(default)s)")
     add("--show", type=Path, metavar="PNG", help="write the picture as the student sees it")
     add(
@@ -52,6 +64,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="number format of the computation; auto = bf16 on a GPU that has it",
     )
     args = parser.parse_args(argv)
+    if args.show and args.show.resolve() in [path.resolve() for path in (args.depth, args.rgb) if path]:
+        parser.error(f"--show {args.show}: is the picture itself, which would be lost; give another path")
     if not (args.question or args.interactive):
         parser.error("nothing to ask; give --question or --interactive")
     if args.depth and not args.depth_format:
@@ -73,6 +87,8 @@ def main(args: argparse.Namespace) -> None:
     student = Student.load(args.model, precision=args.precision, image_tokens=args.image_tokens)
     seconds = time.monotonic() - start
     print(f"{student.name}: sees {student.images.modality}; loaded in {seconds:.1f} s", file=sys.stderr)
+    if student.record.get("miniature"):
+        print("it was trained on the built-in world: about real rooms it can only guess", file=sys.stderr)
     start = time.monotonic()
     seen = look(student, depth_m, rgb, args)
     print(f"looked at the picture in {time.monotonic() - start:.2f} s", file=sys.stderr)
@@ -80,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
         with atomic_path(args.show) as part:
             draw_seen(student, seen, rgb if depth_m is not None else None).save(part, format="PNG")
         print(f"wrote {args.show}", file=sys.stderr)
-    for question in (*args.question, *(lines() if args.interactive else ())):
+    for question in itertools.chain(args.question, lines() if args.interactive else ()):
         say(student, seen, question, args)
     print(f"peak memory {peak_memory_gib():.2f} GiB", file=sys.stderr)
 
@@ -118,15 +134,16 @@ def check_pictures(modality: str, depth_m: np.ndarray | None, rgb: np.ndarray | 
 
 
 def lines() -> Iterator[str]:
-    """Questions from stdin; an empty line or the end of the file ends them."""
+    """Questions from stdin. The end of the file ends them, in a terminal also an empty line."""
     terminal = sys.stdin.isatty()
     while True:
         if terminal:
             print("question: ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline().strip()
-        if not line:
+        line = sys.stdin.readline()
+        if line.strip():
+            yield line.strip()
+        elif terminal or not line:
             return
-        yield line
 
 
 def say(student: Student, seen: Seen, question: str, args: argparse.Namespace) -> None:

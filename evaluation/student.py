@@ -129,7 +129,8 @@ class Student:
         Args:
             picture: for a depth student (H, W) float32 metres, 0 = no measurement; for an RGB one (H, W, 3) uint8; None
                 for a blind one.
-            camera: of a depth picture; None = centred, level, with the focal length that was usual in training.
+            camera: of a depth picture; None = centred, with the focal length and tilt that were usual in
+                training.
         """
         image = picture
         if self.images.modality == "depth":
@@ -158,7 +159,8 @@ class Student:
         Args:
             seen: of `look`.
             question: in words.
-            n_others: how many other answers to return.
+            n_others: how many other answers to return: the most probable answers behind other first tokens. One of
+                them may be more probable than the greedy answer.
             max_new_tokens: longest answer.
 
         Raises:
@@ -168,7 +170,7 @@ class Student:
         _, block = question_tokens(self.processor, question, with_image=seen.image is not None)
         (answer,), first = self._answers(seen, [block], max_new_tokens)
         eos_token_id = self.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        probabilities, tokens = (found.tolist() for found in first.topk(n_others + 1))
+        probabilities, tokens = (found.tolist() for found in first.topk(min(n_others + 1, len(first))))
         starts = {token: p for token, p in zip(tokens[1:], probabilities[1:], strict=True) if token != eos_token_id}
         if not starts:
             return Reply(answer, [])
@@ -219,6 +221,8 @@ def check_image_tokens(given: str | None, images: ImageSettings, name: str) -> N
 
 def check_question(question: str) -> None:
     """Raise UserError for a question that cannot be asked."""
+    if any("\ud800" <= letter <= "\udfff" for letter in question):
+        raise UserError("the question is not valid UTF-8; type it again")
     if not question.strip():
         raise UserError("the question is empty; ask something")
     if len(question) > LONGEST_QUESTION:

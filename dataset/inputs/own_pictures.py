@@ -84,7 +84,10 @@ def _nonsense(values: np.ndarray, unit: str, measured: np.ndarray) -> str | None
     """Why values cannot be of this unit; None where they can. `measured`: metres where there is a measurement."""
     median = float(np.median(measured))
     if not ROOM_M[0] <= median <= ROOM_M[1]:
-        return f"read as {DEPTH_UNITS[unit]}, half of its pixels are beyond {median:.3g} m, which is no room"
+        side = "nearer" if median < ROOM_M[0] else "farther"
+        return (
+            f"read as {DEPTH_UNITS[unit]}, half of its measurements are {side} than {median:,.4g} m, which is no room"
+        )
     words = values[values > 0]
     if unit == "mm" and values.dtype.kind in "iu" and not (words % 8).any() and len(np.unique(words)) > 20:
         return (

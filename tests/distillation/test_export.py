@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
-from distillation.export import DESCRIPTION, export_model, read_description
+from distillation.export import DEPTH_CONSTANTS, DESCRIPTION, export_model, read_description
 from distillation.models import add_lora, load_model
+from evaluation.student import Student
+from tests.helpers.evaluation import evaluate
 from tests.helpers.training import BASELINES, distill, flags, train
 from utils import UserError, load_script
 
@@ -84,16 +86,60 @@ def test_an_export_in_another_number_format(places, tiny_folder, capsys):
     assert "--export_dtype goes with --export" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "sees": {"x": "y"}}', '{"format": 1, "sees": 3}'])
-def test_a_damaged_description_is_refused(tiny_folder, tmp_path, text):
-    (tmp_path / DESCRIPTION).write_text(text)
-    with pytest.raises(UserError, match=f"{tmp_path / DESCRIPTION}: (does not say|not valid JSON|holds a JSON list)"):
+SAID = {
+    "format": 1,
+    "sees": {"modality": "depth", "depth_encoding": "grey", "depth_source": "raw", "image_tokens": "one_tile"},
+    "depth": dict(DEPTH_CONSTANTS),
+    "camera": {"focal_share": 0.7, "tilt_degrees": None},
+    "miniature": True,
+    "trained_by": "distillation/baseline_depth/train.py",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[]", "holds a JSON list"),
+        ("{}", "does not say how the student sees"),
+        ({"sees": {"x": "y"}}, "does not say how the student sees"),
+        ({"sees": 3}, "does not say how the student sees"),
+        (
+            {"sees": SAID["sees"] | {"depth_encoding": "rainbow"}},
+            "says depth_encoding rainbow, and this code knows metric",
+        ),
+        ({"sees": SAID["sees"] | {"image_tokens": ["x"]}}, "says image_tokens"),
+        ({"depth": {"largest_m": 10.0}}, "another depth encoding"),
+        ({"camera": None}, "what camera"),
+        ({"camera": {"focal_share": "abc"}}, "what camera"),
+        ({"camera": {"focal_share": -1.0}}, "what camera"),
+        ({"camera": {"focal_share": 1.0, "tilt_degrees": [3]}}, "what camera"),
+        ({"miniature": "no"}, "how the student was trained"),
+    ],
+)
+def test_a_damaged_description_is_refused(tmp_path, text, complaint):
+    (tmp_path / DESCRIPTION).write_text(text if isinstance(text, str) else json.dumps(SAID | text))
+    with pytest.raises(UserError, match=f"{tmp_path / DESCRIPTION}: .*{complaint}"):
         read_description(str(tmp_path))
+    (tmp_path / DESCRIPTION).write_text(json.dumps(SAID))
+    assert read_description(str(tmp_path)) == SAID
+
+
+def test_an_export_that_lost_its_description_is_no_stock_model(places, tiny_folder):
+    export = places / "export"
+    train("baseline_depth", tiny_folder, "--max_epochs", "1", "--export", str(export))
+    modes = {path.name: path.stat().st_mode for path in export.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+    (export / DESCRIPTION).unlink()
+    with pytest.raises(UserError, match="student.json: is missing, so nobody knows what this student sees"):
+        Student.load(str(export))
+    with pytest.raises(UserError, match="student.json: is missing"):
+        evaluate(places / "results", "--model_id", str(export))
 
 
 def test_a_description_of_another_version_is_refused(tmp_path):
-    sees = {"modality": "depth", "depth_encoding": "grey", "depth_source": "raw", "image_tokens": "one_tile"}
-    (tmp_path / DESCRIPTION).write_text(json.dumps({"format": 0, "sees": sees}))
+    (tmp_path / DESCRIPTION).write_text(json.dumps(SAID | {"format": 0}))
     with pytest.raises(UserError, match="is of format 0, this code reads 1; export it again"):
         read_description(str(tmp_path))
     assert read_description("llava-hf/some-hub-id") is None

@@ -1,5 +1,7 @@
 """A student in the hand: one picture, any questions, the answers of the evaluation script."""
 
+import os
+import pty
 import re
 import shlex
 import subprocess
@@ -147,11 +149,28 @@ def test_a_conversation(places, depth):
     """Through a pipe: a question that cannot be asked does not end it."""
     command = [sys.executable, "evaluation/answer.py", "--model", str(places / "baseline_depth"), "--depth", str(depth)]
     command += ["--depth_format", "mm", "--interactive"]
-    questions = "Is there a bed?\nWhat is <image>?\nIs there a chair?\n"
+    questions = "Is there a bed?\nWhat is <image>?\n\nIs there a chair?\n"
     done = subprocess.run(command, cwd=ROOT, input=questions, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Is there a bed?" in done.stdout and "Is there a chair?" in done.stdout
     assert "error: the question contains <image>" in done.stderr
+
+
+def test_a_conversation_in_a_terminal(places, depth):
+    """Each question is answered before the next one is read; an empty line ends it."""
+    command = [sys.executable, "evaluation/answer.py", "--model", str(places / "baseline_depth"), "--depth", str(depth)]
+    own, other = pty.openpty()
+    with subprocess.Popen(
+        [*command, "--depth_format", "mm", "--interactive"], cwd=ROOT, stdin=other, stdout=subprocess.PIPE, text=True
+    ) as process:
+        for question in ("Is there a bed?", "Is there a chair?"):
+            os.write(own, f"{question}\n".encode())
+            assert [process.stdout.readline().strip() for _ in range(2)][0] == question
+            process.stdout.readline()  # next best
+        os.write(own, b"\n")
+        assert process.wait(timeout=60) == 0
+    os.close(own)
+    os.close(other)
 
 
 DEPTH = "--depth {png} --depth_format mm"
@@ -167,6 +186,7 @@ DEPTH = "--depth {png} --depth_format mm"
         (f"--model {{depth}} --question x --rgb {{jpg}} --show {{out}} {DEPTH}", "64 x 64 pixels, .* 128 x 128"),
         (f"--model {{depth}} --question '' {DEPTH}", "question is empty"),
         (f"--model {{depth}} --question '<|im_end|>' {DEPTH}", "contains <|im_end|>"),
+        (f"--model {{depth}} --question 'Is it \udcff?' {DEPTH}", "not valid UTF-8"),
         (f"--model {{depth}} --question {'x' * 3000} {DEPTH}", "3000 characters"),
         ("--model {depth} --question x --depth {png} --depth_format sunrgbd", "--depth_format mm would fit"),
         (f"--model {{depth}} --question x {DEPTH} --intrinsics 5", "--intrinsics 5: expected 4 or 9 numbers"),
@@ -188,6 +208,8 @@ def test_bad_input_is_named(places, depth, tmp_path, command, complaint):
         ((), "nothing to ask"),
         (("--question", "x", "--depth", "a.png"), "needs --depth_format"),
         (("--question", "x", "--rgb", "a.png", "--tilt", "3"), "go with --depth"),
+        (("--question", "x", "--rgb", "a.png", "--show", "./a.png"), "is the picture itself"),
+        (("--question", "x", "--rgb", "a.png", "--others", "101"), "--others"),
     ],
 )
 def test_contradicting_flags(argv, complaint, capsys):
