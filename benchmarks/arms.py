@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from dataset.inputs.degradations import DEPTH_LADDER, LIGHT_LADDER, TRAINED
+
 EPOCHS = 5  # of 5,000 images in batches of 8: 3,125 optimizer steps, for every variant
 FRACTIONS = (1.0, 0.1, 0.05)
 TROUBLE = "knowledge_distillation7b_double_trouble"
@@ -85,7 +87,13 @@ DEGRADED_VARIANTS = {
     f"{CONTROL}, degraded depth": degraded(LABELS_ONLY),
     "double trouble, degraded depth": degraded(*ASKING_PHASES),
 }
-# Trained with all labels only: CE with one further term each, all terms but one each, the phases, other strategies.
+# Trained twice as long, with all labels and few seeds.
+LONG_VARIANTS = {
+    f"{name}, twice as long": tuple(replace(stage, epochs=2 * stage.epochs) for stage in stages)
+    for name, stages in (VARIANTS | DEGRADED_VARIANTS | {"RGB student": (RGB_STUDENT,)}).items()
+}
+# Trained with all labels and few seeds: CE with one further term each, all terms but one each, the phases, other
+# strategies.
 FULL_LABEL_VARIANTS = {
     "CE": (joint_without(*OFF),),
     "CE + KL": (KL,),
@@ -131,13 +139,31 @@ COMPARISONS = (  # what is compared, the variant with it, the variant without it
     ),
     ("RGB instead of depth, labels only", "RGB student", CONTROL),
     ("depth and a teacher instead of RGB", "double trouble", "RGB student"),
+    ("the same, twice as long", "double trouble, twice as long", "RGB student, twice as long"),
     ("degraded depth, labels only", f"{CONTROL}, degraded depth", CONTROL),
     ("degraded depth, in double trouble", "double trouble, degraded depth", "double trouble"),
+    (
+        "degraded depth, in double trouble twice as long",
+        "double trouble, degraded depth, twice as long",
+        "double trouble, twice as long",
+    ),
+    ("double trouble, twice as long", "double trouble, twice as long", f"{CONTROL}, twice as long"),
+    ("twice as long, labels only", f"{CONTROL}, twice as long", CONTROL),
+    ("twice as long, in double trouble", "double trouble, twice as long", "double trouble"),
 )
-ALL_VARIANTS = VARIANTS | DEGRADED_VARIANTS | FULL_LABEL_VARIANTS
-FEW_SEEDS = 3  # of runs with few labels, and of FULL_LABEL_VARIANTS
+ALL_VARIANTS = VARIANTS | DEGRADED_VARIANTS | FULL_LABEL_VARIANTS | LONG_VARIANTS
+FEW_SEEDS = 3  # of runs with few labels, of FULL_LABEL_VARIANTS and LONG_VARIANTS
 
 
-def on_ladder(variant: str, fraction: float) -> bool:
-    """Whether runs of this variant are scored with worse depth or less light, too."""
-    return fraction == 1 and variant in (*VARIANTS, *DEGRADED_VARIANTS, "RGB student")
+def ladder_kinds(variant: str, fraction: float) -> list[str] | None:
+    """The kinds of worse depth or less light that runs of this variant are scored with; None = they are not.
+
+    All kinds for the variants of all seeds, those that are trained for otherwise.
+    """
+    if fraction < 1:
+        return None
+    if variant in VARIANTS | DEGRADED_VARIANTS:
+        return list(DEPTH_LADDER)
+    if variant.startswith("RGB student"):
+        return list(LIGHT_LADDER)
+    return [*TRAINED, "no_depth"] if variant in LONG_VARIANTS else None

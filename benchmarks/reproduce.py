@@ -68,14 +68,15 @@ from benchmarks.arms import (
     FEW_SEEDS,
     FRACTIONS,
     FULL_LABEL_VARIANTS,
+    LONG_VARIANTS,
     TEACHERS,
     VARIANTS,
     Stage,
-    on_ladder,
+    ladder_kinds,
 )
 from benchmarks.ladder_report import ladder_tables, rung_name
 from benchmarks.processes import Task, run_side_by_side
-from dataset.inputs.degradations import Degradation
+from dataset.inputs.degradations import LADDERS, LIGHT_LADDER, Degradation
 from dataset.inputs.processor import load_processor, save_processor
 from dataset.questions.answers import exact_match
 from dataset.questions.blind import blind_predictions
@@ -89,7 +90,7 @@ EVALUATION = "evaluation/onevisionv3/sunrgbd/evaluate_onevision.py"
 ROBUSTNESS = "evaluation/robustness.py"
 START_NOISE = 0.02
 # Seconds on one core of the machine of benchmarks/README.md: of an epoch, by system; more of one on degraded depth; of
-# scoring; of the ladder.
+# scoring; of a rung of the ladder.
 EPOCH_SECONDS = {
     "label-only": 60,
     "RGB student": 55,
@@ -100,7 +101,7 @@ EPOCH_SECONDS = {
     "logit-based": 80,
     "feature-based": 75,
 }
-DEGRADED_SECONDS, SCORE_SECONDS, LADDER_SECONDS = 35, 25, 260
+DEGRADED_SECONDS, SCORE_SECONDS, RUNG_SECONDS = 35, 25, 6
 MOST_JOBS = 4  # default of --jobs on a machine with more cores: each run takes a GiB of memory
 
 
@@ -266,11 +267,11 @@ def score_run(job: Job, checkpoints: Path, work: Path) -> tuple[dict[str, float]
     return found, folder, best
 
 
-def climb(checkpoint: Path, name: str, work: Path) -> dict[str, str]:
-    """What a checkpoint answers right on every rung of its ladder, packed, by the rung's name."""
+def climb(checkpoint: Path, name: str, work: Path, kinds: Sequence[str]) -> dict[str, str]:
+    """What a checkpoint answers right on every rung of these kinds, packed, by the rung's name."""
     output = work / "results" / name / "ladder"
     script = load_script(ROBUSTNESS)
-    script.main(script.parse_args([str(checkpoint), "--names", name, "--output", str(output)]))
+    script.main(script.parse_args([str(checkpoint), "--names", name, "--kinds", *kinds, "--output", str(output)]))
     (system,) = json.loads((output / "robustness.json").read_text(encoding="utf-8"))["systems"]
     return {str(Degradation(rung["kind"], rung["severity"])): rung["right"] for rung in system["rungs"]}
 
@@ -282,6 +283,7 @@ def run_job(job: Job, work: Path) -> dict[str, Any]:
     found, folder, checkpoint = score_run(job, checkpoints, work)
     answers = load_results(folder)
     run = json.loads((logs_of(checkpoints) / "run.json").read_text(encoding="utf-8"))
+    kinds = ladder_kinds(job.variant, job.fraction)
     return {
         "variant": job.variant,
         "fraction": job.fraction,
@@ -294,7 +296,7 @@ def run_job(job: Job, work: Path) -> dict[str, Any]:
         "scores": found | {"Val": run["val/exact_match"]},
         "questions": digest(answers),
         "right": pack(answers.correct()),
-        "ladder": climb(checkpoint, job.name, work) if on_ladder(job.variant, job.fraction) else {},
+        "ladder": climb(checkpoint, job.name, work, kinds) if kinds else {},
     }
 
 
@@ -486,7 +488,9 @@ def minutes(job: Job) -> float:
     """About how long a run takes on one core of the machine of benchmarks/README.md."""
     trained = sum(stage.epochs * EPOCH_SECONDS[stage.system] for stage in job.stages)
     more = sum(DEGRADED_SECONDS * stage.epochs for stage in job.stages if DEGRADATION[0] in stage.flags)
-    return (trained + more + SCORE_SECONDS + on_ladder(job.variant, job.fraction) * LADDER_SECONDS) / 60
+    kinds = ladder_kinds(job.variant, job.fraction) or ()
+    rungs = sum(len(severities) for ladder in LADDERS.values() for kind, severities in ladder.items() if kind in kinds)
+    return (trained + more + SCORE_SECONDS + rungs * RUNG_SECONDS) / 60
 
 
 def add_study_args(parser: argparse.ArgumentParser) -> None:
@@ -539,7 +543,7 @@ def study(seeds: int) -> list[Job]:
     few = min(seeds, FEW_SEEDS)
     main = [(variant, 1.0, seed) for seed in range(seeds) for variant in VARIANTS | DEGRADED_VARIANTS]
     labels = [(variant, fraction, seed) for seed in range(few) for fraction in FRACTIONS[1:] for variant in VARIANTS]
-    further = [(variant, 1.0, seed) for seed in range(few) for variant in FULL_LABEL_VARIANTS]
+    further = [(variant, 1.0, seed) for seed in range(few) for variant in FULL_LABEL_VARIANTS | LONG_VARIANTS]
     return [Job(*run) for run in main + labels + further]
 
 
@@ -591,7 +595,7 @@ def collect(jobs: Sequence[Job], work: Path) -> Study:
     results = load_results(work / "results" / "teacher")
     asked = Answers.of(results)
     right = {"teacher": np.array(results.correct()), "blind": np.array(blind_right)}
-    right |= unpacked("teacher", climb(best, "teacher", work), len(blind_right))
+    right |= unpacked("teacher", climb(best, "teacher", work, list(LIGHT_LADDER)), len(blind_right))
     runs = []
     for job in jobs:
         record = read_record(job, work)

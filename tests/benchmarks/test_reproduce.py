@@ -55,8 +55,8 @@ def points(text):
 
 
 def test_every_variant_takes_as_many_epochs():
-    for stages in arms.ALL_VARIANTS.values():
-        assert sum(stage.epochs for stage in stages) == arms.EPOCHS
+    for name, stages in arms.ALL_VARIANTS.items():
+        assert sum(stage.epochs for stage in stages) == arms.EPOCHS * (2 if "twice as long" in name else 1)
 
 
 def test_gains_are_paired_by_seed_and_by_room():
@@ -122,11 +122,9 @@ def test_every_comparison_is_of_two_variants_that_differ_in_what_it_names():
         assert variants[own] != variants[other], what
         if len(variants[own]) == len(variants[other]) == 1 and "RGB" not in what:
             (with_it,), (without,) = variants[own], variants[other]
-            assert (with_it.system, with_it.epochs, with_it.teacher) == (
-                without.system,
-                without.epochs,
-                without.teacher,
-            )
+            longer = 2 if what.startswith("twice as long") else 1
+            assert (with_it.system, with_it.teacher) == (without.system, without.teacher)
+            assert with_it.epochs == longer * without.epochs
     assert len({what for what, _, _ in reproduce.COMPARISONS}) == len(reproduce.COMPARISONS)
     for term in arms.OFF:  # each alone, and all but each
         assert sum(what.startswith(f"{term}, ") for what, _, _ in reproduce.COMPARISONS) >= 2
@@ -363,7 +361,7 @@ def test_finished_variants_are_kept_and_other_flags_are_refused(tmp_path, monkey
     monkeypatch.setattr(reproduce, "run_once", train)
     climbed = []
 
-    def climb(checkpoint, name, work):
+    def climb(checkpoint, name, work, kinds):
         """Of ten rooms the first six are right on clean pictures, five on all other rungs; six with degraded depth."""
         climbed.append(name)
         right = {rung: 6 if rung == "clean" or "degraded" in name else 5 for rung in ("clean", *RUNG_NAMES)}
@@ -382,7 +380,7 @@ def test_finished_variants_are_kept_and_other_flags_are_refused(tmp_path, monkey
     written = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert "closes 50.0 [" in written and "+0.0 [+0.0, +0.0]" in written  # 0.6 between 0.3 and 0.9, as the control
     assert "all labels of the training set and has 90.0 by depth" in written and "and has 80.0. One" in written
-    assert len(climbed) == len(set(climbed)) == 11  # four variants and the RGB student with two seeds, the teacher
+    assert len(climbed) == len(set(climbed)) == 21  # ten variants with two seeds each, the teacher
     assert "| mean | +10.0 [" in written and "| double trouble, degraded depth | 60.0 | 60.0 | 100.0 [" in written
     reproduce.main(args)
     assert len(trained) == first and (tmp_path / "out/README.md").read_text(encoding="utf-8") == written
