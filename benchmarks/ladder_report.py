@@ -58,7 +58,7 @@ def ladder_tables(answers: Answers, systems: Systems, pairs: Sequence[tuple[str,
     lines += ["", "Differences in points, by depth, with 95 % intervals that resample seeds and recordings:", ""]
     lines.append(f"| Rung | {' | '.join(f'{ours} - {theirs}' for ours, theirs in pairs)} |")
     lines.append("| --- |" + " ---: |" * len(pairs))
-    for rung in (CLEAN, MEAN, *COUNTED, *others, NO_DEPTH):
+    for rung in (CLEAN, MEAN, *(rung for rungs in RUNGS.values() for rung in rungs)):
         cells = [_difference(answers, systems[ours], systems[theirs], rung) for ours, theirs in pairs]
         lines.append(f"| {rung} | {' | '.join(cells)} |")
     return lines

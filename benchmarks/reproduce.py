@@ -246,12 +246,16 @@ def train_stages(job: Job, work: Path) -> Path:
     for stage in job.stages:
         if stage.teacher:
             tuned_teacher(work, stage.teacher)
-        shared = f"all_seed{job.seed}" if job.fraction == 1 else f"stock_teacher_seed{job.seed}"
         argv = [*stage_flags(stage, job), "--student_name", str(student_start(work, job.seed))]
         argv += ["--load_checkpoint", str(checkpoints)] if checkpoints else []
-        shared += f"_{file_name(' '.join(stage.flags))}" * bool(stage.flags)
-        checkpoints = run_once(stage.script, argv, work, name=job.name if stage.labels else shared)
+        checkpoints = run_once(stage.script, argv, work, name=job.name if stage.labels else shared_name(stage, job))
     return checkpoints
+
+
+def shared_name(stage: Stage, job: Job) -> str:
+    """The name of a run that reads no labels: the same for all variants and shares of labels that need it."""
+    teacher = "all" if job.fraction == 1 else "stock_teacher"
+    return file_name(" ".join([f"{teacher}_seed{job.seed}_{stage.epochs}_epochs", *stage.flags]))
 
 
 def score_run(job: Job, checkpoints: Path, work: Path) -> tuple[dict[str, float], Path, Path]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -191,7 +192,7 @@ def test_the_plan_says_all_variants_and_the_hours(capsys):
     assert reproduce.EPOCH_SECONDS.keys() == {s.system for stages in arms.ALL_VARIANTS.values() for s in stages}
 
 
-def test_phases_without_labels_are_shared_but_not_with_degraded_depth(tmp_path, monkeypatch):
+def test_phases_without_labels_are_shared_unless_their_flags_differ(tmp_path, monkeypatch):
     trained = []
 
     def train(script, argv, work, *, name):
@@ -200,10 +201,13 @@ def test_phases_without_labels_are_shared_but_not_with_degraded_depth(tmp_path, 
 
     monkeypatch.setattr(reproduce, "run_once", train)
     monkeypatch.setattr(reproduce, "student_start", lambda work, seed: work)
-    for variant in ("double trouble", "double trouble, gold questions only", "double trouble, degraded depth"):
+    first, *rest = arms.ASKING_PHASES
+    monkeypatch.setitem(arms.ALL_VARIANTS, "other", (first.but("--lr", "1"), *rest))
+    monkeypatch.setitem(arms.ALL_VARIANTS, "longer", (replace(first, epochs=4), *rest))
+    for variant in ("double trouble", "double trouble, degraded depth", "other", "longer"):
         reproduce.train_stages(Job(variant, 1.0, 0), tmp_path)
     names = [name for script, name in trained if script.endswith("phase1")]
-    assert names[0] == names[1] == "all_seed0" and names[2] == "all_seed0_--depth_degradation_0_5"
+    assert names[0] == names[1] == "all_seed0_2_epochs" and len(set(names)) == 3
 
 
 def test_every_command_line_is_one_that_its_script_takes():
