@@ -22,9 +22,9 @@ def rung_name(run: str, rung: object) -> str:
     return f"{run} on {rung}"
 
 
-def with_means(answers: Answers, systems: Systems) -> Answers:
+def with_means(answers: Answers, systems: Systems, kinds: Sequence[str]) -> Answers:
     """The answers with the mean over some rungs added, as shares: over `COUNTED`, and over the severities of a kind."""
-    groups = {MEAN: COUNTED} | {kind: rungs for kind, rungs in RUNGS.items() if len(rungs) > 1}
+    groups = {MEAN: COUNTED} | {kind: RUNGS[kind] for kind in kinds}
     means = {
         rung_name(run, name): np.mean([answers.right[rung_name(run, rung)] for rung in rungs], axis=0)
         for runs in systems.values()
@@ -34,34 +34,38 @@ def with_means(answers: Answers, systems: Systems) -> Answers:
     return replace(answers, right=answers.right | means)
 
 
-def ladder_tables(answers: Answers, systems: Systems, pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Markdown lines: accuracies by depth on every trained rung, means of the other kinds, and differences of pairs.
+def ladder_tables(
+    answers: Answers, systems: Systems, pairs: Sequence[tuple[str, str]], *, others: Sequence[str] = ()
+) -> list[str]:
+    """Markdown lines: accuracies by depth on every trained rung, means of other kinds, and differences of pairs.
 
     Args:
         answers: with those on every rung, see `rung_name`.
         systems: at least one run each.
         pairs: names of two systems each, which have the same seeds.
+        others: kinds that nothing was trained for.
     """
-    answers = with_means(answers, systems)
-    lines = ["| By depth | clean | mean | share kept |" + "".join(f" {rung} |" for rung in COUNTED)]
-    lines.append("| --- |" + " ---: |" * (len(COUNTED) + 3))
+    answers = with_means(answers, systems, others)
+    lines = _table(["clean", "mean", "share kept", *COUNTED])
     for name, runs in systems.items():
         cells = [_mean(answers, runs, rung) for rung in (CLEAN, MEAN)]
         cells += [_kept(answers, runs), *(_mean(answers, runs, rung) for rung in COUNTED)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    others = [kind for kind in RUNGS if kind not in TRAINED and len(RUNGS[kind]) > 1]
-    lines += ["", "Kinds that nothing was trained for, mean of three severities, and no depth at all:", ""]
-    lines.append(f"| By depth | {' | '.join(others)} | no depth |")
-    lines.append("| --- |" + " ---: |" * (len(others) + 1))
-    for name, runs in systems.items():
+    if others:
+        lines += ["", "Kinds that nothing was trained for, mean of three severities, and no depth at all:", ""]
+        lines += _table([*others, "no depth"])
+    for name, runs in systems.items() if others else ():
         lines.append(f"| {name} | {' | '.join(_mean(answers, runs, rung) for rung in (*others, NO_DEPTH))} |")
     lines += ["", "Differences in points, by depth, with 95 % intervals that resample seeds and recordings:", ""]
-    lines.append(f"| Rung | {' | '.join(f'{ours} - {theirs}' for ours, theirs in pairs)} |")
-    lines.append("| --- |" + " ---: |" * len(pairs))
-    for rung in (CLEAN, MEAN, *(rung for rungs in RUNGS.values() for rung in rungs)):
+    lines += _table([f"{ours} - {theirs}" for ours, theirs in pairs])
+    for rung in (CLEAN, MEAN, *(rung for kind in (*TRAINED, *others) for rung in RUNGS[kind]), NO_DEPTH):
         cells = [_difference(answers, systems[ours], systems[theirs], rung) for ours, theirs in pairs]
         lines.append(f"| {rung} | {' | '.join(cells)} |")
     return lines
+
+
+def _table(columns: Sequence[str]) -> list[str]:
+    return [f"| By depth | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
 
 
 def _on(runs: Sequence[str], rung: str) -> list[str]:

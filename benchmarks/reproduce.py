@@ -76,7 +76,7 @@ from benchmarks.arms import (
 )
 from benchmarks.ladder_report import ladder_tables, rung_name
 from benchmarks.processes import Task, run_side_by_side
-from dataset.inputs.degradations import LADDERS, LIGHT_LADDER, Degradation
+from dataset.inputs.degradations import DEPTH_LADDER, LADDERS, LIGHT_LADDER, TRAINED, Degradation
 from dataset.inputs.processor import load_processor, save_processor
 from dataset.questions.answers import exact_match
 from dataset.questions.blind import blind_predictions
@@ -429,7 +429,8 @@ def introduction(study: Study) -> str:
         f"difference from {CONTROL} of the same seed and labels. Its 95 % interval resamples seeds and recordings of "
         "test questions at once (here each picture is a recording); with one seed, recordings only. Teachers, worlds "
         "and the choice of learning rates are the same in all runs, so the interval does not include how they vary. "
-        "All variants of a table see as many images in as many optimizer steps. By depth: all questions but those "
+        "All variants of a table see as many images in as many optimizer steps, those twice as long twice as many. By "
+        "depth: all questions but those "
         "about color. Val: overall, on the validation split, where choices were made. The RGB teacher was tuned on all "
         f"labels of the training set and has {teacher:.1f} by depth, the best blind baseline "
         f"{100 * records['blind']:.1f}. With 10 % of the labels or less the stock teacher teaches, which has read none "
@@ -439,21 +440,21 @@ def introduction(study: Study) -> str:
     )
 
 
-def ladder_section(study: Study) -> list[str]:
-    """The tables about worse depth; empty without runs that were trained for it."""
-    seeds = {variant: scores_of(study.runs, variant, 1.0) for variant in (*VARIANTS, *DEGRADED_VARIANTS)}
+def ladder_section(study: Study, variants: Sequence[str], *, others: Sequence[str] = ()) -> list[str]:
+    """The tables about worse depth, empty without the runs.
+
+    Args:
+        study: with the answers on the ladder.
+        variants: labels only, distilled, and both trained with degraded depth.
+        others: kinds that nothing was trained for and that the variants were scored with.
+    """
+    seeds = {variant: scores_of(study.runs, variant, 1.0) for variant in variants}
     if not all(seeds.values()):
         return []
     systems = {variant: [Job(variant, 1.0, seed).name for seed in found] for variant, found in seeds.items()}
-    (control, distilled), (control_degraded, distilled_degraded) = VARIANTS, DEGRADED_VARIANTS
+    control, distilled, control_degraded, distilled_degraded = variants
     pairs = [(distilled_degraded, distilled), (distilled_degraded, control_degraded), (control_degraded, control)]
-    return [
-        "Depth gets worse (the ladder of [robustness.py](../../evaluation/README.md#worse-depth-less-light)), with all "
-        f"labels. Degraded: trained with {' '.join(DEGRADATION)}. Mean: of the nine rungs shown. Share kept: that mean "
-        "over clean.",
-        "",
-        *ladder_tables(study.answers, systems, [*pairs, (distilled, control)]),
-    ]
+    return [*ladder_tables(study.answers, systems, [*pairs, (distilled, control)], others=others), ""]
 
 
 def report(study: Study) -> str:
@@ -469,8 +470,19 @@ def report(study: Study) -> str:
         *comparison_table(study),
         "",
     ]
-    text += [*ladder_section(study), ""]
     text += ["Double trouble against label-only training, type by type:", "", *gain_table(study, "double trouble"), ""]
+    main, longer = ((*VARIANTS, *DEGRADED_VARIANTS), list(LONG_VARIANTS)[:4])
+    if section := ladder_section(study, main, others=[k for k in DEPTH_LADDER if k not in (*TRAINED, "no_depth")]):
+        text += [
+            "## Depth gets worse",
+            "",
+            "The ladder of [robustness.py](../../evaluation/README.md#worse-depth-less-light), with all labels. "
+            f"Degraded depth: with {' '.join(DEGRADATION)}, in double trouble from phase 2 on. Mean: of the nine rungs "
+            "shown. Share kept: that mean over clean.",
+            "",
+            *section,
+            *ladder_section(study, longer),
+        ]
     return "\n".join([*text, *findings(study), ""])
 
 
