@@ -46,7 +46,9 @@ def _lines(systems: Sequence[Mapping[str, Any]], record: Mapping[str, Any], colu
         lines.append([title, *map(_accuracy, cells), *(_difference(s["summary"][column].get(name)) for s in compared)])
     for number, rung in enumerate(systems[0]["rungs"][1:], 1):
         own, differences = ([s["rungs"][number]["accuracy"][column] for s in group] for group in (systems, compared))
-        title = f"{rung['kind']} {rung['severity']:.3g}"
+        severity = rung["severity"]
+        written = f"1/{1 / severity:.0f}" if systems[0]["modality"] == "rgb" and severity < 1 else f"{severity:g}"
+        title = f"{rung['kind']} {written}"
         lines.append([title, *map(_accuracy, own), *map(_difference, differences)])
     blind = record["blind"]
     return [
