@@ -126,7 +126,8 @@ def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     for folder, _ in SYSTEMS.values():  # of an earlier demo
         remove_results(args.output / folder)
-    shutil.rmtree(args.output / "ladder", ignore_errors=True)
+    for kind in LADDERS:  # answers of the models of an earlier demo
+        shutil.rmtree(args.output / "ladder" / kind / "answers", ignore_errors=True)
     run = f"demo_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     first, baselines, phases = chains(run, args.output)
     climbs, together = ladders(run, args.output)

@@ -68,7 +68,9 @@ from benchmarks.arms import (
     FEW_SEEDS,
     FRACTIONS,
     FULL_LABEL_VARIANTS,
+    LONG_ON_LADDER,
     LONG_VARIANTS,
+    ON_LADDER,
     TEACHERS,
     VARIANTS,
     Stage,
@@ -76,14 +78,14 @@ from benchmarks.arms import (
 )
 from benchmarks.ladder_report import ladder_tables, rung_name
 from benchmarks.processes import Task, run_side_by_side
-from dataset.inputs.degradations import DEPTH_LADDER, LADDERS, LIGHT_LADDER, TRAINED, Degradation
+from dataset.inputs.degradations import DEPTH_LADDER, LADDERS, TRAINED, Degradation
 from dataset.inputs.processor import load_processor, save_processor
 from dataset.questions.answers import exact_match
 from dataset.questions.blind import blind_predictions
 from dataset.questions.rows import QUESTION_TYPES, csv_cells
 from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, load_model
 from evaluation.comparison import load_results, short_type
-from evaluation.ladder import pack, unpack
+from evaluation.ladder import chosen_rungs, pack, unpack
 
 RATES = ROOT / "benchmarks" / "reproduce" / "rates.json"  # the learning rates of every system, written by rates.py
 EVALUATION = "evaluation/onevisionv3/sunrgbd/evaluate_onevision.py"
@@ -263,7 +265,7 @@ def score_run(job: Job, checkpoints: Path, work: Path) -> tuple[dict[str, float]
     folder = work / "results" / job.name / "best"
     (best,) = checkpoints.glob("best-*.ckpt")
     found = scores(evaluate(["--ckpt_path", str(best)], folder))
-    if job.variant == CONTROL:  # in its favor: also its last checkpoint is scored, and the better of both counts
+    if job.variant.startswith(CONTROL):  # in its favor: its last checkpoint is scored, too, and the better one counts
         last = checkpoints / "last.ckpt"
         also = scores(evaluate(["--ckpt_path", str(last)], folder.with_name("last")))
         if also["By depth"] > found["By depth"]:
@@ -448,10 +450,10 @@ def ladder_section(study: Study, variants: Sequence[str], *, others: Sequence[st
         variants: labels only, distilled, and both trained with degraded depth.
         others: kinds that nothing was trained for and that the variants were scored with.
     """
-    seeds = {variant: scores_of(study.runs, variant, 1.0) for variant in variants}
-    if not all(seeds.values()):
+    seeds = set.intersection(*(set(scores_of(study.runs, variant, 1.0)) for variant in variants))
+    if not seeds:
         return []
-    systems = {variant: [Job(variant, 1.0, seed).name for seed in found] for variant, found in seeds.items()}
+    systems = {variant: [Job(variant, 1.0, seed).name for seed in sorted(seeds)] for variant in variants}
     control, distilled, control_degraded, distilled_degraded = variants
     pairs = [(distilled_degraded, distilled), (distilled_degraded, control_degraded), (control_degraded, control)]
     return [*ladder_tables(study.answers, systems, [*pairs, (distilled, control)], others=others), ""]
@@ -471,8 +473,7 @@ def report(study: Study) -> str:
         "",
     ]
     text += ["Double trouble against label-only training, type by type:", "", *gain_table(study, "double trouble"), ""]
-    main, longer = ((*VARIANTS, *DEGRADED_VARIANTS), list(LONG_VARIANTS)[:4])
-    if section := ladder_section(study, main, others=[k for k in DEPTH_LADDER if k not in (*TRAINED, "no_depth")]):
+    if section := ladder_section(study, ON_LADDER, others=[k for k in DEPTH_LADDER if k not in (*TRAINED, "no_depth")]):
         text += [
             "## Depth gets worse",
             "",
@@ -481,7 +482,7 @@ def report(study: Study) -> str:
             "shown. Share kept: that mean over clean.",
             "",
             *section,
-            *ladder_section(study, longer),
+            *ladder_section(study, LONG_ON_LADDER),
         ]
     return "\n".join([*text, *findings(study), ""])
 
@@ -574,12 +575,20 @@ def read_record(job: Job, work: Path) -> dict[str, Any] | None:
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
     flags = [stage_flags(stage, job) for stage in job.stages]
-    if record["flags"] != flags or not {"variant", "right", "ladder"} <= record.keys():
+    rungs = expected_rungs(job)
+    if record["flags"] != flags or not {"variant", "right"} <= record.keys() or list(record.get("ladder", ())) != rungs:
         raise UserError(
             f"{path}: was made with other flags or by an older version; start over with another --work, or "
             f"remove {work}"
         )
     return record
+
+
+def expected_rungs(job: Job) -> list[str]:
+    """The names of the rungs that a run is scored on, the lowest first; none for most runs."""
+    kinds = ladder_kinds(job.variant, job.fraction)
+    modality = "rgb" if job.variant.startswith("RGB") else "depth"
+    return [str(rung) for rung in chosen_rungs(modality, kinds)] if kinds else []
 
 
 def best_blind(metrics: Mapping[str, Any]) -> tuple[float, list[bool]]:
@@ -611,7 +620,7 @@ def collect(jobs: Sequence[Job], work: Path) -> Study:
     results = load_results(work / "results" / "teacher")
     asked = Answers.of(results)
     right = {"teacher": np.array(results.correct()), "blind": np.array(blind_right)}
-    right |= unpacked("teacher", climb(best, "teacher", work, list(LIGHT_LADDER)), len(blind_right))
+    right |= unpacked("teacher", climb(best, "teacher", work, ["light_gain"]), len(blind_right))
     runs = []
     for job in jobs:
         record = read_record(job, work)
@@ -650,12 +659,11 @@ def write_tables(output: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train the teacher, then all runs that are not finished yet, then write the tables."""
+    """Say the plan, train the teacher, then all runs that are not finished yet, then write the tables."""
     os.environ["MAIN_ROOT_DATA_DIR"] = str(args.work)  # apart from the user's own runs
     if args.tables:
         write_tables(args.output)
         return
-    tuned_teacher(args.work)
     if args.variant:
         job = Job(args.variant, args.fraction, args.seed)
         if read_record(job, args.work) is None:
@@ -664,6 +672,7 @@ def main(args: argparse.Namespace) -> None:
     jobs = study(args.seeds)
     waiting = [job for job in jobs if read_record(job, args.work) is None]
     print_plan(jobs, waiting, args.jobs)
+    tuned_teacher(args.work)
     run_side_by_side([[job.task(args.work)] for job in waiting], args.jobs, finish_running=True)
     found = collect(jobs, args.work)
     found.answers.save(args.output / "answers.npz")

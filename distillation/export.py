@@ -1,5 +1,6 @@
 """A trained student as a Hugging Face folder that carries its eyes: how it sees pictures, where it comes from."""
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,12 +142,18 @@ def _problem(description: Mapping[str, Any]) -> str | None:
     for name, choices in SEEN.items():
         if sees[name] not in choices:
             return f"says {name} {sees[name]}, and this code knows {', '.join(choices)}"
+    constants = description.get("depth")
     for name, value in DEPTH_CONSTANTS.items():
-        if (description.get("depth") or {}).get(name) != value:
+        if not isinstance(constants, dict) or constants.get(name) != value:
             return f"was written for another depth encoding: {name} is {value} here"
-    numbers = [camera.get(name) for name in ("focal_share", "tilt_degrees")] if isinstance(camera, dict) else [""]
-    if not all(number is None or type(number) in (int, float) for number in numbers) or (numbers[0] or 1) <= 0:
+    if not isinstance(camera, dict) or not _is_camera(camera.get("focal_share"), camera.get("tilt_degrees")):
         return "does not say what camera the student knows"
     if not isinstance(description.get("miniature"), bool) or not isinstance(description.get("trained_by"), str):
         return "does not say how the student was trained"
     return None
+
+
+def _is_camera(focal_share: Any, tilt_degrees: Any) -> bool:
+    """Whether these are a camera's numbers; None = not known."""
+    numbers = [1.0 if focal_share is None else focal_share, 0.0 if tilt_degrees is None else tilt_degrees]
+    return all(type(number) in (int, float) and math.isfinite(number) for number in numbers) and numbers[0] > 0

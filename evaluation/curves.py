@@ -90,7 +90,7 @@ def _line(
     label: str | None = None,
     linestyle: str | None = None,
 ) -> None:
-    """One system's accuracies; a dotted line where nothing changes for it."""
+    """One system's accuracies; a dashed line where nothing changes for it."""
     cells = [asked.accuracy(climb.right[rung], asked.main_column) for rung in rungs]
     values = 100 * np.array([cell["value"] for cell in cells])
     color, constant = COLORS[number % len(COLORS)], len(set(rungs)) == 1
@@ -152,7 +152,7 @@ def _crossing_points(climbs: Sequence[Climb], asked: Asked) -> list[tuple[float,
         (exposure, float(depth.right[CLEAN][column].mean()))
         for light, depth in pairs
         for exposure in crossings(light, depth, asked, asked.main_column).values()
-        if exposure is not None
+        if exposure is not None and exposure < 1
     ]
 
 

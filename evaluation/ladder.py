@@ -1,6 +1,7 @@
 """Accuracy of systems while their sensor gets worse, rung by rung of a ladder, and what sums it up."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from dataset.inputs.degradations import LADDERS, TRAINED, Degradation
+from dataset.inputs.degradations import LADDERS, LIGHT_LADDER, TRAINED, Degradation
 from dataset.questions.answers import exact_match, order_types
 from dataset.questions.blind import blind_predictions
 from dataset.questions.rows import QuestionRow, csv_cells
 from evaluation.comparison import DEPTH, OVERALL
-from evaluation.intervals import cluster_bootstrap_ci, crossed_bootstrap, paired_difference, percentile_interval
+from evaluation.intervals import cluster_bootstrap_ci, crossed_bootstrap, percentile_interval
 from evaluation.metrics import accuracy, question_recording
 from utils import UserError, read_json
 
@@ -36,7 +37,7 @@ class Asked:
     def of(cls, rows: Sequence[QuestionRow], *, miniature: bool) -> "Asked":
         """From the rows of a question file."""
         kinds = np.array([row.type for row in rows])
-        by_depth = np.array([csv_cells(row)["depth_answerable"] == "1" for row in rows])
+        by_depth = np.array([bool(row.depth_answerable) for row in rows])
         columns = {DEPTH: by_depth} if by_depth.any() else {}
         columns |= {OVERALL: np.ones(len(rows), bool)} | {kind: kinds == kind for kind in order_types(set(kinds))}
         text = "\n".join(f"{row.id}\t{row.answer}" for row in rows)
@@ -62,10 +63,19 @@ class Asked:
         chosen = self.columns[column]
         return accuracy(right[chosen].tolist(), self.recordings(column))
 
-    def difference(self, right: np.ndarray, other: np.ndarray, column: str) -> tuple[float, float, float]:
-        """How much more of a column's questions the first system answers right, with the 95 % interval, as shares."""
-        chosen = self.columns[column]
-        return paired_difference(right[chosen].tolist(), other[chosen].tolist(), self.recordings(column))
+    def difference(
+        self, values: np.ndarray, others: np.ndarray, column: str
+    ) -> tuple[float, float | None, float | None]:
+        """How much higher the mean of values (N,) is than that of others, with the 95 % interval, as shares."""
+        found = self.mean(values.astype(float) - others, column)
+        return found["value"], found["low"], found["high"]
+
+    def mean(self, values: np.ndarray, column: str) -> Cell:
+        """Mean of values (N,) over a column's questions, with its 95 % interval by recording where there is one."""
+        chosen = values[self.columns[column]].astype(float)
+        low, high = cluster_bootstrap_ci(chosen.tolist(), self.recordings(column))
+        ends = (None, None) if np.isnan(low) else (low, high)
+        return {"value": float(chosen.mean()), "low": ends[0], "high": ends[1]}
 
     def recordings(self, column: str) -> list[str]:
         """The recordings of a column's questions."""
@@ -90,8 +100,10 @@ class Climb:
         return kinds
 
     def counted(self) -> list[Degradation]:
-        """The rungs that the mean is over: of depth those of kinds that students may train for, of light all."""
-        return [rung for rung in self.right if rung != CLEAN and (self.modality == "rgb" or rung.kind in TRAINED)]
+        """The rungs that the mean is over: those of kinds that students train for, and exposures below 1."""
+        return [
+            rung for rung in self.right if rung.kind in TRAINED or (rung.kind in LIGHT_LADDER and rung.severity < 1)
+        ]
 
 
 def chosen_rungs(modality: str, kinds: Sequence[str] | None) -> list[Degradation]:
@@ -109,25 +121,21 @@ def summarise(climb: Climb, asked: Asked, column: str) -> dict[str, Any]:
     found = {"clean": asked.accuracy(climb.right[CLEAN], column)}
     if not (counted := climb.counted()):
         return found
-    chosen = asked.columns[column]
-    mean = np.mean([climb.right[rung][chosen] for rung in counted], axis=0)
-    values = np.stack([mean, climb.right[CLEAN][chosen].astype(float)])[:, None]
-    draws = crossed_bootstrap(values, asked.recordings(column))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        kept, drawn = values[0].mean() / values[1].mean(), draws[:, 0] / draws[:, 1]
-    low, high = percentile_interval(draws[:, 0])
-    found["mean"] = {"value": float(mean.mean()), "low": low, "high": high}
-    if np.isfinite(drawn).all():
-        low, high = percentile_interval(drawn)
-        found["kept"] = {"value": float(kept), "low": low, "high": high}
+    mean = np.mean([climb.right[rung] for rung in counted], axis=0)
+    found["mean"] = asked.mean(mean, column)
+    if found["mean"]["low"] is not None and found["clean"]["value"]:
+        chosen = asked.columns[column]
+        values = np.stack([mean[chosen], climb.right[CLEAN][chosen].astype(float)])[:, None]
+        draws = crossed_bootstrap(values, asked.recordings(column))
+        low, high = percentile_interval(draws[:, 0] / np.maximum(draws[:, 1], 1e-9))
+        found["kept"] = {"value": found["mean"]["value"] / found["clean"]["value"], "low": low, "high": high}
     return found
 
 
-def mean_difference(climb: Climb, other: Climb, asked: Asked, column: str) -> tuple[float, float, float]:
+def mean_difference(climb: Climb, other: Climb, asked: Asked, column: str) -> tuple[float, float | None, float | None]:
     """How much higher the mean over the rungs that count is than another system's, with the 95 % interval."""
-    chosen = asked.columns[column]
-    ours, theirs = (np.mean([c.right[rung][chosen] for rung in c.counted()], axis=0) for c in (climb, other))
-    return float((ours - theirs).mean()), *cluster_bootstrap_ci((ours - theirs).tolist(), asked.recordings(column))
+    ours, theirs = (np.mean([c.right[rung] for rung in c.counted()], axis=0) for c in (climb, other))
+    return asked.difference(ours, theirs, column)
 
 
 def best_blind(asked: Asked, rows: Sequence[QuestionRow], train_rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
@@ -141,19 +149,19 @@ def best_blind(asked: Asked, rows: Sequence[QuestionRow], train_rows: Sequence[M
 def crossings(light: Climb, depth: Climb, asked: Asked, column: str) -> dict[str, float | None]:
     """For each kind of light: the exposure below which an RGB system answers less than a depth system in any light.
 
-    Between rungs accuracy is taken to change evenly with the logarithm of the exposure. None where the lines do not
-    cross.
+    Between rungs accuracy is taken to change evenly with the logarithm of the exposure. The brightest exposure of the
+    ladder where the RGB system answers less already there; None where it never does. Where the lines cross more than
+    once, the brightest crossing.
     """
     level = depth.right[CLEAN][asked.columns[column]].mean()
     found = {}
     for kind, rungs in light.kinds().items():
         points = [(rung.severity, light.right[rung][asked.columns[column]].mean() - level) for rung in rungs]
-        found[kind] = None
+        found[kind] = points[0][0] if points[0][1] < 0 else None
         for (bright, above), (dark, below) in zip(points, points[1:], strict=False):
-            if above >= 0 > below:
+            if found[kind] is None and above >= 0 > below:
                 part = above / (above - below)
                 found[kind] = float(np.exp2(np.log2(bright) + part * (np.log2(dark) - np.log2(bright))))
-                break
     return found
 
 
@@ -178,45 +186,70 @@ def record_of(climb: Climb, asked: Asked, baseline: Climb | None) -> dict[str, A
     return seen | {"rungs": rungs, "summary": summary}
 
 
-def read_climbs(folder: Path, asked: Asked) -> list[Climb]:
+def read_climbs(folder: Path, asked: Asked, settings: Mapping[str, Any]) -> list[Climb]:
     """The systems of an earlier call, from its robustness.json.
 
+    Args:
+        folder: its --output.
+        asked: the questions of this call.
+        settings: of this call, which that one must have had, too.
+
     Raises:
-        UserError: there is none, it is damaged, or it is about other questions.
+        UserError: there is none, it is damaged, or its systems answered other questions or saw other pictures.
     """
     path = folder / RECORD
     if not path.is_file():
         raise UserError(f"--with {folder}: has no {RECORD}; give the --output of an earlier call")
     record = read_json(path)
     try:
+        theirs = record["settings"]
+        if differs := next((name for name in settings if theirs.get(name) != settings[name]), None):
+            raise UserError(
+                f"--with {folder}: its ladder differs, {differs} was {theirs.get(differs)} and is {settings[differs]} "
+                "here; score its systems with the same"
+            )
         if record["questions"]["digest"] != asked.digest:
             raise UserError(f"--with {folder}: its systems answered other questions; score them on the same ones")
-        n = len(asked.answers)
-        return [
-            Climb(
-                system["name"],
-                system["model"],
-                system["modality"],
-                {Degradation(rung["kind"], rung["severity"]): unpack(rung["right"], n) for rung in system["rungs"]},
-            )
-            for system in record["systems"]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
+        return [_climb(system, len(asked.answers)) for system in record["systems"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: is not what this command writes; score its systems again") from error
 
 
+def _climb(system: Mapping[str, Any], n: int) -> Climb:
+    right = {Degradation(rung["kind"], rung["severity"]): unpack(rung["right"], n) for rung in system["rungs"]}
+    order = [rung for rung in chosen_rungs(system["modality"], None) if rung in right]
+    if CLEAN not in right or len(order) != len(right):
+        raise ValueError("other rungs than those of the ladder")
+    return Climb(system["name"], system["model"], system["modality"], {rung: right[rung] for rung in order})
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise UserError when two systems have one name, or names that give one folder, or one cannot name a folder."""
+    folders: dict[str, str] = {}
+    for name in names:
+        folder = folder_name(name)
+        if not folder.strip("._"):
+            raise UserError(f"a system cannot be called {name!r}: give it a name with letters, by --names")
+        if folder in folders:
+            raise UserError(
+                f"two systems are called {name} (or {folders[folder]}); give each a name of its own, by --names"
+            )
+        folders[folder] = name
+
+
+def folder_name(name: str) -> str:
+    """The folder of a system's answers, by its name."""
+    return re.sub(r"[^\w.+-]+", "_", name)
+
+
 def check_same_ladder(climbs: Sequence[Climb]) -> None:
-    """Raise UserError when two systems have one name, or two of one modality stand on different rungs."""
-    names = [climb.name for climb in climbs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"two systems are called {twice}; give each a name with --names")
+    """Raise UserError when two systems that see the same stand on different rungs."""
     for climb in climbs:
         first = next(other for other in climbs if other.modality == climb.modality)
-        if list(climb.right) != list(first.right):
-            only = next(iter(set(climb.right) ^ set(first.right)))
+        if only := set(climb.right) ^ set(first.right):
             raise UserError(
-                f"{climb.name} and {first.name} are not on the same ladder: only one of them has {only}; score both "
-                "with the same --kinds and the same version of this code"
+                f"{climb.name} and {first.name} are not on the same ladder: only one of them has "
+                f"{min(map(str, only))}; score both with the same --kinds"
             )
 
 

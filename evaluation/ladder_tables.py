@@ -23,10 +23,10 @@ def as_markdown(record: Mapping[str, Any], column: str) -> str:
 def _document(record: Mapping[str, Any], column: str, drawn) -> str:
     asked = record["questions"]
     parts = [
-        f"Share of right answers in %, {short_type(column).lower()}: {asked['n_questions']} questions about "
-        f"{asked['n_images']} images of the {record['split']} split, with 95 % intervals that resample recordings. "
-        "Mean of the ladder: over holes, resolution and range_cut for depth, over all rungs for light. Share kept: "
-        "that mean over the accuracy on clean pictures.\n"
+        f"Share of right answers in %, {short_type(column).lower()}, of {asked['n_questions']} questions about "
+        f"{asked['n_images']} images of the {record['settings']['split']} split. Intervals (95 %) resample recordings. "
+        "Mean of the ladder: over holes, resolution and range_cut as far as they are there; for light, over exposures "
+        "below 1. Share kept: that mean over the accuracy on clean pictures.\n"
     ]
     for modality, heading in HEADINGS.items():
         systems = [system for system in record["systems"] if system["modality"] == modality]
@@ -67,7 +67,10 @@ def _accuracy(cell: Mapping[str, float | None] | None) -> str:
 def _difference(cell: Mapping[str, Any] | None) -> str:
     if not (cell or {}).get("difference"):
         return ""
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * part for part in cell["difference"]))
+    value, *ends = cell["difference"]
+    return f"{100 * value:+.1f}" + (
+        " [{:+.1f}, {:+.1f}]".format(*(100 * e for e in ends)) if ends[0] is not None else ""
+    )
 
 
 def _bare(cell: str) -> str:
@@ -82,4 +85,6 @@ def _crossing(found: Mapping[str, Any]) -> str:
 
 
 def _below(exposure: float | None) -> str:
-    return "at no exposure of the ladder" if exposure is None else f"below an exposure of 1/{1 / exposure:.3g}"
+    if exposure is None:
+        return "at no exposure of the ladder"
+    return "at every exposure of the ladder" if exposure >= 1 else f"below an exposure of 1/{1 / exposure:.3g}"

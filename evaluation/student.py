@@ -6,7 +6,7 @@ print(student.ask(seen, "How many chairs are there?").text)
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,44 +82,42 @@ class Student:
         self.mixed = resolve_precision(precision) == "bf16-mixed"
 
     @classmethod
-    def load(cls, name: str, *, precision: str = "auto", image_tokens: str | None = None) -> "Student":
+    def load(
+        cls, name: str, *, precision: str = "auto", image_tokens: str | None = None, miniature: bool = False
+    ) -> "Student":
         """From an exported folder, a checkpoint (its path, its run's folder or name), or a stock model, which sees RGB.
 
         Args:
             name: which one.
             precision: auto, 32-true or bf16-mixed.
-            image_tokens: of a stock model, which does not say how it was trained; None = anyres.
+            image_tokens: of a stock model, which does not say how it was trained; None = anyres, one_tile on the
+                built-in world.
+            miniature: of two runs with this name the one on the built-in world is meant.
 
         Raises:
             UserError: nothing loadable there, or `image_tokens` contradicts how the student was trained.
         """
-        if (Path(model_source(name)) / "config.json").is_file() or ("/" in name and not Path(name).exists()):
-            return cls._of_folder(name, precision, image_tokens)
-        path = find_checkpoint(name, outputs_root(ROOT / "distillation"))
+        if is_folder(name):
+            return cls._of_folder(name, precision, image_tokens, miniature)
+        path = find_checkpoint(name, outputs_root(ROOT / "distillation"), miniature=miniature)
         checkpoint = read_checkpoint(path)
         recorded = checkpoint["hyper_parameters"]
         model = restore_student(checkpoint, origin=str(path), dtype=frozen_dtype(precision))
         refuse_broken_weights(model, origin=path)
-        images = ImageSettings(**{field.name: recorded[field.name] for field in fields(ImageSettings)})
+        images = recorded_images(recorded)
         check_image_tokens(image_tokens, images, name)
         processor = load_processor(recorded["student_name"])
         return cls(model, processor, images, name=str(path), precision=precision, record=recorded)
 
     @classmethod
-    def _of_folder(cls, name: str, precision: str, image_tokens: str | None) -> "Student":
-        description = read_description(name)
-        images = ImageSettings("rgb", image_tokens=image_tokens or "anyres")
-        if description:
-            images = ImageSettings(**description["sees"])
+    def _of_folder(cls, name: str, precision: str, image_tokens: str | None, miniature: bool) -> "Student":
+        images, record = look_up(name, miniature=miniature)
+        if record:
             check_image_tokens(image_tokens, images, name)
+        elif image_tokens:
+            images = replace(images, image_tokens=image_tokens)
         model = load_model(name, dtype=frozen_dtype(precision))
         refuse_broken_weights(model, origin=name)
-        record = None
-        if description:
-            record = description["camera"] | {
-                "miniature": description["miniature"],
-                "script": description["trained_by"],
-            }
         return cls(model, load_processor(name), images, name=name, precision=precision, record=record)
 
     @torch.no_grad()
@@ -211,6 +209,31 @@ class Student:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed)
+
+
+def look_up(name: str, *, miniature: bool = False) -> tuple[ImageSettings, Mapping[str, Any]]:
+    """What a system sees, and what is known of its training (nothing of a stock model's), without loading it.
+
+    Arguments and errors: see `Student.load`.
+    """
+    if not is_folder(name):
+        path = find_checkpoint(name, outputs_root(ROOT / "distillation"), miniature=miniature)
+        recorded = read_checkpoint(path)["hyper_parameters"]
+        return recorded_images(recorded), recorded
+    if (description := read_description(name)) is None:
+        return ImageSettings("rgb", image_tokens="one_tile" if miniature else "anyres"), {}
+    more = {"miniature": description["miniature"], "script": description["trained_by"]}
+    return ImageSettings(**description["sees"]), description["camera"] | more
+
+
+def is_folder(name: str) -> bool:
+    """Whether a system is an export or a stock model, by folder or hub id, and no checkpoint."""
+    return (Path(model_source(name)) / "config.json").is_file() or ("/" in name and not Path(name).exists())
+
+
+def recorded_images(recorded: Mapping[str, Any]) -> ImageSettings:
+    """The image settings that a checkpoint records."""
+    return ImageSettings(**{field.name: recorded[field.name] for field in fields(ImageSettings)})
 
 
 def check_image_tokens(given: str | None, images: ImageSettings, name: str) -> None:

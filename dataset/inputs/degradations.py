@@ -21,7 +21,7 @@ DEPTH_LADDER: dict[str, tuple[float, ...]] = {  # kind -> severities, the mildes
     "holes": (0.15, 0.30, 0.60),  # share of the picture under round holes, as dark and shiny surfaces leave them
     "resolution": (32, 16, 8),  # measurements across and down the picture
     "range_cut": (5.0, 4.0, 3.0),  # metres that the sensor reaches
-    "edge_holes": (0.15, 0.30, 0.60),  # share of the picture, the pixels nearest to depth edges
+    "edge_holes": (0.15, 0.30, 0.60),  # share of the picture, the pixels nearest to depth edges, where there are any
     "border_holes": (0.15, 0.30, 0.60),  # share of the picture, from its left, right and top inwards
     "pixel_holes": (0.15, 0.30, 0.60),  # share of the pixels, each by itself
     "quantisation": (8, 6, 4),  # bits for 8 metres
@@ -43,8 +43,9 @@ TRAINED = ("holes", "resolution", "range_cut")
 HOLE_SHARES, RESOLUTIONS, RANGES_M = (0.05, 0.65), (6, 48), (2.5, 6.0)
 
 # Sony IMX477 of the Raspberry Pi High Quality Camera: saturation and read noise in electrons, the latter by analog
-# gain, largest analog gain, bits. Measured in "Pi HQ Cam Sensor Performance", https://www.strollswithmydog.com/tag/level.
-FULL_WELL, READ_NOISE, MOST_GAIN, ADC_BITS = 8180, {1: 3.0, 16: 1.5}, 16, 12
+# gain, largest measured gain, bits, black level. Noise is that of a pixel of the picture: there is no mosaic of colors
+# and no white balance. Measured in "Pi HQ Cam Sensor Performance", https://www.strollswithmydog.com/tag/level.
+FULL_WELL, READ_NOISE, MOST_GAIN, ADC_BITS, BLACK_LEVEL = 8180, {1: 3.0, 16: 1.5}, 16, 12, 256
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def degrade_depth(
         rng: source of all randomness.
 
     Returns:
-        Both as they came in, float32 and (3, 3); a pixel without measurement gets none.
+        Both as they came in, float32 and (3, 3). `resolution` and `edge_jitter` show pixels what lies beside them, so
+        small holes may close; all other kinds keep holes. A tilt is read by encodings with height or gravity only.
     """
     if degradation.kind == "tilt":
         return depth_m, tilt @ _pitch(np.radians(degradation.severity) * rng.choice((-1, 1)))
@@ -218,11 +220,11 @@ def _expose(rgb: np.ndarray, exposure: float, rng: np.random.Generator, *, gain:
     """
     analog = min(1 / exposure, MOST_GAIN) if gain else 1.0
     digital = 1 / exposure / analog if gain else 1.0
-    white = 2**ADC_BITS - 1
+    white = 2**ADC_BITS - 1 - BLACK_LEVEL  # counted from the black level, below which noise can go
     electrons = rng.poisson(_linear(rgb / 255) * exposure * FULL_WELL) + read_noise(analog) * rng.standard_normal(
         rgb.shape
     )
-    codes = np.clip(np.rint(electrons * analog / FULL_WELL * white), 0, white)
+    codes = np.clip(np.rint(electrons * analog / FULL_WELL * white), -BLACK_LEVEL, white)
     return np.rint(255 * _srgb(np.clip(codes / white * digital, 0, 1))).astype(np.uint8)
 
 

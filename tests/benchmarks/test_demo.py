@@ -111,10 +111,11 @@ def test_a_second_demo_scores_anew(tmp_path, monkeypatch):
     folder.mkdir()
     for name in ("answers.jsonl", "predictions.csv", "metrics.json", "mine.txt"):
         (folder / name).write_text("")
-    (tmp_path / "ladder" / "depth").mkdir(parents=True)
+    answers = tmp_path / "ladder" / "depth" / "answers"
+    answers.mkdir(parents=True)
     monkeypatch.setattr(demo, "run_side_by_side", lambda *args: None)
     demo.main(demo.parse_args(["--output", str(tmp_path)]))
-    assert [path.name for path in folder.iterdir()] == ["mine.txt"] and not (tmp_path / "ladder").exists()
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"] and not answers.exists()
 
 
 def test_the_command_takes_no_unknown_flag():

@@ -17,17 +17,15 @@ from benchmarks import arms, processes, reproduce
 from benchmarks.answers import Answers
 from benchmarks.processes import Task, run_side_by_side
 from benchmarks.reproduce import CONTROL, Job, Study
-from dataset.inputs.degradations import DEPTH_LADDER, Degradation
 from dataset.questions.blind import blind_predictions
 from dataset.questions.rows import QUESTION_TYPES, csv_cells, questions_file, read_questions
 from distillation.models import MINIATURE_STUDENT, load_model
-from evaluation.ladder import pack
+from evaluation.ladder import chosen_rungs, pack
 from evaluation.metrics import evaluate_rows
 from tests.helpers.system import SAY_CORES, needs_affinity
 from utils import ROOT, UserError, available_cores, core_shares, write_json
 
 N_ROOMS = 200
-RUNG_NAMES = [str(Degradation(kind, severity)) for kind in DEPTH_LADDER for severity in DEPTH_LADDER[kind]]
 COLUMNS = ("By depth", "Overall", *QUESTION_TYPES)
 
 
@@ -368,7 +366,8 @@ def test_finished_variants_are_kept_and_other_flags_are_refused(tmp_path, monkey
     def climb(checkpoint, name, work, kinds):
         """Of ten rooms the first six are right on clean pictures, five on all other rungs; six with degraded depth."""
         climbed.append(name)
-        right = {rung: 6 if rung == "clean" or "degraded" in name else 5 for rung in ("clean", *RUNG_NAMES)}
+        rungs = [str(rung) for rung in chosen_rungs("depth" if "light_gain" not in kinds else "rgb", kinds)]
+        right = {rung: 6 if rung == "clean" or "degraded" in name else 5 for rung in rungs}
         return {rung: pack(np.arange(60) < 6 * n) for rung, n in right.items()}
 
     monkeypatch.setattr(reproduce, "climb", climb)
@@ -384,7 +383,7 @@ def test_finished_variants_are_kept_and_other_flags_are_refused(tmp_path, monkey
     written = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert "closes 50.0 [" in written and "+0.0 [+0.0, +0.0]" in written  # 0.6 between 0.3 and 0.9, as the control
     assert "all labels of the training set and has 90.0 by depth" in written and "and has 80.0. One" in written
-    assert len(climbed) == len(set(climbed)) == 21  # ten variants with two seeds each, the teacher
+    assert len(climbed) == len(set(climbed)) == 19  # nine variants with two seeds each, the teacher
     assert "| mean | +10.0 [" in written and "| double trouble, degraded depth | 60.0 | 60.0 | 100.0 [" in written
     reproduce.main(args)
     assert len(trained) == first and (tmp_path / "out/README.md").read_text(encoding="utf-8") == written
@@ -399,6 +398,9 @@ def test_finished_variants_are_kept_and_other_flags_are_refused(tmp_path, monkey
     record = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {"arm" if key == "variant" else key: value for key, value in record.items()})
     with pytest.raises(UserError, match=f"{path.name}: was made with other flags or by an older version"):
+        reproduce.main(args)
+    write_json(path, record | {"ladder": {}})
+    with pytest.raises(UserError, match="was made with other flags or by an older version"):
         reproduce.main(args)
     write_json(path, record)
     monkeypatch.setattr(reproduce, "rate_flags", lambda system: ["--lr", "1e-3"])

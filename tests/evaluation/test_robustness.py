@@ -47,7 +47,8 @@ def depth(places):
 
 def climb(output, *argv: str) -> dict:
     """-> robustness.json"""
-    robustness.main(robustness.parse_args([*map(str, argv), "--max_new_tokens", "6", "--output", str(output)]))
+    short = () if str(argv[0]).startswith("--with") else ("--max_new_tokens", "6")
+    robustness.main(robustness.parse_args([*map(str, argv), *short, "--output", str(output)]))
     return json.loads((output / "robustness.json").read_text())
 
 
@@ -65,15 +66,14 @@ def test_the_whole_ladder_of_both_kinds_of_system(places, depth, tmp_path, capsy
     types = set(record["systems"][0]["rungs"][0]["accuracy"])
     assert {"By depth", "Overall", "Count", "Yes/No"} <= types
     assert len(rows_of(tmp_path / "a")) == sum(map(len, rungs.values())) * len(types)
-    files = {path.name for path in (tmp_path / "a").iterdir()}
+    files = {path.name for path in (tmp_path / "a").iterdir() if not path.name.startswith("owner-")}
     assert files == {
         "robustness.csv",
         "robustness.json",
         "table.md",
         "curves.png",
         "light.png",
-        "sees_depth",
-        "sees_RGB",
+        "answers",
     }
     said = capsys.readouterr().out
     assert "Depth gets worse" in said and "The light fades" in said and "sees depth answers more than sees RGB" in said
@@ -86,7 +86,9 @@ def test_the_lowest_rung_is_the_evaluation_and_no_depth_is_one_answer_for_all(pl
     assert 0.1 < metrics["overall"]["exact_match"]["value"] < 0.9
     for column, cell in (("Overall", metrics["overall"]), ("By depth", metrics["depth_answerable"])):
         assert clean["accuracy"][column] == pytest.approx(cell["exact_match"])
-    lines = (tmp_path / "a" / "baseline_depth_t" / "no_depth_1" / "answers.jsonl").read_text().splitlines()[1:]
+    lines = (
+        (tmp_path / "a" / "answers" / "baseline_depth_t" / "no_depth_1" / "answers.jsonl").read_text().splitlines()[1:]
+    )
     answers = {line["id"]: line["answer"] for line in map(json.loads, lines)}
     by_question = {}
     for row in read_questions(questions_file(world, "test"), root=world):
@@ -123,9 +125,10 @@ def test_an_interrupted_call_goes_on_and_another_system_is_refused(places, depth
     with pytest.raises(KeyboardInterrupt):
         climb(tmp_path / "b", depth, *FEW, "--names", "mine")
     monkeypatch.setattr(robustness, "answer_questions", answer)
-    kept = (tmp_path / "b/mine/holes_0.15/answers.jsonl").read_text()
+    log = tmp_path / "b/answers/mine/holes_0.15/answers.jsonl"
+    kept = log.read_text()
     again = climb(tmp_path / "b", depth, *FEW, "--names", "mine")
-    assert again["systems"] == whole["systems"] and (tmp_path / "b/mine/holes_0.15/answers.jsonl").read_text() == kept
+    assert again["systems"] == whole["systems"] and log.read_text() == kept
     with pytest.raises(UserError, match="holds answers of another evaluation, weights"):
         climb(tmp_path / "b", places / "exported", "--names", "mine")
 
@@ -188,6 +191,28 @@ def test_where_the_lines_cross(asked):
     between = crossings(light, depth, asked, "By depth")["light"]
     assert np.log2(between) == pytest.approx(-3, abs=0.3)  # half of the way from 1/4 to 1/16
     assert crossings(light, Climb("c", "", "depth", {CLEAN: right(0.1)}), asked, "By depth") == {"light": None}
+    assert crossings(light, Climb("d", "", "depth", {CLEAN: right(0.95)}), asked, "By depth") == {"light": 1}
+
+
+def test_one_picture_has_no_intervals(places, depth, tmp_path):
+    record = climb(tmp_path / "a", depth, depth, "--names", "a", "b", *FEW, "--n_images", "1", "--baseline", "a")
+    found = record["systems"][0]["summary"]["By depth"]
+    assert record["questions"]["n_images"] == 1 and found["mean"]["low"] is None and "kept" not in found
+    assert "nan" not in (tmp_path / "a" / "table.md").read_text().lower()
+
+
+def test_all_that_can_be_refused_is_refused_before_anything_is_scored(places, depth, tmp_path, monkeypatch):
+    monkeypatch.setattr(robustness, "climb_ladder", lambda *args: pytest.fail("scored"))
+    for argv, complaint in (
+        ((depth, depth, *FEW), "two systems are called baseline_depth t"),
+        ((depth, depth, "--names", "a b", "a_b", *FEW), "two systems are called a_b"),
+        ((depth, "--names", "..", *FEW), "cannot be called '..'"),
+        ((depth, *FEW, "--baseline", "nobody"), "--baseline nobody: no such system"),
+        ((depth, *FEW, "--with", tmp_path), "has no robustness.json"),
+        ((depth, places / "exported", "--kinds", "holes"), "--kinds holes: none of them is about rgb"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            climb(tmp_path / "out", *argv)
 
 
 def test_bad_input_is_refused(places, depth, tmp_path, capsys):
@@ -196,6 +221,8 @@ def test_bad_input_is_refused(places, depth, tmp_path, capsys):
         (("--kinds", "holes"), "give a checkpoint"),
         ((depth, "--names", "a", "b"), "2 names for 1 systems"),
         ((depth, "--n_images", "0"), "--n_images"),
+        (("--with", "x", "--kinds", "holes"), "--kinds: nothing is scored here"),
+        (("--with", "x", "--output", "x"), "is the --output, too"),
     ):
         with pytest.raises(SystemExit):
             robustness.parse_args(list(argv))
@@ -205,9 +232,6 @@ def test_bad_input_is_refused(places, depth, tmp_path, capsys):
         ((depth, "--ladder", "light"), "--ladder light: .* sees depth"),
         ((rgb, "--ladder", "depth"), "--ladder depth: .* sees rgb"),
         ((depth, "--kinds", "light"), "--kinds light: none of them is about depth"),
-        ((depth, depth, "--names", "a", "a", *FEW), "two systems are called a"),
-        ((depth, *FEW, "--baseline", "nobody"), "--baseline nobody: no such system"),
-        ((depth, *FEW, "--with", tmp_path), "has no robustness.json"),
     ):
         with pytest.raises(UserError, match=complaint):
             climb(tmp_path / "out", *argv)
@@ -217,7 +241,7 @@ def test_ladders_that_differ_are_refused(places, depth, tmp_path):
     climb(tmp_path / "a", depth, *FEW, "--names", "a")
     with pytest.raises(UserError, match="a and b are not on the same ladder: only one of them has"):
         climb(tmp_path / "b", depth, "--names", "b", "--kinds", "resolution", "--with", tmp_path / "a")
-    with pytest.raises(UserError, match="answered other questions"):
+    with pytest.raises(UserError, match="its ladder differs, images was 8 and is 3 here"):
         climb(tmp_path / "c", depth, *FEW, "--names", "c", "--n_images", "3", "--with", tmp_path / "a")
     path = tmp_path / "a" / "robustness.json"
     path.write_text(path.read_text().replace('"right": "', '"right": "00'))
