@@ -127,11 +127,11 @@ def draw_light(climbs: Sequence[Climb], asked: Asked, blind: float, path: Path) 
             label = f"{climb.name}, {names[kind]}"
             _line(axes, stops, climb, own, number, asked, label=label, linestyle=styles[kind])
     axes.axhline(100 * blind, color=BLIND_COLOR, linestyle=(0, (1, 3)), label="best without an image")
-    for exposure, value in _crossing_points(climbs, asked):
+    for number, exposure, value in _crossing_points(climbs, asked):
         axes.plot(-np.log2(exposure), 100 * value, marker="o", markersize=11, mfc="none", mec="black", mew=1.3)
-        axes.annotate(
-            f"1/{1 / exposure:.3g}", (-np.log2(exposure), 100 * value), xytext=(9, 7), textcoords="offset points"
-        )
+        place = {"xytext": (8, 6)} if number % 2 == 0 else {"xytext": (-8, -14), "ha": "right"}
+        point = (-np.log2(exposure), 100 * value)
+        axes.annotate(f"1/{1 / exposure:.3g}", point, textcoords="offset points", **place)
     axes.set_xticks(stops, [_exposure(rung.severity) for rung in rungs])
     axes.set(
         xlabel="Exposure",
@@ -144,14 +144,16 @@ def draw_light(climbs: Sequence[Climb], asked: Asked, blind: float, path: Path) 
     save_figure(FigureCanvasAgg(figure), path)
 
 
-def _crossing_points(climbs: Sequence[Climb], asked: Asked) -> list[tuple[float, float]]:
-    """Exposure and accuracy where the line of an RGB system crosses that of a depth system."""
-    pairs = [(a, b) for a in climbs for b in climbs if (a.modality, b.modality) == ("rgb", "depth")]
-    column = asked.columns[asked.main_column]
+def _crossing_points(climbs: Sequence[Climb], asked: Asked) -> list[tuple[int, float, float]]:
+    """Where the line of an RGB system crosses that of a depth system: the RGB system's number, exposure, accuracy."""
+    lights = [climb for climb in climbs if climb.modality == "rgb"]
+    depths = [climb for climb in climbs if climb.modality == "depth"]
+    column = asked.main_column
     return [
-        (exposure, float(depth.right[CLEAN][column].mean()))
-        for light, depth in pairs
-        for exposure in crossings(light, depth, asked, asked.main_column).values()
+        (number, exposure, float(depth.right[CLEAN][asked.columns[column]].mean()))
+        for number, light in enumerate(lights)
+        for depth in depths
+        for exposure in crossings(light, depth, asked, column).values()
         if exposure is not None and exposure < 1
     ]
 
