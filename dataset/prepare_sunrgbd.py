@@ -7,6 +7,7 @@ Writes  into ROOT_DATA_DIR/SUNRGBD/csv_data/
         train_unanswered.csv            further questions about the training frames, without labels, for a teacher
         {train,val,test}_captions.csv   a description of each frame
         questions.json                  how the questions were made
+        manifest.json                   digests and settings: with figures, publish it
 
 The test split is the official one. Validation is a tenth of the official training half, in whole rooms, see
 `dataset.sunrgbd.frames.validation_tenth`. With --official_val, train and val are the toolbox's two halves of it.
@@ -16,6 +17,7 @@ The test split is the official one. Validation is a tenth of the official traini
     python dataset/prepare_sunrgbd.py --check         # build nothing, list every frame that cannot be used
     python dataset/prepare_sunrgbd.py --preview 20    # write a page with pictures, objects, questions and answers
     python dataset/prepare_sunrgbd.py --blind_check   # can the questions be answered without the image?
+    python dataset/prepare_sunrgbd.py --verify FILE   # does this tree give the very questions of a published manifest?
 """
 
 import sys
@@ -34,7 +36,15 @@ from typing import Any
 
 from dataset.miniature.world import ensure_world
 from dataset.questions.blind import blind_check
-from dataset.questions.csv_data import SPLITS, UNKNOWN_PRINTED, build_csv_data, by_collection, read_frames
+from dataset.questions.csv_data import (
+    SPLITS,
+    UNKNOWN_PRINTED,
+    build_csv_data,
+    by_collection,
+    generate_questions,
+    read_frames,
+)
+from dataset.questions.manifest import SETTINGS, changed_files, differences, read_manifest
 from dataset.questions.preview import write_preview
 from dataset.questions.rows import QuestionRow, csv_cells, questions_file, read_questions
 from dataset.sunrgbd.extract import extract_archives
@@ -131,6 +141,33 @@ def print_judged(name: str, counts: Mapping[str, int]) -> None:
         print(f"{name}: not judged, too few questions: {_listed(few)}")
 
 
+def verify(root: Path, path: Path, *, workers: int | None = None) -> None:
+    """Make the questions of a published manifest from this tree, with its settings, and say whether they are the same.
+
+    Args:
+        root: the data root; nothing is written there.
+        path: the manifest.
+        workers: processes that read frames.
+
+    Raises:
+        UserError: it is no manifest, or this tree gives other questions.
+    """
+    published = read_manifest(path)
+    found = generate_questions(root, workers=workers, **published["settings"])
+    if different := differences(published, found.manifest):
+        for line in different:
+            print(printable(line))
+        print_missing(found.summary["missing_frames"])
+        raise UserError(f"{root}: does not give the questions of {path}; {len(different)} files differ, listed above")
+    print(f"{root}: gives the very questions of {path}, in {len(published['files'])} files")
+    folder = questions_file(root, "train").parent
+    if changed := changed_files(published, folder):
+        flags = " ".join(
+            f"--{k} {v}" if type(v) is int else f"--{k}" for k, v in published["settings"].items() if v is not False
+        )
+        print(printable(f"but {folder} has no or other {', '.join(changed)}; make them with {flags}"))
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,6 +184,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     instead("--check", action="store_true", help="write nothing; list the frames that cannot be used")
     instead("--preview", type=at_least(1), metavar="N", help="write only csv_data/preview.html, which shows N frames")
     instead("--blind_check", action="store_true", help="write nothing; test whether the questions need the image")
+    instead(
+        "--verify",
+        type=Path,
+        metavar="MANIFEST",
+        help="write nothing; say whether this tree gives the questions of a manifest.json, with the settings in it",
+    )
     add("--workers", type=at_least(1), help="number of processes that read frames (default: one per core)")
     add("--seed", type=at_least(0), default=0, help="random seed that decides which questions are kept")
     add("--train_per_frame", type=at_least(1), default=2, help="largest number of questions about a training frame")
@@ -169,6 +212,8 @@ def _check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespac
         parser.error(
             "--official_val decides how question files are made; --preview and --blind_check read what is there"
         )
+    if args.verify and (given := [name for name in SETTINGS if getattr(args, name) != parser.get_default(name)]):
+        parser.error(f"--{given[0]}: the manifest of --verify says it; leave it out")
     if args.root and args.miniature:
         parser.error("--root and --miniature name two data sets; give one")
     if args.miniature and (args.sunrgbd_zip or args.toolbox_zip):
@@ -186,6 +231,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"wrote {path}")
     elif args.blind_check:
         check_blind(root)
+    elif args.verify:
+        verify(root, args.verify, workers=args.workers)
     else:
         summary = build_csv_data(
             root,

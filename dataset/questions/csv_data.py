@@ -1,10 +1,11 @@
-"""All question files of a data root, and what `questions.json` says about them."""
+"""All question files of a data root, and what `questions.json` and `manifest.json` say about them."""
 
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from dataset.questions.balance import ANSWER_SHARE, select_questions, select_unlabelled
 from dataset.questions.captions import frame_caption
 from dataset.questions.generate import MARGINS, frame_candidates
+from dataset.questions.manifest import describe_files, manifest_path
 from dataset.questions.rows import (
     GENERATOR_VERSION,
     Question,
@@ -48,7 +50,33 @@ class FrameReport(NamedTuple):
 Reports = Sequence[tuple[Frame, FrameReport]]
 
 
-def build_csv_data(
+@dataclass(frozen=True)
+class QuestionFiles:
+    """All question files of a data root before they are written."""
+
+    rows: dict[Path, list[QuestionRow]]  # path -> rows
+    manifest: dict[str, Any]  # what they are, see `manifest.describe_files`
+    summary: dict[str, Any]  # what `questions.json` says: how they were made, what was left out and why
+
+
+def build_csv_data(root: Path, **options: Any) -> dict[str, Any]:
+    """Write the question files of all splits, with `questions.json` and `manifest.json` beside them.
+
+    Arguments and errors: see `generate_questions`.
+
+    Returns:
+        The contents of `questions.json`: version, seed, margins, the split's rule; questions per split, type and
+        sensor; what was left out and why.
+    """
+    found = generate_questions(root, **options)
+    for path, rows in found.rows.items():
+        write_questions(path, rows)
+    write_json(questions_file(root, "train").with_name("questions.json"), found.summary)
+    write_json(manifest_path(root), found.manifest)
+    return found.summary
+
+
+def generate_questions(
     root: Path,
     *,
     seed: int = 0,
@@ -57,8 +85,8 @@ def build_csv_data(
     eval_per_frame: int = 8,
     unanswered_per_frame: int = 8,
     official_val: bool = False,
-) -> dict[str, Any]:
-    """Write the question files of all splits, and `questions.json` beside them.
+) -> QuestionFiles:
+    """Make the questions and captions of all splits.
 
     Args:
         root: ROOT_DATA_DIR.
@@ -69,13 +97,16 @@ def build_csv_data(
         unanswered_per_frame: most further questions per training frame, without labels.
         official_val: see `listed_split`.
 
-    Returns:
-        The contents of `questions.json`: version, seed, margins, the split's rule; questions per split, type and
-        sensor; what was left out and why.
-
     Raises:
         UserError: no frame, no official split, or not a single question.
     """
+    settings = {
+        "seed": seed,
+        "train_per_frame": train_per_frame,
+        "eval_per_frame": eval_per_frame,
+        "unanswered_per_frame": unanswered_per_frame,
+        "official_val": official_val,
+    }
     frames, unusable = find_frames(root)
     split = listed_split(root, frames, official_val=official_val)
     listed = [frame for frame in frames if frame.path in split.names]
@@ -88,21 +119,31 @@ def build_csv_data(
         usable = sum(not report.failure for _, report in reports)
         raise UserError(f"{root / 'SUNRGBD'}: no question can be asked about its {usable} usable frames")
     captions = _caption_rows(reports, split.names)
+    files = {questions_file(root, name): rows[name] for name in SPLITS}
+    files |= {unanswered_file(root): rows[UNLABELLED]} | {captions_file(root, name): captions[name] for name in SPLITS}
     summary = {
         "generator_version": GENERATOR_VERSION,
         "seed": seed,
         "per_frame": per_frame,
+        **_split_summary(root, frames, reports, split),
+        **_questions_summary(rows, captions, reports),
+        "unusable_frames": dict(sorted(unusable)),
+    }
+    return QuestionFiles(files, describe_files(files, settings), summary)
+
+
+def _questions_summary(
+    rows: dict[str, list[QuestionRow]], captions: dict[str, list[QuestionRow]], reports: Reports
+) -> dict[str, Any]:
+    """The part of `questions.json` about the questions: rules, numbers, annotations that were left out."""
+    return {
         "margins": MARGINS,
         "largest_answer_share": ANSWER_SHARE,
-        **_split_summary(root, frames, reports, split),
         "questions": {name: _counts(found) for name, found in rows.items()},
         "captions": {name: len(captions[name]) for name in SPLITS},
         "dropped_annotations": dict(sum((report.drops for _, report in reports), Counter()).most_common()),
         "noun_table": _coverage(sum((report.coverage for _, report in reports), Coverage())),
-        "unusable_frames": dict(sorted(unusable)),
     }
-    _write_files(root, rows, captions, summary)
-    return summary
 
 
 def _select_rows(
@@ -138,16 +179,6 @@ def _split_summary(root: Path, frames: Sequence[Frame], reports: Reports, split:
         "missing_frames": by_collection(missing_frames(root, frames, split)),
         "recordings_in_two_splits": _shared_recordings([frame for frame, _ in reports], names),
     }
-
-
-def _write_files(
-    root: Path, rows: dict[str, list[QuestionRow]], captions: dict[str, list[QuestionRow]], summary: dict[str, Any]
-) -> None:
-    for name in SPLITS:
-        write_questions(questions_file(root, name), rows[name])
-        write_questions(captions_file(root, name), captions[name])
-    write_questions(unanswered_file(root), rows[UNLABELLED])
-    write_json(questions_file(root, "train").with_name("questions.json"), summary)
 
 
 def by_collection(paths: Sequence[str]) -> dict[str, int]:

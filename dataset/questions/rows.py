@@ -2,9 +2,10 @@
 
 import csv
 import hashlib
+import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -106,11 +107,22 @@ def unanswered_file(root: Path) -> Path:
 
 def write_questions(path: Path, rows: Sequence[QuestionRow]) -> None:
     """Write a question file, atomically."""
-    with atomic_path(path) as part, open(part, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in rows:
-            writer.writerow(csv_cells(row).values())
+    with atomic_path(path) as part:
+        part.write_text(question_text(rows), encoding="utf-8", newline="")
+
+
+def question_text(rows: Iterable[QuestionRow]) -> str:
+    """The content of a question file."""
+    return cells_text(map(csv_cells, rows))
+
+
+def cells_text(rows: Iterable[Mapping[str, str]]) -> str:
+    """The content of a question file, from its cells by column name; other columns are left out."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([cells.get(column, "") for column in COLUMNS] for cells in rows)
+    return text.getvalue()
 
 
 def csv_cells(row: QuestionRow) -> dict[str, str]:
