@@ -80,6 +80,24 @@ def word_logits(model: nn.Module, hidden: Tensor, *, vocab_size: int, suppress_t
     return hidden @ head.T + suppressed
 
 
+@torch.no_grad()
+def answer_probabilities(
+    model: nn.Module, found: Answers, *, vocab_size: int, suppress_tokens: Sequence[int] = ()
+) -> list[list[float]]:
+    """How probable the model takes its answers to be, by row and block: the product over an answer's tokens.
+
+    Arguments: see `greedy_answers`.
+    """
+    probabilities = []
+    for tokens, hidden in zip(found.tokens, found.hidden, strict=True):
+        logits = word_logits(model, torch.cat(hidden), vocab_size=vocab_size, suppress_tokens=suppress_tokens).float()
+        chosen = torch.tensor([token for block in tokens for token in block], device=logits.device)
+        of_tokens = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
+        blocks = of_tokens.cpu().double().split([len(block) for block in tokens])
+        probabilities.append([float(block.sum().exp()) for block in blocks])
+    return probabilities
+
+
 @dataclass(frozen=True)
 class ImagePrefix:
     """An image that was read once, for any number of questions."""

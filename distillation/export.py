@@ -15,6 +15,7 @@ from dataset.inputs.pictures import DEPTH_SOURCES, MODALITIES
 from dataset.inputs.processor import IMAGE_TOKENS, ImageTextProcessor, save_processor
 from dataset.inputs.prompts import render_question
 from dataset.sunrgbd.depth import MAX_DEPTH_M, MIN_DEPTH_M
+from distillation.card import model_card, short_path
 from utils import UserError, disk_errors, git_commit, model_source, part_path, read_json, remove_leftovers, write_json
 
 DESCRIPTION = "student.json"  # in the exported folder
@@ -31,6 +32,19 @@ DEPTH_CONSTANTS = {
     "height_range_m": HEIGHT_RANGE_M,
     "gradient_scale": GRADIENT_SCALE,
 }
+# What a record has besides the flags that decide the weights: the machine's, the run's, and what stands elsewhere.
+NOT_FLAGS = frozenset(
+    "script git_commit run run_name resume export export_dtype save_final_pt dry_run num_workers accelerator devices "
+    "num_nodes strategy picture_cache vision_cache gradient_checkpointing focal_share tilt_degrees modality "
+    "depth_encoding depth_source image_tokens student_name teacher_name teacher_checkpoint miniature".split()
+)
+# The files of an export. Nothing else is ever uploaded.
+PUBLISHED = (
+    "README.md", DESCRIPTION, "config.json", "generation_config.json", "model*.safetensors",
+    "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,8 +55,9 @@ def export_model(
     description: Mapping[str, Any],
     *,
     dtype: torch.dtype = torch.float32,
+    scores: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a Hugging Face folder that stock transformers loads; LoRA adapters are merged into the weights.
+    """Write a Hugging Face folder that stock transformers loads, with a card; LoRA adapters are merged.
 
     The model's weights are converted in place; call it when training is over. An interrupted export leaves no folder.
 
@@ -52,6 +67,7 @@ def export_model(
         folder: to write.
         description: of `describe_student`, written beside the weights.
         dtype: of the written weights; in float32 the answers are those of the checkpoint.
+        scores: content of metrics.json; None = the card says that the student was not scored.
 
     Raises:
         UserError: the disk is full or not writable.
@@ -69,10 +85,17 @@ def export_model(
             save_processor(processor, part)
             for weights in part.glob("*.safetensors"):  # which are written for their owner alone
                 weights.chmod((part / "config.json").stat().st_mode)
-            write_json(part / DESCRIPTION, dict(description) | {"dtype": str(dtype).removeprefix("torch.")})
+            description = dict(description) | {"dtype": str(dtype).removeprefix("torch.")}
+            write_json(part / DESCRIPTION, description)
+            (part / "README.md").write_text(model_card(description, scores), encoding="utf-8")
             part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def published_files(folder: Path) -> list[Path]:
+    """The files of an export that are there, without what somebody else has put beside them."""
+    return [file for pattern in PUBLISHED for file in sorted(folder.glob(pattern)) if file.is_file()]
 
 
 def describe_student(
@@ -103,14 +126,22 @@ def describe_student(
         },
         "prompt": {"before_the_image": before, "after_the_image": after} if before else {"text": after},
         "student_name": record["student_name"],
-        "teacher": record.get("teacher_checkpoint") or record.get("teacher_name"),
+        "teacher": (teacher := record.get("teacher_checkpoint") or record.get("teacher_name")) and short_path(teacher),
         "depth_degradation": record.get("depth_degradation", 0.0),
         "trained_by": record["script"],
         "git_commit": {"training": record["git_commit"], "export": git_commit()},
-        "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
+        "flags": training_flags(record),
+        "checkpoint": short_path(str(checkpoint)),
         "validation": dict(validation),
         "miniature": record["miniature"],
     }
+
+
+def training_flags(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a run that decide its weights, without those that were not given."""
+    given = {name: value for name, value in record.items() if value is not None and value is not False and value != ""}
+    flags = {name: value for name, value in given.items() if name not in NOT_FLAGS}
+    return {name: short_path(value) if isinstance(value, str) else value for name, value in sorted(flags.items())}
 
 
 def read_description(name: str) -> dict[str, Any] | None:

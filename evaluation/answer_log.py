@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ def questions_digest(root: Path, rows: Sequence[QuestionRow]) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a question."""
+
+    text: str
+    probability: float  # of exactly these tokens, the end of the turn included
+
+
 class AnswerLog:
     """The answers of one evaluation, by question id: those that its file held already and those that are added."""
 
@@ -87,7 +96,7 @@ class AnswerLog:
             UserError: the folder has results of something else, or the disk is full or not writable.
         """
         self.path, self.ids = folder / NAME, {row.id for row in rows}
-        self.answers: dict[str, str] = {}
+        self.answers: dict[str, Answer] = {}
         if self.path.exists() and self.path.read_bytes().count(b"\n") > 1:  # there is an answer to keep
             self._read(asked)
             return
@@ -131,14 +140,15 @@ class AnswerLog:
                 "another --output, or delete it"
             )
 
-    def add(self, answers: Mapping[str, str]) -> None:
+    def add(self, answers: Mapping[str, Answer]) -> None:
         """Append answers, those that are there already left out.
 
         Raises:
             UserError: the disk is full; all answers before are kept.
         """
         new = {name: answer for name, answer in answers.items() if name not in self.answers}
-        data = "".join(_line({"id": name, "answer": answer}) for name, answer in new.items()).encode()
+        lines = (_line({"id": name, "answer": a.text, "probability": a.probability}) for name, a in new.items())
+        data = "".join(lines).encode()
         with disk_errors(self.path, size=len(data)), open(self.path, "ab", buffering=0) as handle:
             while data:
                 data = data[handle.write(data) :]
@@ -149,14 +159,15 @@ def _line(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
-def _answer(line: bytes) -> tuple[str, str] | None:
+def _answer(line: bytes) -> tuple[str, Answer] | None:
     """Question id and answer of a whole line."""
     try:
         value = json.loads(line) if line.endswith(b"\n") else None
-        found = value["id"], value["answer"]
+        name, text, probability = value["id"], value["answer"], value["probability"]
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    return found if all(isinstance(text, str) for text in found) else None
+    sound = isinstance(name, str) and isinstance(text, str) and isinstance(probability, float)
+    return (name, Answer(text, probability)) if sound and 0 <= probability <= 1 else None
 
 
 def check_results_room(folder: Path, rows: Sequence[QuestionRow], max_new_tokens: int) -> None:

@@ -1,7 +1,6 @@
 """Systems side by side: their results, paired differences, and the tables of both."""
 
 import csv
-import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dataset.page import escaped_markdown
 from dataset.questions.answers import exact_match, group_by, normalise_answer
+from dataset.questions.manifest import cells_digest
 from dataset.questions.rows import CAPTION_TYPE
 from evaluation.intervals import paired_difference, permutation_test
 from evaluation.metrics import evaluate_rows, recordings
@@ -69,10 +70,23 @@ def load_results(folder: Path) -> Results:
     if not rows:
         raise UserError(f"{predictions}: holds no questions")
     check_ids(rows, str(predictions))
+    _check_digest(rows, metrics, predictions)
     system = metrics.get("system") or {}
     if not isinstance(system, dict) or not isinstance(system.get("name"), (str, type(None))):
         raise UserError(f"{metrics_path}: system.name is no text; evaluate the system again")
     return Results(printable(system.get("name") or folder.resolve().name), rows, metrics)
+
+
+def _check_digest(rows: Sequence[Mapping[str, str]], metrics: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError where the questions are not those whose digest metrics.json has; older results have none."""
+    digest = _questions_digest(metrics)
+    if digest is not None and digest != cells_digest(rows):
+        raise UserError(f"{path}: holds other questions than metrics.json names; it was changed, evaluate again")
+
+
+def _questions_digest(metrics: Mapping[str, Any]) -> str | None:
+    questions = metrics.get("questions")
+    return questions.get("sha256") if isinstance(questions, dict) else None
 
 
 def _read_predictions(path: Path) -> list[dict[str, str]]:
@@ -121,6 +135,12 @@ def align(results: Sequence[Results]) -> list[Results]:
                     f"{other.name}: question {ours['Question_Id']} has {column} {theirs[column]!r}, in {first.name} "
                     f"{ours[column]!r}; evaluate both on the same version of the questions"
                 )
+        digests = [_questions_digest(result.metrics) for result in (first, other)]
+        if None not in digests and digests[0] != digests[1]:
+            raise UserError(
+                f"{other.name}: answered other questions than {first.name} (their SHA-256 is {digests[1]:.12}, there "
+                f"{digests[0]:.12}); evaluate both on the same version of the questions"
+            )
         aligned.append(replace(other, rows=rows))
     return aligned
 
@@ -254,11 +274,6 @@ def explanation(results: Sequence[Results], baseline: str | None = None) -> str:
         "shows no color: that column measures guessing from priors."
     )
     return "\n".join([*textwrap.wrap(text, 110), *(f"Note: {line}" for line in collapses(results))]) + "\n"
-
-
-def escaped_markdown(text: str) -> str:
-    """Text in which nothing is markup: no cell ends, no link, picture or tag begins."""
-    return re.sub(r"([\\`*|\[\]<>])", r"\\\1", text)
 
 
 def table_columns(table: Sequence[TableRow]) -> list[str]:

@@ -246,7 +246,7 @@ def climb_ladder(system: str, name: str, questions: Questions, args: argparse.Na
         log = AnswerLog(folder / str(rung).replace(" ", "_"), asked | {"degradation": str(rung)}, rows)
         degradation = None if rung == CLEAN else rung
         answers = answer_questions(model, processor, root, rows, images, args, log, degradation)
-        right[rung] = questions.asked.right([answers[row.id] for row in rows])
+        right[rung] = questions.asked.right([answers[row.id].text for row in rows])
         left = duration((time.monotonic() - started) / number * (len(rungs) - number))
         share = right[rung][column].mean()
         print(printable(f"{name}, {rung}: {share:.3f}; rung {number} of {len(rungs)}, {left} left"), flush=True)

@@ -21,24 +21,17 @@ from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import ImageTextProcessor, load_processor
 from dataset.inputs.prompts import question_tokens
 from dataset.questions.rows import CONTROL_TOKENS
-from distillation.decoding import ImagePrefix, answers_behind, read_prefix, word_logits
+from distillation.decoding import ImagePrefix, answer_probabilities, answers_behind, read_prefix, word_logits
 from distillation.export import read_description
 from distillation.models import load_model, restore_student
 from distillation.run.checkpoints import read_checkpoint
 from distillation.run.folders import find_checkpoint
 from distillation.run.machine import frozen_dtype, resolve_precision
+from evaluation.answer_log import Answer
 from evaluation.system import refuse_broken_weights
 from utils import ROOT, UserError, model_source, outputs_root
 
 LONGEST_QUESTION = 2000  # characters
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer to a question."""
-
-    text: str
-    probability: float  # of exactly these tokens, the end of the turn included
 
 
 @dataclass(frozen=True)
@@ -197,15 +190,15 @@ class Student:
                 max_new_tokens=max_new_tokens,
                 **options,
             )
-            logits = [word_logits(self.model, hidden, **options).float() for hidden in found.hidden[0]]
+            (probabilities,) = answer_probabilities(self.model, found, **options)
+            first = word_logits(self.model, found.hidden[0][0][0], **options).float()
         answers = []
-        for number, (tokens, scores) in enumerate(zip(found.tokens[0], logits, strict=True)):
-            chosen = scores.log_softmax(-1).gather(1, torch.tensor(tokens, device=scores.device)[:, None])
+        for number, (tokens, probability) in enumerate(zip(found.tokens[0], probabilities, strict=True)):
             words = tokenizer.decode(
                 [*(starts[number : number + 1] if starts else []), *tokens], skip_special_tokens=True
             )
-            answers.append(Answer(" ".join(words.split()), float(chosen.sum().exp())))
-        return answers, logits[0][0].softmax(-1)
+            answers.append(Answer(" ".join(words.split()), probability))
+        return answers, first.softmax(-1)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed)

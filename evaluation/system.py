@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
 
 from dataset.datamodule import image_placeholders
 from dataset.inputs.degradations import Degradation
@@ -16,12 +18,12 @@ from dataset.inputs.prompts import collate_prompts, pack_questions
 from dataset.loading import follow_the_script
 from dataset.questions.rows import QuestionRow, frame_path, group_by_image
 from dataset.sunrgbd.frames import read_frame
-from distillation.decoding import greedy_answers
+from distillation.decoding import answer_probabilities, greedy_answers
 from distillation.export import read_description
 from distillation.models import MINIATURE_STUDENT, STUDENT_NAME, load_model, restore_student
 from distillation.run.folders import EXPERIMENTS, chosen_checkpoint, experiment_folder
 from distillation.run.machine import frozen_dtype, resolve_precision
-from evaluation.answer_log import AnswerLog
+from evaluation.answer_log import Answer, AnswerLog
 from utils import ROOT, UserError, outputs_root, progress, sha256
 
 
@@ -195,13 +197,17 @@ def answer_questions(
     args: argparse.Namespace,
     log: AnswerLog,
     degradation: Degradation | None = None,
-) -> dict[str, str]:
+) -> dict[str, Answer]:
     """Greedy answers by question id. An image goes through tower and language model once, for all of its questions.
 
     Those in the log are not asked again; the others are added batch by batch. A batch that a kill cut off is the same
     when it is asked again.
     """
     tokenizer = processor.tokenizer
+    words = {
+        "vocab_size": len(tokenizer),
+        "suppress_tokens": (processor.image_token_id, processor.video_token_id),
+    }
     batches = ImageBatches(root, rows, images, processor, args.batch_size, degradation)
     waiting = [i for i, groups in enumerate(batches.batches) if any(r.id not in log.answers for g in groups for r in g)]
     loader = DataLoader(
@@ -215,14 +221,25 @@ def answer_questions(
                 model,
                 text,
                 pictures,
-                vocab_size=len(tokenizer),
                 eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
                 max_new_tokens=args.max_new_tokens,
-                suppress_tokens=(processor.image_token_id, processor.video_token_id),
+                **words,
             )
-        answers = {}
-        for group, tokens in zip(batch["rows"], found.tokens, strict=True):
-            words = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            answers |= {row.id: " ".join(word.split()) for row, word in zip(group, words, strict=True)}
-        log.add(answers)
+            probabilities = answer_probabilities(model, found, **words)
+        log.add(_by_question(batch["rows"], found.tokens, probabilities, tokenizer))
     return log.answers
+
+
+def _by_question(
+    rows: Sequence[Sequence[QuestionRow]],
+    tokens: Sequence[Sequence[list[int]]],
+    probabilities: Sequence[Sequence[float]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Answer]:
+    """Decoded answers by question id; all arguments are by image and question."""
+    answers = {}
+    for group, ids, shares in zip(rows, tokens, probabilities, strict=True):
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        for row, text, share in zip(group, texts, shares, strict=True):
+            answers[row.id] = Answer(" ".join(text.split()), share)
+    return answers

@@ -1,31 +1,23 @@
 """An HTML page that shows frames with their objects drawn, their depth, and every question with its answer."""
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dataset.page import render
 from dataset.questions.captions import frame_caption
 from dataset.questions.rows import QuestionRow
 from dataset.sunrgbd.annotations import Instance, frame_objects
 from dataset.sunrgbd.depth import read_depth
 from dataset.sunrgbd.frames import Frame, read_frame, read_rgb
-from utils import atomic_path, printable, progress
-
-STYLE = """
-body { font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 1200px; color: #222 }
-img { width: 100% }
-table { border-collapse: collapse }
-td, th { padding: 2px 12px 2px 0; text-align: left; vertical-align: top }
-td.color { color: #777 }
-h2 { font-size: 17px; margin: 2em 0 0.3em }
-"""
+from utils import atomic_path, progress
 
 
 def write_preview(path: Path, root: Path, rows: Sequence[QuestionRow], *, n_frames: int) -> None:
@@ -45,36 +37,28 @@ def write_preview(path: Path, root: Path, rows: Sequence[QuestionRow], *, n_fram
         by_frame.setdefault(row.image_path.rsplit("/", 2)[0], []).append(row)
     names = sorted(by_frame)
     chosen = sorted({names[i] for i in np.linspace(0, len(names) - 1, n_frames).round().astype(int)})
-    parts = [
-        _section(read_frame(root, name), by_frame[name]) for name in progress(chosen, total=len(chosen), label="frames")
+    frames = [
+        _frame(read_frame(root, name), by_frame[name]) for name in progress(chosen, total=len(chosen), label="frames")
     ]
-    head = f"<meta charset='utf-8'><title>SUN RGB-D questions</title><style>{STYLE}</style>"
-    page = f"<!DOCTYPE html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    page = render("dataset/questions/preview.html.j2", frames=frames)
     with atomic_path(path) as part:
         part.write_text(page, encoding="utf-8")
 
 
-def _section(frame: Frame, rows: Sequence[QuestionRow]) -> str:
+def _frame(frame: Frame, rows: Sequence[QuestionRow]) -> dict[str, Any]:
+    """What the page shows of a frame."""
     instances, unsure = frame_objects(frame)
     picture = base64.b64encode(draw_frame(frame, instances)).decode()
     caption = frame_caption(instances, scene=frame.scene, unsure=unsure)
-    lines = "".join(
-        f"<tr><td>{_escaped(row.type)}</td><td{'' if row.depth_answerable else ' class=color'}>"
-        f"{_escaped(row.question)}</td><td>{_escaped(row.answer)}</td></tr>"
-        for row in sorted(rows, key=lambda row: row.type)
-    )
     notes = [caption.answer] if caption else []
     notes += [f"Perhaps more than drawn: {', '.join(sorted(unsure))}."] if unsure else []
-    return (
-        f"<h2>{_escaped(frame.path)} ({_escaped(frame.scene)})</h2>"
-        f"<img src='data:image/png;base64,{picture}' alt=''><p>{_escaped(' '.join(notes))}</p>"
-        f"<table><tr><th>Type</th><th>Question</th><th>Answer</th></tr>{lines}</table>"
-    )
-
-
-def _escaped(text: str) -> str:
-    """Text as it may stand in a page: no markup, no control characters."""
-    return html.escape(printable(text))
+    return {
+        "path": frame.path,
+        "scene": frame.scene,
+        "picture": f"data:image/png;base64,{picture}",
+        "notes": " ".join(notes),
+        "rows": sorted(rows, key=lambda row: row.type),
+    }
 
 
 def draw_frame(frame: Frame, instances: Sequence[Instance]) -> bytes:

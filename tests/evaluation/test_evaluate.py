@@ -15,6 +15,7 @@ from dataset.questions.rows import read_questions
 from dataset.sunrgbd.frames import read_frame
 from distillation.models import load_model
 from distillation.run.checkpoints import read_checkpoint
+from evaluation.answer_log import Answer
 from evaluation.metrics import recording
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
 from tests.helpers.evaluation import evaluate
@@ -264,7 +265,8 @@ def test_a_damaged_train_file_is_said_before_anything_is_answered(places, world,
 
 
 def test_empty_answers_are_warned_about(places, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate_onevision, "answer_questions", lambda m, p, r, rows, *_: {row.id: "" for row in rows})
+    empty = Answer("", 1.0)
+    monkeypatch.setattr(evaluate_onevision, "answer_questions", lambda m, p, r, rows, *_: {q.id: empty for q in rows})
     evaluate(tmp_path / "a", "--ckpt_path", str(best(places, "baseline_depth")))
     assert "answers of baseline_depth are empty; check" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ Writes  <output>/answers.jsonl, every answer as it comes: the same command goes 
         <output>/predictions.csv, a row per question
         <output>/metrics.json: accuracy per type and overall with 95 % intervals that resample recordings, the same for
         baselines that see no image, caption scores; for DAQUAR also WUPS
+        with --export, the student as a folder with a model card; with --push_to_hub it is uploaded, too
 
 A checkpoint records its model, modality, depth encoding and image tokens, and these are used; a flag that contradicts
 them is an error. `--pixel_data_type blind` withholds the picture from any system. Answers are decoded greedily, without
@@ -16,6 +17,7 @@ repetition rules.
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --model_id llava-hf/llava-onevision-qwen2-0.5b-ov-hf
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --ckpt_path path/to/checkpoint.ckpt --dataset daquar
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --predictions path/to/predictions.csv
+    python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --ckpt_path NAME --export DIR --push_to_hub USER/NAME
 """
 
 import sys
@@ -45,6 +47,7 @@ import argparse
 import csv
 import re
 import time
+from datetime import date
 from typing import Any
 
 import torch
@@ -56,6 +59,7 @@ from dataset.miniature.world import ensure_world
 from dataset.questions.answers import exact_match
 from dataset.questions.blind import blind_predictions
 from dataset.questions.daquar import match_frames, read_daquar
+from dataset.questions.manifest import asked_questions
 from dataset.questions.rows import (
     CAPTION_TYPE,
     QuestionRow,
@@ -64,16 +68,18 @@ from dataset.questions.rows import (
     questions_file,
     read_questions,
 )
-from distillation.export import read_description
+from distillation.export import DTYPES, read_description
 from distillation.run.checkpoints import read_checkpoint
 from distillation.run.claim import claim
 from distillation.run.folders import EXPERIMENTS
 from distillation.run.machine import peak_memory_gib, quieten
-from evaluation.answer_log import AnswerLog, asked_of, check_results_room
+from evaluation.answer_log import Answer, AnswerLog, asked_of, check_results_room
 from evaluation.caption_scores import caption_scores
+from evaluation.hand_over import check_hand_over, hand_over, robustness_of
 from evaluation.metrics import evaluate_rows, question_recording
 from evaluation.predictions import read_predictions
 from evaluation.system import answer_questions, checkpoint_of_flags, load_system
+from evaluation.training_log import exported_training, training_of
 from evaluation.wups import WordSimilarity, wordnet_similarity, wups_scores
 
 SHOWN_SCORES = {"bleu_1": "BLEU-1", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "cider": "CIDEr", "meteor": "METEOR"}
@@ -85,6 +91,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_system_flags(parser)
     add_question_flags(parser)
     add_running_flags(parser)
+    add_export_flags(parser)
     args = parser.parse_args(argv)
     check_flags(parser, args)
     if args.max_new_tokens is None:
@@ -160,6 +167,30 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, help="folder for the results (evaluation/results/<name>_<run>_<split>)")
 
 
+def add_export_flags(parser: argparse.ArgumentParser) -> None:
+    """How what was scored is handed on."""
+    add = parser.add_argument
+    add(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="write the scored student as a folder that stock transformers loads, with a card that has these scores",
+    )
+    add(
+        "--export_dtype",
+        choices=tuple(DTYPES),
+        default="float32",
+        help="number format of the weights that --export writes (%(default)s)",
+    )
+    add(
+        "--robustness",
+        type=Path,
+        metavar="DIR",
+        help="--output of robustness.py with this system: metrics.json and the card say what worse pictures cost",
+    )
+    add("--push_to_hub", metavar="REPO", help="upload what --export writes to this Hugging Face repository, user/name")
+
+
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse flags that do not go together."""
     if args.predictions:
@@ -167,6 +198,10 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         given = [name for name in sorted(vars(args).keys() - free) if getattr(args, name) != parser.get_default(name)]
         if given:
             parser.error(f"--{given[0]}: --predictions asks no system anything; leave it out")
+    if args.push_to_hub and not args.export:
+        parser.error("--push_to_hub uploads what --export writes; add --export DIR")
+    if args.export_dtype != "float32" and (args.model_id or not args.export):
+        parser.error("--export_dtype is for the --export of a checkpoint; leave it out")
     if args.phase_no and args.kd_model_type != "double_trouble":
         parser.error("--phase_no goes with --kd_model_type double_trouble")
     if args.ckpt_path == "":  # an unset variable of a shell
@@ -196,6 +231,8 @@ def main(args: argparse.Namespace) -> None:
     check_writable(args.output or outputs_root(ROOT / "evaluation") / "results", "--output")
     path = checkpoint_of_flags(args)
     checkpoint = read_checkpoint(path) if path else None
+    check_hand_over(args, path)
+    robustness = robustness_of(args.robustness, str(path or args.model_id))
     root = find_data(args, path, checkpoint)
     rows, train_rows = load_questions(root, args, notes), load_train_questions(root, args)
     similarity = wordnet_similarity(notes) if args.dataset == "daquar" else None
@@ -215,9 +252,14 @@ def main(args: argparse.Namespace) -> None:
     write_predictions(output / "predictions.csv", predictions)
     warn_if_empty(answers, system["name"])
     scores = score(predictions, train_rows, similarity, meteor=args.meteor)
+    scores["questions"] = asked_questions(root, [row for row in rows if row.type != CAPTION_TYPE])
+    scores["training"] = training_of(path, checkpoint["hyper_parameters"]) if path else exported_training(args.model_id)
+    scores["robustness"] = robustness
     metrics = metrics_of(args, system, scores, notes, seconds=time.monotonic() - started)
     write_json(output / "metrics.json", metrics)
     print(summary(metrics))
+    if args.export:
+        hand_over(args, path, checkpoint, metrics)
     seconds, memory_gib = duration(metrics["seconds"]), metrics["peak_memory_gib"]
     print(printable(f"{len(rows)} questions in {seconds}, peak memory {memory_gib} GiB; wrote {output}"))
 
@@ -261,6 +303,7 @@ def metrics_of(
     """The content of metrics.json; `seconds` are those of this call."""
     metrics: dict[str, Any] = {
         "system": system | {"git_commit": git_commit()},
+        "date": str(date.today()),
         "seconds": round(seconds, 1),
         "peak_memory_gib": round(peak_memory_gib(), 2),
         **scores,
@@ -297,11 +340,12 @@ def default_output(args: argparse.Namespace, system: dict[str, Any], path: Path 
     return outputs_root(ROOT / "evaluation") / "results" / re.sub(r"[^A-Za-z0-9.]+", "_", name)
 
 
-def prediction_rows(rows: list[QuestionRow], answers: dict[str, str], *, miniature: bool) -> list[dict[str, Any]]:
+def prediction_rows(rows: list[QuestionRow], answers: dict[str, Answer], *, miniature: bool) -> list[dict[str, Any]]:
     """What predictions.csv says about every question: its own cells, the answer, whether it is right, its recording."""
     return [
         csv_cells(row)
-        | {"Model_Answer": answers[row.id], "Correct": int(exact_match(answers[row.id], row.answer))}
+        | {"Model_Answer": answers[row.id].text, "Correct": int(exact_match(answers[row.id].text, row.answer))}
+        | {"Probability": f"{answers[row.id].probability:.4f}"}
         | {"Recording": question_recording(row, miniature=miniature)}
         for row in rows
     ]
@@ -317,9 +361,9 @@ def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
         writer.writerows(predictions)
 
 
-def warn_if_empty(answers: dict[str, str], name: str) -> None:
+def warn_if_empty(answers: dict[str, Answer], name: str) -> None:
     """Say so where a system answers nothing at all."""
-    if not any(answers.values()):
+    if not any(answer.text for answer in answers.values()):
         print(
             f"warning: all {len(answers)} answers of {printable(name)} are empty; check that the checkpoint learned to "
             "answer (its val/exact_match) and that --max_new_tokens leaves room",
