@@ -275,6 +275,21 @@ class SUNRGBDDataModule(pl.LightningDataModule):
         order = ImageOrder(len(self.val), seed=self.seed, shuffle=False)
         return DataLoader(self.val, **self._loader_options(MicroBatchSampler(order, 2 * self.batch_size)))
 
+    def asked_batch(self, indices: list[int], most: int) -> tuple[list[list[QuestionRow]], dict[str, Any]]:
+        """Validation images with up to `most` questions each, to be answered.
+
+        Returns:
+            The rows of each image, and a batch of `text`, in which no question has its answer, and `student_images`.
+        """
+        items = [self.val[0, index] for index in indices]
+        rows, pictures = [item["rows"][:most] for item in items], [item["picture"] for item in items]
+        prompts = [
+            self._prompt(picture, group, [(None, None)] * len(group))
+            for picture, group in zip(pictures, rows, strict=True)
+        ]
+        text = collate_prompts(prompts, pad_token_id=self.processor.tokenizer.pad_token_id)
+        return rows, {"text": text, "student_images": self._student_images(pictures)}
+
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         strategy = self.trainer.strategy
         return strategy.reduce(values.to(strategy.root_device), reduce_op="sum")

@@ -42,6 +42,7 @@ from distillation.run.machine import (
     resolve_precision,
 )
 from distillation.run.restore import RestoredState, fit_from
+from distillation.run.samples import AnswerSamples
 from distillation.run.signals import StopOnSignal, signals_given_back
 from utils import amount, disk_errors, duration, printable, write_json
 
@@ -105,7 +106,7 @@ def fit(
 ) -> pl.Trainer:
     """Train and validate."""
     allow_open_files()
-    trainer = build_trainer(args, run, monitor, updates=updates_of_run(data, args))
+    trainer = build_trainer(args, run, data, monitor)
     if trainer.is_global_zero:
         write_json(run.logs / "run.json", run.record)
     with disk_errors(run.logs), nothing_left_running(trainer), signals_given_back():  # checkpoints name themselves
@@ -181,9 +182,10 @@ def updates_of_run(data: SUNRGBDDataModule, args: argparse.Namespace) -> int:
     return min(updates, args.max_steps) if args.max_steps > 0 else updates
 
 
-def build_trainer(args: argparse.Namespace, run: Run, monitor: str, *, updates: int) -> pl.Trainer:
-    """The Trainer of every experiment; a run of few `updates` logs them more often."""
+def build_trainer(args: argparse.Namespace, run: Run, data: SUNRGBDDataModule, monitor: str) -> pl.Trainer:
+    """The Trainer of every experiment; a run of few updates logs them more often."""
     quieten()
+    updates = updates_of_run(data, args)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     options, stop = own_checkpoints_only(), StopOnSignal(run.checkpoints / "last.ckpt")
     return pl.Trainer(
@@ -205,6 +207,7 @@ def build_trainer(args: argparse.Namespace, run: Run, monitor: str, *, updates: 
             FiniteGuard(),
             stop,
             UpdateLog(),
+            AnswerSamples(data),
             Progress(),
         ],
         profiler=stop.fetching,

@@ -1,6 +1,7 @@
 """The training scripts as their user runs them, on a small world with a tiny model: files, resume, faults."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +22,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 import utils
 from dataset.questions.rows import questions_file, read_questions
 from distillation.models import add_lora, load_model
-from distillation.run import callbacks
+from distillation.run import callbacks, samples
 from distillation.run.checkpoints import read_checkpoint
 from tests.helpers.processes import Started
 from tests.helpers.training import BASELINES, flags, interrupted, train
@@ -97,6 +99,33 @@ def test_tensorboard_lists_a_run_with_its_flags_and_its_best_score(places, tiny_
     (best,) = events.Scalars("best/exact_match")
     assert best.value == json.loads((logs / "run.json").read_text())["val/exact_match"]
     assert "hp_metric" not in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("name", ["baseline_depth", "baseline_rgb05b"])
+def test_tensorboard_shows_what_is_answered_about_the_same_frames(places, tiny_folder, name, monkeypatch):
+    """A sheet after every validation: the pictures on it stay, the answers below them change."""
+    asked = []
+
+    def answer(found, tokenizer):
+        texts = [[f"answer {len(asked)}" for _ in group] for group in found]
+        asked.append(texts)
+        return texts
+
+    real = samples._decoded
+    train(name, tiny_folder, "--max_epochs", "1", "--run_name", "real")
+    monkeypatch.setattr(samples, "_decoded", answer)
+    train(name, tiny_folder)
+    monkeypatch.setattr(samples, "_decoded", real)
+    events = EventAccumulator(str(places / name / "tensorboard_logs/t")).Reload()
+    sheets = [np.asarray(Image.open(io.BytesIO(sheet.encoded_image_string))) for sheet in events.Images("val/answers")]
+    assert len(sheets) == len(asked) == 2 and all(len(group) == 2 for group in asked[0]) and len(asked[0]) == 4
+    first, second = sheets
+    assert first.shape == second.shape and first.shape[1] == 4 * 264
+    changed = np.flatnonzero((first != second).any(axis=(1, 2)))
+    assert changed.min() > 256 and (first[:256] == second[:256]).all()  # below the square pictures
+    assert np.unique(first[:256].reshape(-1, 3), axis=0).shape[0] > 500
+    (step,) = EventAccumulator(str(places / name / "tensorboard_logs/real")).Reload().Images("val/answers")
+    assert step.step == 6
 
 
 def test_a_short_run_logs_its_loss(places, tiny_folder):

@@ -1,0 +1,103 @@
+"""A few validation frames with what the student answers, for TensorBoard: what a person would look at."""
+
+import textwrap
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from pytorch_lightning.callbacks import Callback
+from transformers import PreTrainedTokenizerBase
+
+from dataset.datamodule import SUNRGBDDataModule
+from dataset.inputs.pictures import load_images
+from dataset.questions.answers import exact_match
+from dataset.questions.rows import QuestionRow
+from distillation.decoding import greedy_answers
+from utils import printable
+
+N_FRAMES, QUESTIONS_PER_FRAME = 4, 2
+LONGEST_ANSWER = 8  # tokens; most have one or two
+SIDE, LINE_HEIGHT, LETTERS = 256, 16, 36  # of a frame on the sheet: pixels, pixels of a line, letters in it
+INK, RIGHT, WRONG = "black", "#00664B", "#B34700"
+
+
+class AnswerSamples(Callback):
+    """Logs a sheet of the same validation frames after every validation: depth, question, right answer, answer."""
+
+    def __init__(self, data: SUNRGBDDataModule) -> None:
+        self.data = data
+        self.pictures: list[Image.Image] = []  # read once
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Ask on all ranks, since a sharded model answers on all of them or on none; log on the first."""
+        data = self.data
+        indices = sorted(set(np.linspace(0, len(data.val) - 1, N_FRAMES).round().astype(int).tolist()))
+        rows, batch = data.asked_batch(indices, QUESTIONS_PER_FRAME)
+        answers = _answers(trainer, module, data, batch)
+        if not trainer.is_global_zero or trainer.logger is None:
+            return
+        self.pictures = self.pictures or [_picture(data, index) for index in indices]
+        columns = [_column(*frame) for frame in zip(self.pictures, rows, answers, strict=True)]
+        trainer.logger.experiment.add_image("val/answers", _beside(columns), trainer.global_step, dataformats="HWC")
+
+
+@torch.no_grad()
+def _answers(
+    trainer: pl.Trainer, module: pl.LightningModule, data: SUNRGBDDataModule, batch: dict[str, Any]
+) -> list[list[str]]:
+    """Greedy answers by frame and question."""
+    processor = data.processor
+    tokenizer = processor.tokenizer
+    batch = trainer.strategy.batch_to_device(batch)
+    with trainer.precision_plugin.forward_context():
+        found = greedy_answers(
+            module.student,
+            batch["text"],
+            batch["student_images"],
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            max_new_tokens=LONGEST_ANSWER,
+            suppress_tokens=(processor.image_token_id, processor.video_token_id),
+        )
+    return _decoded(found.tokens, tokenizer)
+
+
+def _decoded(tokens: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+    return [[" ".join(t.split()) for t in tokenizer.batch_decode(g, skip_special_tokens=True)] for g in tokens]
+
+
+def _picture(data: SUNRGBDDataModule, index: int) -> Image.Image:
+    """What the student sees of a frame: RGB, or depth in its three channels, black where nothing was measured."""
+    (pixels,) = load_images(data.val.frame(index), [data.student])
+    if pixels is None:
+        return Image.new("RGB", (SIDE, SIDE // 4), "#DDDDDD")
+    if pixels.dtype != np.uint8:
+        pixels = np.rint(255 * np.nan_to_num(pixels)).astype(np.uint8)
+    picture = Image.fromarray(pixels)
+    return picture.resize((SIDE, round(picture.height * SIDE / picture.width)))
+
+
+def _column(picture: Image.Image, rows: list[QuestionRow], answers: list[str]) -> Image.Image:
+    """A frame with its questions and answers below."""
+    lines: list[tuple[str, str]] = []
+    for row, answer in zip(rows, answers, strict=True):
+        right = exact_match(answer, row.answer)
+        lines += [(line, INK) for line in textwrap.wrap(printable(row.question), LETTERS)]
+        lines.append((f"  right: {printable(row.answer)}"[:LETTERS], INK))
+        lines.append((f"  answer: {printable(answer) or '(empty)'}"[:LETTERS], RIGHT if right else WRONG))
+    column = Image.new("RGB", (SIDE, picture.height + LINE_HEIGHT * (len(lines) + 1)), "white")
+    column.paste(picture)
+    pen, font = ImageDraw.Draw(column), ImageFont.load_default(size=13)
+    for number, (text, color) in enumerate(lines):
+        pen.text((4, picture.height + 4 + LINE_HEIGHT * number), text, fill=color, font=font)
+    return column
+
+
+def _beside(columns: list[Image.Image]) -> np.ndarray:
+    """Columns side by side as (H, W, 3) uint8."""
+    sheet = Image.new("RGB", ((SIDE + 8) * len(columns), max(column.height for column in columns)), "white")
+    for number, column in enumerate(columns):
+        sheet.paste(column, ((SIDE + 8) * number, 0))
+    return np.asarray(sheet)
