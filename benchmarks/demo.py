@@ -70,7 +70,7 @@ def evaluation(name: str, run: str, output: Path) -> Task:
 def comparison(output: Path) -> Task:
     """Put all scored systems side by side."""
     folders = [str(output / folder) for folder, _ in SYSTEMS.values()]
-    flags = ("--baseline", CONTROL, "--miniature", "--output", str(output))
+    flags = ("--baseline", CONTROL, "--robustness", str(output / "ladder"), "--miniature", "--output", str(output))
     return Task("comparison", ("evaluation/compare.py", *folders, *flags))
 
 

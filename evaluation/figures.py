@@ -105,6 +105,10 @@ def sample_questions(results: Sequence[Results], n: int, *, seed: int = 0) -> li
     return list(chosen.values())
 
 
+class PictureMissing(UserError):
+    """A picture that a sheet would show is missing or damaged."""
+
+
 def draw_contact_sheet(results: Sequence[Results], path: Path, root: Path, *, n_frames: int = 8) -> None:
     """Draw sampled frames as a PNG: the RGB image, its depth, the question, and every system's answer, right or wrong.
 
@@ -115,7 +119,8 @@ def draw_contact_sheet(results: Sequence[Results], path: Path, root: Path, *, n_
         n_frames: most frames to show.
 
     Raises:
-        UserError: an image is missing or damaged, or its path leaves `root`.
+        PictureMissing: an image is missing or damaged.
+        UserError: its path leaves `root`.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -146,9 +151,12 @@ def draw_contact_sheet(results: Sequence[Results], path: Path, root: Path, *, n_
 def _read_frame(root: Path, row: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """RGB thumbnail (h, w, 3) uint8 and depth (H, W) in metres."""
     image_path, depth_path = (_inside(root, row[column]) for column in ("Image_Path", "Depth_Path"))
-    rgb = Image.fromarray(read_rgb(image_path))
-    rgb.thumbnail((640, 640))
-    return np.asarray(rgb), read_depth(depth_path)
+    try:
+        rgb = Image.fromarray(read_rgb(image_path))
+        rgb.thumbnail((640, 640))
+        return np.asarray(rgb), read_depth(depth_path)
+    except UserError as error:
+        raise PictureMissing(str(error)) from error
 
 
 def _inside(root: Path, relative: str) -> Path:

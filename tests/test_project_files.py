@@ -50,7 +50,8 @@ def test_the_change_log_starts_with_the_newest_day():
 
 def test_the_guides_name_files_and_commands_that_are_there():
     targets = re.search(r"^\.PHONY: (.*)", MAKEFILE, re.M).group(1).split()
-    made = {"benchmarks/reproduce/rates.json", "answers.jsonl", "student.json"}  # by commands
+    made = {"benchmarks/reproduce/rates.json", "answers.jsonl", "student.json", "manifest.json"}  # by commands
+    made |= {"report.html", "predictions.csv"}
     places = (ROOT, ROOT / "dataset", ROOT / "distillation", ROOT / "evaluation", ROOT / "tests")
     for path in ("CHANGELOG.md", ".github/CONTRIBUTING.md"):
         quoted = re.findall(r"`([^`\n]+)`", (ROOT / path).read_text(encoding="utf-8"))

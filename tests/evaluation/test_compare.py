@@ -261,6 +261,7 @@ def test_report_writes_readable_files(folders, world, tmp_path):
     assert sorted(path.name for path in output.iterdir()) == [
         "accuracy.png",
         "contact_sheet.png",
+        "report.html",
         "table.md",
         "table.txt",
     ]

@@ -17,6 +17,23 @@ STEERING = ("\x1b", "\x07", "\x9b", "\u202e", "\r")
 EVIL_NAME = "a\x1b[31mred\x07\u202e\x9b2J|<script>alert(1)</script>\nnext"
 
 
+# Questions, answers and names that would be markup, or run, on a page that does not escape them.
+MARKUP = (
+    "<script>ran=1</script>", "<img src=x onerror=ran=1>", "</title><script>ran=1</script>",
+    "</script><script>ran=1</script>", "</style><script>ran=1</script>", "--><script>ran=1</script>",
+    "<svg onload=ran=1>", "<svg><animate onbegin=ran=1 attributeName=x>", "<iframe src=javascript:ran=1>",
+    "<a href=javascript:ran=1>x</a>", "javascript:ran=1", "data:text/html,<script>ran=1</script>",
+    "<body onload=ran=1>", "<details open ontoggle=ran=1>", "<input autofocus onfocus=ran=1>",
+    "<meta http-equiv=refresh content=0;url=http://example.org>",
+    "<link rel=stylesheet href=http://example.org/x.css>", "<base href=http://example.org/>",
+    "<object data=http://example.org/x>", "<form action=http://example.org><button>x",
+    "<style>*{display:none}</style>", "<style>@import 'http://example.org/x.css'</style>",
+    "<math><mtext></p><style><!--</style>", "\" onmouseover=ran=1 x=\"", "' onmouseover=ran=1 x='", "`${ran=1}`",
+    "{{ 7 * 7 }}{% raw %}", "&lt;script&gt;ran=1&lt;/script&gt;", "<template><script>ran=1</script></template>",
+    "<!--", "<![CDATA[", "\u202e<b>turned\u001b[31m", "<noscript><p title='</noscript><img src=x onerror=ran=1>'>",
+)  # fmt: skip
+
+
 class Payload:
     """Pickled, it makes a file where it is loaded without protection."""
 

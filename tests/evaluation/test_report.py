@@ -1,0 +1,224 @@
+"""The page of a comparison, through the command that writes it."""
+
+import json
+import re
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+
+from dataset.questions.manifest import cells_digest
+from evaluation import compare
+from evaluation.comparison import load_results
+from evaluation.gallery import change_names, sample_gallery
+from evaluation.intervals import paired_difference
+from evaluation.metrics import recordings
+from tests.helpers.hostile import MARKUP, STEERING
+from utils import UserError
+
+BASE, OTHER, TEACHER = "labels only", "distilled", "RGB teacher"
+
+
+class Page(HTMLParser):
+    """Tags with the names of their attributes, the text, and what attributes hold."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.values, self.words, self.raw = Counter(), [], [], text
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag, tuple(sorted(name for name, _ in attributes))] += 1
+        self.values += [(tag, name, value or "") for name, value in attributes]
+
+    def handle_data(self, data):
+        if self.lasttag not in ("style", "script"):
+            self.words.append(data)
+
+
+def write(folders, output, world, *more: str) -> Page:
+    argv = [*map(str, folders), "--output", str(output), "--data_root", str(world), *more]
+    compare.main(compare.parse_args(argv))
+    return Page((output / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def folders(scored, training):
+    return [
+        scored(BASE, 0.4, training=training, questions=scored.questions),
+        scored(OTHER, 0.9, training=training | {"labels": None}, questions=scored.questions),
+        scored(TEACHER, 0.95, modality="rgb", questions=scored.questions),
+    ]
+
+
+def test_the_headline_is_the_paired_difference_by_depth_of_what_sees_the_same(folders, world, tmp_path):
+    page = write(folders, tmp_path / "out", world)
+    base, other, _ = map(load_results, folders)
+    asked = [n for n, row in enumerate(base.rows) if row["depth_answerable"] == "1"]
+    ours, theirs = ([result.correct()[n] for n in asked] for result in (other, base))
+    value, low, high = (100 * v for v in paired_difference(ours, theirs, recordings([base.rows[n] for n in asked])))
+    assert f"{OTHER}: {value:.1f} points more than {BASE}" in page.text
+    assert f"{value:+.1f} [{low:+.1f}, {high:+.1f}] points" in page.text
+    blind = base.metrics["blind"]["majority_per_type"]["depth_answerable"]["exact_match"]["value"]
+    assert f"The best guess without a picture has {100 * blind:.1f}" in page.text.replace("\xa0", " ")
+
+
+def test_no_difference_is_called_one(scored, world, tmp_path):
+    page = write([scored("a", 0.5), scored("b", 0.5)], tmp_path / "out", world)
+    assert "No difference can be told between b and a" in page.text
+    assert "0.0 [+0.0, +0.0]" in page.text
+
+
+def test_one_system_alone_has_a_page(scored, world, tmp_path):
+    page = write([scored("a", 0.5)], tmp_path / "out", world)
+    assert re.search(r"a: \d+\.\d\s% right", page.text) and "mended" not in page.raw.split("<main>")[1]
+
+
+def test_every_number_of_the_table_is_on_the_page(folders, world, tmp_path):
+    page = write(folders, tmp_path / "out", world, "--baseline", BASE)
+    for result in map(load_results, folders):
+        for kind, cell in (result.metrics["per_type"] | {"x": result.metrics["overall"]}).items():
+            own = cell["exact_match"]
+            shown = f"{100 * own['value']:.1f} [{100 * own['low']:.1f}, {100 * own['high']:.1f}]"
+            assert shown in page.text, kind
+
+
+def test_systems_are_described_and_curves_drawn(folders, world, tmp_path, ladder):
+    record = tmp_path / "ladder"
+    record.mkdir()
+    (record / "robustness.json").write_text(json.dumps(ladder(OTHER, BASE)))
+    page = write(folders, tmp_path / "out", world, "--robustness", str(record))
+    for part in ("run/best.ckpt", "--lr 0.001 --max_epochs 3", "rgb_teacher", "50 %", "depth (metric_log3, raw)"):
+        assert part in page.text
+    labels = [value for _, name, value in page.values if name == "aria-label"]
+    assert f"Training loss of {BASE}: 2.5 at update 9, 0.75 at update 29." in labels
+    (holes,) = [label for label in labels if label.startswith("Round holes (clean, 15 %, 30 %, 60 %)")]
+    assert f"{OTHER}: 75, 62, 50, 38." in holes
+    assert f"66.7 [61.7, 71.7]" in page.text  # noqa: F541
+    assert load_results(folders[0]).metrics["questions"]["manifest"] in page.text
+    # A system has one color everywhere on the page, in whatever order the ladder names them.
+    legends = re.findall(r'stroke="(#\w+)" stroke-width="3"[^>]*/></svg>([^<]+)</li>', page.raw)
+    assert len(legends) == 5 and len({color for color, name in legends if name == BASE}) == 1
+
+
+def test_what_was_not_measured_is_said(scored, world, tmp_path):
+    page = write([scored("a", 0.5)], tmp_path / "out", world)
+    assert "Not measured: evaluation/robustness.py" in page.text and "No results here have training curves" in page.text
+
+
+def test_the_gallery_is_drawn_evenly_and_always_the_same(folders):
+    base, other, _ = map(load_results, folders)
+    changes = change_names(base, other)
+    chosen = sample_gallery(base.rows, changes, 24)
+    assert chosen == sample_gallery(base.rows, changes, 24) and len(set(chosen)) == 24
+    assert len({base.rows[p]["Image_Path"] for p in chosen}) == 8  # all pictures there are
+    assert {changes[p] for p in chosen} == set(changes)
+    assert {base.rows[p]["Question_Type"] for p in chosen} == {row["Question_Type"] for row in base.rows}
+    assert len(sample_gallery(base.rows, changes, 10**6)) == len(base.rows)
+    for position, change in enumerate(changes):
+        before, after = (result.correct()[position] for result in (base, other))
+        assert change == {(0, 1): "mended", (1, 0): "broken", (1, 1): "both", (0, 0): "none"}[before, after]
+
+
+def test_answers_have_their_probability_and_whether_they_are_right(folders, world, tmp_path):
+    page = write(folders, tmp_path / "out", world)
+    base = load_results(folders[0])
+    row = base.rows[sample_gallery(base.rows, ["both"] * len(base.rows), 1)[0]]
+    mark = "✓" if row["Model_Answer"] == row["Answers"] else "✗"
+    assert f"{mark} {BASE}: {row['Model_Answer']} {float(row['Probability']):.2f}" in page.text
+
+
+def test_confusion_counts_every_question_once(folders, world, tmp_path):
+    page = write(folders, tmp_path / "out", world)
+    tables = re.findall(r'<table class="confusion">(.*?)</table>', page.raw, re.DOTALL)
+    totals = [sum(map(int, re.findall(r'<td class="n">(\d+)</td></tr>', table))) for table in tables]
+    left_out = sum(map(int, re.findall(r"(\d+) questions with rarer answers are left out", page.text)))
+    assert sum(totals) + left_out == 3 * len(load_results(folders[0]).rows)
+
+
+def test_the_page_is_one_file_without_a_request(folders, world, tmp_path):
+    page = write(folders, tmp_path / "out", world)
+    links = [value for tag, name, value in page.values if name in ("src", "href", "action", "data", "srcset", "poster")]
+    assert len(links) == 16 and all(link.startswith("data:image/webp;base64,") for link in links)
+    assert "url(" not in page.raw and "@import" not in page.raw
+    policy = next(value for _, name, value in page.values if name == "content" and "default-src" in value)
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-")
+    assert not any(name.startswith("on") for _, name, _ in page.values)
+
+
+def test_hostile_text_is_no_markup(scored, training, world, tmp_path, ladder):
+    """A page of hostile questions, answers, names and flags has the very tags of one of harmless ones."""
+
+    def texts(number: int, words):
+        def change(row):
+            n = int(row["Question_Id"][:8], 16)
+            gold, given, question = (words[(n + k) % len(words)] for k in (0, 7, 13))
+            return row | {"Questions": f"{n} {question}", "Answers": gold, "Model_Answer": given}
+
+        told = training | {"teacher": words[number], "flags": {"name": words[number + 1]}, "script": words[number + 2]}
+        return dict(change=change, training=told)
+
+    pages = []
+    for kind, words in (("plain", [f"word {n}" for n in range(len(MARKUP))]), ("hostile", MARKUP)):
+        results = [scored(words[n] + f" {n}", 0.5, **texts(n, words)) for n in range(3)]
+        record = tmp_path / kind
+        record.mkdir()
+        (record / "robustness.json").write_text(json.dumps(ladder(*words[20:23])))
+        pages.append(write(results, tmp_path / f"out_{kind}", world, "--robustness", str(record)))
+    plain, hostile = pages
+    assert hostile.tags == plain.tags
+    assert sum("ran=1" in word for word in hostile.words) > 20  # they are there, as text
+    assert not any(mark in hostile.raw for mark in STEERING)
+    assert "{{ 7 * 7 }}" in hostile.text  # no template of a stranger is filled
+
+
+def test_missing_pictures_leave_a_page_that_says_so(folders, world, tmp_path, capsys):
+    page = write(folders, tmp_path / "out", tmp_path / "nowhere")
+    assert "8 of 8 pictures are not shown: " in page.text and "nowhere" in page.text
+    assert page.tags["img", ("alt", "loading", "src")] == 0 and "Right answer:" in page.text
+    said = capsys.readouterr()
+    assert "no contact_sheet.png, and report.html lacks pictures: " in said.err and len(said.err.splitlines()) == 2
+    assert "written:" in said.out and "contact_sheet" not in said.out
+    shutil.copytree(world, tmp_path / "some")
+    for path in list((tmp_path / "some" / "SUNRGBD").rglob("image/*.jpg"))[::2]:
+        path.unlink()
+    assert re.search(r"\d of 8 pictures are not shown", write(folders, tmp_path / "out", tmp_path / "some").text)
+
+
+def test_paths_may_not_leave_the_data_folder(scored, world, tmp_path):
+    folder = scored("a", 0.5, change=lambda row: row | {"Image_Path": "../secret.png"})
+    with pytest.raises(UserError, match="leaves the data folder"):
+        write([folder], tmp_path / "out", world)
+
+
+def test_results_of_other_questions_are_refused_by_their_digest(scored, world, tmp_path):
+    """Also where every cell that the tables are made of is the same."""
+    first = scored("a", 0.5, questions=scored.questions)
+    elsewhere = scored("b", 0.5, change=lambda row: row | {"scene": "kitchen"})
+    metrics = json.loads((elsewhere / "metrics.json").read_text())
+    digest = cells_digest(load_results(elsewhere).rows)
+    (elsewhere / "metrics.json").write_text(json.dumps(metrics | {"questions": {"sha256": digest}}))
+    with pytest.raises(UserError, match=f"^b: answered other questions than a .their SHA-256 is {digest[:12]}, there"):
+        write([first, elsewhere], tmp_path, world)
+    (elsewhere / "metrics.json").write_text(json.dumps(metrics))  # older results, whose cells alone are compared
+    assert write([first, elsewhere], tmp_path / "out", world)
+
+
+def test_predictions_that_were_changed_are_not_those_of_their_digest(scored, world, tmp_path):
+    def change(row):
+        return row | {"Questions": row["Questions"].replace("?", " now?")}
+
+    folder = scored("a", 0.5, questions=scored.questions, change=change)
+    with pytest.raises(UserError, match=r"predictions.csv: holds other questions than metrics.json names"):
+        write([folder], tmp_path, world)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"systems": []}', '{"systems": [{"name": 1}]}'])
+def test_what_is_no_ladder_is_named(scored, world, tmp_path, content):
+    (tmp_path / "robustness.json").write_text(content)
+    with pytest.raises(UserError, match="robustness.json: "):
+        write([scored("a", 0.5)], tmp_path / "out", world, "--robustness", str(tmp_path))
+    with pytest.raises(UserError, match="nowhere/robustness.json"):
+        write([scored("a", 0.5)], tmp_path / "out", world, "--robustness", str(tmp_path / "nowhere"))
