@@ -221,8 +221,15 @@ def model_source(name: str) -> str:
 
 
 def hf_token() -> str | None:
-    """The Hugging Face token of `.env`, for hub calls only: it is never a flag, a hyper-parameter or a log line."""
-    return os.environ.get("hf_token") or None
+    """The Hugging Face token of `.env`, for hub calls only: it is never a flag, a hyper-parameter or a log line.
+
+    Raises:
+        UserError: it holds characters that no token has; a library would show it in its error.
+    """
+    token = os.environ.get("hf_token", "").strip()
+    if not re.fullmatch(r"[\x21-\x7e]*", token):
+        raise UserError(f"hf_token in {ROOT / '.env'}: holds spaces or other characters that no token has; correct it")
+    return token or None
 
 
 class ProgressLine:

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, at_least, data_root, printable, run_script
+from utils import UserError, at_least, data_root, printable, run_script, sha256
 
 # isort: split
 import argparse
@@ -159,7 +159,7 @@ def verify(root: Path, path: Path, *, workers: int | None = None) -> None:
             print(printable(line))
         print_missing(found.summary["missing_frames"])
         raise UserError(f"{root}: does not give the questions of {path}; {len(different)} files differ, listed above")
-    print(f"{root}: gives the very questions of {path}, in {len(published['files'])} files")
+    print(f"{root}: gives the very questions of {path} (SHA-256 {sha256(path)}), in {len(published['files'])} files")
     folder = questions_file(root, "train").parent
     if changed := changed_files(published, folder):
         flags = " ".join(

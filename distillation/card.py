@@ -23,12 +23,15 @@ def model_card(description: Mapping[str, Any], scores: Mapping[str, Any] | None 
         description: content of student.json.
         scores: content of metrics.json; None = the card says that the student was not scored.
     """
-    base = short_path(str(description.get("student_name", "")))
+    base, flags = short_path(description.get("student_name", "unknown")), description.get("flags", {})
     modality = description.get("sees", {}).get("modality", "depth")
+    unknown = {"student_name": "unknown", "teacher": None, "checkpoint": "unknown", "git_commit": {}, "flags": {}}
     return render(
         "distillation/card.md.j2",
-        student=description,
+        student=unknown | {"validation": {}, "depth_degradation": 0.0, "miniature": False} | dict(description),
+        flags=flag_text(flags),
         sees=SEEN_AS[modality],
+        **_data(description, scores),
         modality=modality,
         base=base,
         on_hub=base.startswith(APACHE_BASES),
@@ -37,6 +40,20 @@ def model_card(description: Mapping[str, Any], scores: Mapping[str, Any] | None 
         rows=score_rows(scores) if scores else [],
         blind_name=_best_blind(scores)[0] if scores else None,
     )
+
+
+def _data(description: Mapping[str, Any], scores: Mapping[str, Any] | None) -> dict[str, str]:
+    """What the questions are about."""
+    if description.get("miniature"):
+        return {"data_name": "the built-in miniature world", "data_type": "miniature"}
+    if scores and scores["system"]["split"].startswith("daquar"):
+        return {"data_name": "DAQUAR", "data_type": "daquar"}
+    return {"data_name": "SUN RGB-D questions", "data_type": "sunrgbd"}
+
+
+def flag_text(flags: Mapping[str, Any]) -> str:
+    """Flags as they stand in a command line."""
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in flags.items())
 
 
 def short_path(text: str) -> str:

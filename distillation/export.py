@@ -36,7 +36,8 @@ DEPTH_CONSTANTS = {
 NOT_FLAGS = frozenset(
     "script git_commit run run_name resume export export_dtype save_final_pt dry_run num_workers accelerator devices "
     "num_nodes strategy picture_cache vision_cache gradient_checkpointing focal_share tilt_degrees modality "
-    "depth_encoding depth_source image_tokens student_name teacher_name teacher_checkpoint miniature".split()
+    "depth_encoding depth_source image_tokens student_name teacher_name teacher_checkpoint miniature "
+    "teacher_outputs teacher_weights teacher_val_exact_match".split()
 )
 # The files of an export. Nothing else is ever uploaded.
 PUBLISHED = (
@@ -45,6 +46,15 @@ PUBLISHED = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "processor_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
+TOLD = {  # for people only; exports of older versions lack some of it
+    "student_name": lambda value: isinstance(value, str),
+    "teacher": lambda value: isinstance(value, (str, type(None))),
+    "checkpoint": lambda value: isinstance(value, str),
+    "flags": lambda value: _plain(value, (str, int, float)),
+    "git_commit": lambda value: _plain(value, (str, type(None))),
+    "validation": lambda value: _plain(value, (int, float)),
+    "depth_degradation": lambda value: type(value) in (int, float),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -95,7 +105,8 @@ def export_model(
 
 def published_files(folder: Path) -> list[Path]:
     """The files of an export that are there, without what somebody else has put beside them."""
-    return [file for pattern in PUBLISHED for file in sorted(folder.glob(pattern)) if file.is_file()]
+    files = [file for pattern in PUBLISHED for file in sorted(folder.glob(pattern))]
+    return [file for file in files if file.is_file() and not file.is_symlink()]  # a link may lead to anything
 
 
 def describe_student(
@@ -125,7 +136,7 @@ def describe_student(
             "from": "focal length over width, and degrees by which the camera looks down: medians of training frames",
         },
         "prompt": {"before_the_image": before, "after_the_image": after} if before else {"text": after},
-        "student_name": record["student_name"],
+        "student_name": short_path(record["student_name"]),
         "teacher": (teacher := record.get("teacher_checkpoint") or record.get("teacher_name")) and short_path(teacher),
         "depth_degradation": record.get("depth_degradation", 0.0),
         "trained_by": record["script"],
@@ -181,7 +192,15 @@ def _problem(description: Mapping[str, Any]) -> str | None:
         return "does not say what camera the student knows"
     if not isinstance(description.get("miniature"), bool) or not isinstance(description.get("trained_by"), str):
         return "does not say how the student was trained"
+    for name, check in TOLD.items():
+        if name in description and not check(description[name]):
+            return f"says {name} {description[name]!r:.40}, which no export says"
     return None
+
+
+def _plain(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether it is a map from names to values of these types."""
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, kinds) for k, v in value.items())
 
 
 def _is_camera(focal_share: Any, tilt_degrees: Any) -> bool:

@@ -38,7 +38,8 @@ class Chart:
 
 def line_style(number: int) -> dict[str, str]:
     """Color and dashes of a system's lines."""
-    return {"color": LINE_COLORS[number % len(LINE_COLORS)], "dash": DASHES[number % len(DASHES)]}
+    rounds, color = divmod(number, len(LINE_COLORS))  # with other dashes in each round of the colors
+    return {"color": LINE_COLORS[color], "dash": DASHES[(color + rounds) % len(DASHES)]}
 
 
 def line_chart(

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils import (  # first: loads .env before transformers reads it
-    UserError,
     atomic_path,
     check_writable,
     data_root,
@@ -39,9 +38,10 @@ from evaluation.comparison import (
     markdown_table,
     text_table,
 )
+from evaluation.described import check_ladder
 from evaluation.figures import PictureMissing, draw_accuracies, draw_contact_sheet
 from evaluation.ladder import RECORD
-from evaluation.report import compared, robustness_charts, write_page
+from evaluation.report import compared, write_page
 
 PAGE, SHEET = "report.html", "contact_sheet.png"
 
@@ -99,10 +99,7 @@ def read_robustness(folder: Path | None) -> Mapping[str, Any] | None:
     if folder is None:
         return None
     record = read_json(folder / RECORD)
-    try:
-        robustness_charts(record)
-    except (KeyError, TypeError, ValueError, LookupError, AttributeError, StopIteration) as error:
-        raise UserError(f"{folder / RECORD}: is not what robustness.py writes; score its systems again") from error
+    check_ladder(record, folder / RECORD)
     return record
 
 

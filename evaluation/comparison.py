@@ -12,6 +12,7 @@ from dataset.page import escaped_markdown
 from dataset.questions.answers import exact_match, group_by, normalise_answer
 from dataset.questions.manifest import cells_digest
 from dataset.questions.rows import CAPTION_TYPE
+from evaluation.described import check_described
 from evaluation.intervals import paired_difference, permutation_test
 from evaluation.metrics import evaluate_rows, recordings
 from evaluation.predictions import check_cells, check_ids
@@ -70,11 +71,10 @@ def load_results(folder: Path) -> Results:
     if not rows:
         raise UserError(f"{predictions}: holds no questions")
     check_ids(rows, str(predictions))
+    check_described(metrics, metrics_path)
     _check_digest(rows, metrics, predictions)
-    system = metrics.get("system") or {}
-    if not isinstance(system, dict) or not isinstance(system.get("name"), (str, type(None))):
-        raise UserError(f"{metrics_path}: system.name is no text; evaluate the system again")
-    return Results(printable(system.get("name") or folder.resolve().name), rows, metrics)
+    name = (metrics.get("system") or {}).get("name") or folder.resolve().name
+    return Results(printable(name), rows, metrics)
 
 
 def _check_digest(rows: Sequence[Mapping[str, str]], metrics: Mapping[str, Any], path: Path) -> None:
@@ -85,8 +85,7 @@ def _check_digest(rows: Sequence[Mapping[str, str]], metrics: Mapping[str, Any],
 
 
 def _questions_digest(metrics: Mapping[str, Any]) -> str | None:
-    questions = metrics.get("questions")
-    return questions.get("sha256") if isinstance(questions, dict) else None
+    return (metrics.get("questions") or {}).get("sha256")
 
 
 def _read_predictions(path: Path) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dataset.page import RIGHT_COLOR, WRONG_COLOR
 from dataset.questions.answers import exact_match, order_types
 from dataset.questions.rows import stays_inside
 from dataset.sunrgbd.depth import read_depth
@@ -22,7 +23,6 @@ from utils import UserError, atomic_path, printable
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BLIND_COLOR = "#767676"
-RIGHT_COLOR, WRONG_COLOR = "#00664B", "#B34700"  # the green and the vermilion, darkened to read well as text
 
 
 def draw_accuracies(table: Sequence[TableRow], path: Path, *, title: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dataset.inputs.pictures import ImageSettings, load_images
-from dataset.page import picture_uri
+from dataset.page import picture_uri, shown_pixels
 from dataset.questions.answers import order_types
 from dataset.questions.rows import stays_inside
 from dataset.sunrgbd.frames import read_frame, read_rgb
@@ -24,6 +24,7 @@ CHANGES = {  # right before (baseline) and after (the compared system) -> its na
 }
 PICTURE_WIDTH = 320  # pixels
 N_QUESTIONS = 96
+LONGEST_URI = 3_600_000 // (2 * N_QUESTIONS)  # characters of a picture: with all of them a page stays below 5 MB
 
 
 def change_names(before: Results, after: Results) -> list[str]:
@@ -94,16 +95,15 @@ def show_pictures(
                 )
         shown: dict[str, Any] = {"rgb": None, "depth": None, "missing": None}
         try:
-            shown["rgb"] = picture_uri(read_rgb(root / row["Image_Path"]), width=PICTURE_WIDTH)
+            shown["rgb"] = _uri(read_rgb(root / row["Image_Path"]))
             if seen_as is not None:
                 frame = read_frame(root, row["Image_Path"].rsplit("/", 2)[0])
                 (depth,) = load_images(frame, [seen_as])
-                shown["depth"] = picture_uri(_shown_depth(depth), width=PICTURE_WIDTH)
+                shown["depth"] = _uri(shown_pixels(depth))
         except UserError as error:
             shown["missing"] = str(error)
         yield shown
 
 
-def _shown_depth(encoded: np.ndarray) -> np.ndarray:
-    """Encoded depth (H, W, 3) in [0, 1] as uint8; no measurement is black, as for the student."""
-    return np.rint(255 * np.nan_to_num(encoded)).astype(np.uint8)
+def _uri(pixels: np.ndarray) -> str:
+    return picture_uri(pixels, width=PICTURE_WIDTH, most=LONGEST_URI)

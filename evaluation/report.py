@@ -13,7 +13,8 @@ from typing import Any
 from markupsafe import Markup
 
 from dataset.page import render
-from dataset.questions.answers import exact_match, group_by, normalise_answer, order_types
+from dataset.questions.answers import exact_match, normalise_answer, order_types
+from distillation.card import flag_text, short_path
 from evaluation.charts import Chart, Series, line_chart, line_style
 from evaluation.comparison import DEPTH, OVERALL, Results, TableRow, one_line, short_type, table_columns
 from evaluation.curves import TITLES
@@ -36,6 +37,7 @@ class Compared:
     table: Sequence[TableRow]
     baseline: Results
     other: Results | None  # the system that the page compares with the baseline; None where there is no other
+    n_rivals: int  # how many it is the best of
     notes: str  # what the numbers mean
 
 
@@ -44,14 +46,14 @@ def compared(results: Sequence[Results], table: Sequence[TableRow], baseline: st
     base = next(result for result in results if result.name == (baseline or results[0].name))
     value = {row.name: row.accuracies[main_column(table)]["value"] for row in table}
     others = [result for result in results if result is not base]
-    alike = [result for result in others if _sees(result) == _sees(base)]
-    other = max(alike or others, key=lambda result: value[result.name], default=None)
-    return Compared(results, table, base, other, notes)
+    rivals = [result for result in others if _sees(result) == _sees(base)] or others
+    other = max(rivals, key=lambda result: value[result.name], default=None)
+    return Compared(results, table, base, other, len(rivals), notes)
 
 
 def main_column(table: Sequence[TableRow]) -> str:
-    """The column that headline and page are about: questions that depth can answer, where it is known which."""
-    return DEPTH if DEPTH in table[0].accuracies else OVERALL
+    """The column that headline and page are about: questions that depth can answer, where all rows know which."""
+    return DEPTH if all(DEPTH in row.accuracies for row in table) else OVERALL
 
 
 def _sees(result: Results) -> Any:
@@ -100,7 +102,8 @@ def headline(found: Compared) -> dict[str, Any]:
     rows = {row.name: row.accuracies[column]["value"] for row in found.table}
     base, other = found.baseline, found.other
     said = {
-        "about": "that depth can answer" if column == DEPTH else "of the test",
+        "about": "that depth can answer" if column == DEPTH else "asked",
+        "n_rivals": found.n_rivals,
         "base": base.name,
         "base_value": rows[base.name],
         "blind": max((row.accuracies[column]["value"] for row in found.table if row.blind), default=None),
@@ -128,8 +131,8 @@ def bars(found: Compared) -> list[dict[str, Any]]:
         blind = max(
             (r.accuracies[name]["value"] for r in found.table if r.blind and name in r.accuracies), default=None
         )
-        rows = [row for row in found.table if not row.blind and name in row.accuracies]
-        cells = [{"name": row.name, "number": n} | row.accuracies[name] for n, row in enumerate(rows)]
+        rows = [(n, row) for n, row in enumerate(found.table) if not row.blind and name in row.accuracies]
+        cells = [{"name": row.name, "number": n} | row.accuracies[name] for n, row in rows]
         columns.append({"name": short_type(name), "blind": blind, "rows": cells})
     return columns
 
@@ -143,15 +146,15 @@ def describe(result: Results, number: int) -> dict[str, Any]:
     labels = training.get("labels")
     facts = {
         "Sees": seen,
-        "Checkpoint": system.get("checkpoint"),
+        "Checkpoint": short_path(system.get("checkpoint") or ""),
         "SHA-256": system.get("sha256"),
-        "Model": system.get("model_id"),
-        "Answers of other code": system.get("predictions"),
+        "Model": short_path(system.get("model_id") or ""),
+        "Answers of other code": short_path(system.get("predictions") or ""),
         "Trained by": training.get("script"),
         "Commit": training.get("git_commit"),
-        "Teacher": training.get("teacher") or ("none" if training else None),
-        "Labels read": f"{100 * labels:g} %" if labels is not None else ("none" if training else None),
-        "Flags": " ".join(f"--{name} {value}" for name, value in (training.get("flags") or {}).items()),
+        "Teacher": short_path(training.get("teacher") or ("none" if training else "")),
+        "Labels read": None if labels is None else f"{100 * labels:g} %" if labels else "none",
+        "Flags": flag_text(training.get("flags") or {}),
         "Scored": " ".join(filter(None, (system.get("split"), result.metrics.get("date"), system.get("git_commit")))),
     }
     return {"name": result.name, "facts": {k: str(v) for k, v in facts.items() if v}} | line_style(number)
@@ -198,6 +201,7 @@ def robustness_charts(record: Mapping[str, Any], names: Sequence[str] = ()) -> d
         "column": short_type(column).lower(),
         "n_questions": record["questions"]["n_questions"],
         "n_images": record["questions"]["n_images"],
+        "split": record["settings"]["split"],
         "blind": level,
         "systems": [{"name": s["name"]} | line_style(n) for n, s in zip(numbers, systems, strict=True)],
         "charts": [_ladder_chart(kind, dict(zip(numbers, systems, strict=True)), column, level) for kind in kinds],
@@ -239,10 +243,12 @@ def gallery(found: Compared, root: Path) -> dict[str, Any]:
     first = {rows[position]["Image_Path"]: rows[position] for position in reversed(chosen)}
     for image, shown in zip(first, show_pictures(root, list(first.values()), eyes), strict=True):
         pictures[image] = shown
-    by_picture = group_by([{"position": p} | rows[p] for p in chosen], "Image_Path")
+    by_picture: dict[str, list[int]] = {}
+    for position in chosen:
+        by_picture.setdefault(rows[position]["Image_Path"], []).append(position)
     cards = [
-        {"picture": pictures[image], "path": image, "questions": [_asked(found, row, changes) for row in questions]}
-        for image, questions in by_picture.items()
+        {"picture": pictures[image], "questions": [_asked(found, position, changes[position]) for position in own]}
+        for image, own in by_picture.items()
     ]
     missing = [shown["missing"] for shown in pictures.values() if shown["missing"]]
     return {
@@ -262,9 +268,8 @@ def _depth_settings(result: Results):
     return settings if settings is not None and settings.modality == "depth" else None
 
 
-def _asked(found: Compared, row: Mapping[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    position = row["position"]
-    answers = []
+def _asked(found: Compared, position: int, change: str) -> dict[str, Any]:
+    row, answers = found.baseline.rows[position], []
     for result in found.results:
         own = result.rows[position]
         answers.append(
@@ -278,7 +283,7 @@ def _asked(found: Compared, row: Mapping[str, Any], changes: Sequence[str]) -> d
     return {
         "type": row["Question_Type"],
         "sensor": row.get("sensor") or "",
-        "change": changes[position],
+        "change": change,
         "question": one_line(row["Questions"], LONGEST),
         "gold": one_line(row["Answers"], LONGEST),
         "answers": answers,
@@ -288,9 +293,10 @@ def _asked(found: Compared, row: Mapping[str, Any], changes: Sequence[str]) -> d
 def _two_digits(probability: str | None) -> str:
     """A probability of predictions.csv; empty where there is none, or something else."""
     try:
-        return f"{float(probability or ''):.2f}"
+        value = float(probability or "")
     except ValueError:
         return ""
+    return f"{value:.2f}" if 0 <= value <= 1 else ""
 
 
 def confusion(results: Sequence[Results]) -> list[dict[str, Any]]:
@@ -305,7 +311,11 @@ def confusion(results: Sequence[Results]) -> list[dict[str, Any]]:
 
 
 def _confusion(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    pairs = Counter((normalise_answer(row["Answers"]), normalise_answer(row["Model_Answer"])) for row in rows)
+    pairs: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        right, given = normalise_answer(row["Answers"]), normalise_answer(row["Model_Answer"])
+        is_right = exact_match(row["Model_Answer"], row["Answers"])  # also where a list comes in another order
+        pairs[right, right if is_right else given] += 1
     gold = Counter()
     for (right, _), n in pairs.items():
         gold[right] += n

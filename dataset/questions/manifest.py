@@ -4,7 +4,6 @@ Whoever publishes figures publishes the manifest with them: it holds no picture,
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,9 @@ SETTINGS = {  # of `csv_data.generate_questions` -> what a manifest may say
     "unanswered_per_frame": int,
     "official_val": bool,
 }
+
+
+LEAST = {name: 1 for name in SETTINGS if name.endswith("_per_frame")}
 
 
 def rows_digest(rows: Sequence[QuestionRow]) -> str:
@@ -75,7 +77,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     settings, files = manifest.get("settings"), manifest.get("files")
     if not isinstance(settings, dict) or settings.keys() != SETTINGS.keys():
         raise UserError(f"{path}: is no manifest of question files: its settings are not {', '.join(SETTINGS)}")
-    if wrong := [name for name, kind in SETTINGS.items() if type(settings[name]) is not kind or settings[name] < 0]:
+    if wrong := [
+        name
+        for name, kind in SETTINGS.items()
+        if type(settings[name]) is not kind or settings[name] < LEAST.get(name, 0)
+    ]:
         raise UserError(f"{path}: {wrong[0]} is {settings[wrong[0]]!r:.40}, which no question file is made with")
     if not isinstance(files, dict) or not all(
         isinstance(f, dict) and _is_digest(f.get("sha256")) for f in files.values()
@@ -117,13 +123,11 @@ def asked_questions(root: Path, rows: Sequence[QuestionRow]) -> dict[str, str | 
         rows: of one question file.
 
     Returns:
-        `{"sha256", "manifest"}`; the latter is None where no manifest lists these questions.
+        `{"sha256", "manifest"}`; the latter, the digest of the file, is None where no manifest lists these questions.
+
+    Raises:
+        UserError: the manifest is damaged, or of another version.
     """
     digest, path = rows_digest(rows), manifest_path(root)
     listed = path.is_file() and digest in {file["sha256"] for file in read_manifest(path)["files"].values()}
-    return {"sha256": digest, "manifest": manifest_digest(read_manifest(path)) if listed else None}
-
-
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """Hex SHA-256 of a manifest, however its file is laid out."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return {"sha256": digest, "manifest": sha256(path) if listed else None}

@@ -8,10 +8,12 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.strategies import FSDPStrategy
 from transformers import PreTrainedTokenizerBase
 
 from dataset.datamodule import SUNRGBDDataModule
 from dataset.inputs.pictures import load_images
+from dataset.page import RIGHT_COLOR, WRONG_COLOR, shown_pixels
 from dataset.questions.answers import exact_match
 from dataset.questions.rows import QuestionRow
 from distillation.decoding import greedy_answers
@@ -20,7 +22,7 @@ from utils import printable
 N_FRAMES, QUESTIONS_PER_FRAME = 4, 2
 LONGEST_ANSWER = 8  # tokens; most have one or two
 SIDE, LINE_HEIGHT, LETTERS = 256, 16, 36  # of a frame on the sheet: pixels, pixels of a line, letters in it
-INK, RIGHT, WRONG = "black", "#00664B", "#B34700"
+INK = "black"
 
 
 class AnswerSamples(Callback):
@@ -31,14 +33,18 @@ class AnswerSamples(Callback):
         self.pictures: list[Image.Image] = []  # read once
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Ask on all ranks, since a sharded model answers on all of them or on none; log on the first."""
-        data = self.data
-        indices = sorted(set(np.linspace(0, len(data.val) - 1, N_FRAMES).round().astype(int).tolist()))
-        rows, batch = data.asked_batch(indices, QUESTIONS_PER_FRAME)
-        answers = _answers(trainer, module, data, batch)
+        """Ask on the first rank, no more pictures at a time than a validation step does."""
         if not trainer.is_global_zero or trainer.logger is None:
             return
+        if isinstance(trainer.strategy, FSDPStrategy):  # no rank can answer alone
+            return
+        data = self.data
+        indices = sorted(set(np.linspace(0, len(data.val) - 1, N_FRAMES).round().astype(int).tolist()))
         self.pictures = self.pictures or [_picture(data, index) for index in indices]
+        rows, answers, at_once = [], [], 2 * data.batch_size
+        for start in range(0, len(indices), at_once):
+            some, batch = data.asked_batch(indices[start : start + at_once], QUESTIONS_PER_FRAME)
+            rows, answers = rows + some, answers + _answers(trainer, module, data, batch)
         columns = [_column(*frame) for frame in zip(self.pictures, rows, answers, strict=True)]
         trainer.logger.experiment.add_image("val/answers", _beside(columns), trainer.global_step, dataformats="HWC")
 
@@ -73,9 +79,7 @@ def _picture(data: SUNRGBDDataModule, index: int) -> Image.Image:
     (pixels,) = load_images(data.val.frame(index), [data.student])
     if pixels is None:
         return Image.new("RGB", (SIDE, SIDE // 4), "#DDDDDD")
-    if pixels.dtype != np.uint8:
-        pixels = np.rint(255 * np.nan_to_num(pixels)).astype(np.uint8)
-    picture = Image.fromarray(pixels)
+    picture = Image.fromarray(shown_pixels(pixels))
     return picture.resize((SIDE, round(picture.height * SIDE / picture.width)))
 
 
@@ -86,7 +90,7 @@ def _column(picture: Image.Image, rows: list[QuestionRow], answers: list[str]) -
         right = exact_match(answer, row.answer)
         lines += [(line, INK) for line in textwrap.wrap(printable(row.question), LETTERS)]
         lines.append((f"  right: {printable(row.answer)}"[:LETTERS], INK))
-        lines.append((f"  answer: {printable(answer) or '(empty)'}"[:LETTERS], RIGHT if right else WRONG))
+        lines.append((f"  answer: {printable(answer) or '(empty)'}"[:LETTERS], RIGHT_COLOR if right else WRONG_COLOR))
     column = Image.new("RGB", (SIDE, picture.height + LINE_HEIGHT * (len(lines) + 1)), "white")
     column.paste(picture)
     pen, font = ImageDraw.Draw(column), ImageFont.load_default(size=13)

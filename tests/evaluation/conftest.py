@@ -19,20 +19,19 @@ SEEN = {"depth_encoding": "metric_log3", "depth_source": "raw", "image_tokens": 
 def scored(world, tmp_path) -> Callable[..., Path]:
     """Write the results of a system that answers this share of the test questions right, and more if wanted.
 
-    `change` is applied to every prediction row, `repeat` asks all questions so many times.
+    `change` is applied to every prediction row.
     """
     rows = read_questions(questions_file(world, "test"))
 
-    def write(name: str, share: float, *, modality: str = "depth", change=None, repeat: int = 1, **more) -> Path:
+    def write(name: str, share: float, *, modality: str = "depth", change=None, **more) -> Path:
         rng = np.random.default_rng(len(name))
         answers = [row.answer for row in rows]
         cells = []
-        for number in range(repeat):
-            for row in rows:
-                right = rng.random() < share
-                own = csv_cells(row) | {"Model_Answer": row.answer if right else str(rng.choice(answers))}
-                own |= {"Probability": f"{rng.random():.4f}", "Question_Id": f"{row.id}{number or ''}"}
-                cells.append(change(own) if change else own)
+        for row in rows:
+            right = rng.random() < share
+            own = csv_cells(row) | {"Model_Answer": row.answer if right else str(rng.choice(answers))}
+            own |= {"Probability": f"{rng.random():.4f}"}
+            cells.append(change(own) if change else own)
         folder = tmp_path / "results" / str(len(list(tmp_path.glob("results/*"))))
         folder.mkdir(parents=True)
         with open(folder / "predictions.csv", "w", encoding="utf-8", newline="") as handle:
@@ -79,8 +78,11 @@ def ladder() -> Callable[..., dict]:
         summary = {"By depth": {"clean": cell(0.75), "mean": cell(0.5), "kept": cell(0.6667)}}
         return {
             "questions": {"n_questions": 45, "n_images": 8},
+            "settings": {"split": "test"},
             "blind": {"accuracy": {"By depth": cell(0.3)}},
-            "systems": [{"name": name, "model": name, "rungs": own, "summary": summary} for name in names],
+            "systems": [
+                {"name": name, "model": name, "modality": "depth", "rungs": own, "summary": summary} for name in names
+            ],
         }
 
     return record

@@ -48,7 +48,8 @@ def card(folder):
 def test_the_card_of_a_training_script_says_not_scored(student):
     head, text = card(student / "unscored")
     assert head["pipeline_tag"] == "image-text-to-text" and "model-index" not in head and "license" not in head
-    assert "**Not scored.**" in text and "val/exact\\_match" not in text and "| n |" not in text
+    assert "**Not scored.**" in text and "val/exact\\_match 0.0000 on the validation split" in text
+    assert "| n |" not in text
 
 
 def test_the_card_of_a_scored_student_has_its_scores(student):
@@ -88,17 +89,23 @@ def test_the_card_tells_what_worse_pictures_cost(student):
     export, folder = str(student / "scored"), student / "ladder"
     folder.mkdir()
     cell = {"value": 0.25, "low": 0.125, "high": 0.5}
-    rungs = [{"kind": "clean", "severity": 0}, {"kind": "holes", "severity": 0.3}]
+    rungs = [("clean", 0), ("holes", 0.3), ("no_depth", 1)]  # the last of which is not in the mean
+    rungs = [{"kind": kind, "severity": s, "accuracy": {"By depth": cell}} for kind, s in rungs]
     model = str(student / "unscored")
     record = {
-        "questions": {"n_questions": 59},
-        "systems": [{"model": model, "summary": {"By depth": {"clean": cell, "mean": cell}}, "rungs": rungs}],
+        "questions": {"n_questions": 59, "n_images": 8},
+        "settings": {"split": "test"},
+        "blind": {"accuracy": {"By depth": cell}},
     }
+    summary = {"By depth": {"clean": cell, "mean": cell}}
+    record["systems"] = [{"name": "s", "model": model, "modality": "depth", "summary": summary, "rungs": rungs}]
     (folder / "robustness.json").write_text(json.dumps(record))
     flags = ("--model_id", model, "--export", export, "--robustness", str(folder))
     _, metrics = evaluate(student / "r", *flags)
     assert metrics["robustness"]["kinds"] == ["holes"]
-    assert "25.0 [12.5, 50.0] in the mean of\n1 degradations (holes)" in card(student / "scored")[1]
+    told = " ".join(card(student / "scored")[1].split())
+    assert "(test split, 8 pictures, by depth): 25.0 [12.5, 50.0] on clean ones" in told
+    assert "25.0 [12.5, 50.0] in the mean of 1 degradations (holes)." in told
     record["systems"][0]["model"] = "another"
     (folder / "robustness.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="has no results of .*unscored, but of another"):
@@ -166,7 +173,7 @@ def test_an_upload_has_the_files_of_the_export_and_nothing_of_the_data_set(stude
     with hub() as server:
         done = upload(student, server, "--ckpt_path", "t", "--export", str(export))
     assert done.returncode == 0, done.stderr
-    assert f"uploaded to {server.url}/me/student" in done.stdout
+    assert "me/student on the hub: private" in done.stdout and "uploaded to me/student" in done.stdout
     assert server.files == {path.name: path.read_bytes() for path in export.iterdir()}
     assert server.created[0]["visibility"] == "private"
     assert {token for _, _, token in server.requests if token} == {f"Bearer {TOKEN}"}
@@ -194,17 +201,18 @@ def test_strangers_in_the_folder_stay_here(student):
     assert all("/" not in name for name in server.files)
 
 
-@pytest.mark.parametrize("status", [403, 503])
-def test_a_hub_that_refuses(student, status):
-    """One line; what was scored and exported stays, and the line says how to try again."""
+@pytest.mark.parametrize(("status", "path"), [(403, "/api/"), (503, "/commit/")])
+def test_a_hub_that_refuses(student, status, path):
+    """One line: before anything is scored, or at the end; then all stays, and the line says how to try again."""
     export = student / "scored"
-    with hub(refuse=status) as server:
+    with hub(refuse=(status, path)) as server:
         done = upload(student, server, "--ckpt_path", "t", "--export", str(export))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert str(status) in line and f"again with: evaluate_onevision.py --model_id {export} --export {export}" in line
-    assert (export / "README.md").is_file() and (student / "results" / "metrics.json").is_file()
-    assert TOKEN not in done.stdout + done.stderr
+    assert str(status) in line and TOKEN not in done.stdout + done.stderr
+    at_the_end = status == 503
+    assert at_the_end == (f"again with: --model_id {export} --export {export} --output {student / 'results'}" in line)
+    assert at_the_end == (export / "README.md").is_file() == (student / "results" / "metrics.json").is_file()
 
 
 def test_no_hub_at_all(student):
@@ -212,4 +220,65 @@ def test_no_hub_at_all(student):
         pass
     done = upload(student, server, "--ckpt_path", "t", "--export", str(student / "scored"))
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2 and "again with:" in line and "Traceback" not in done.stderr
+    assert done.returncode == 2 and f"{server.url} refuses" in line and "Traceback" not in done.stderr
+    assert not (student / "scored").exists()
+
+
+def test_a_token_that_cannot_be_one_is_not_shown(student, monkeypatch):
+    monkeypatch.setenv("hf_token", f"{TOKEN}\x07x")
+    flags = ("--ckpt_path", "t", "--export", str(student / "new"), "--push_to_hub", "a/b")
+    with pytest.raises(UserError, match="hf_token in .*holds spaces or other characters") as refused:
+        evaluate(student / "r", *flags)
+    assert TOKEN not in str(refused.value)
+
+
+def test_a_link_in_an_export_is_not_handed_on(student, tmp_path):
+    (tmp_path / "secret").write_text("private")
+    (student / "unscored" / "vocab.json").symlink_to(tmp_path / "secret")
+    evaluate(student / "r", "--model_id", str(student / "unscored"), "--export", str(student / "copy"))
+    assert not (student / "copy" / "vocab.json").exists() and (student / "copy" / "README.md").is_file()
+
+
+def test_exports_of_older_versions_and_moved_checkpoints_are_scored(student, tmp_path):
+    said = json.loads((student / "unscored" / "student.json").read_text())
+    for name in ("flags", "checkpoint", "validation", "depth_degradation", "git_commit", "teacher"):
+        del said[name]
+    (student / "unscored" / "student.json").write_text(json.dumps(said))
+    _, metrics = evaluate(student / "r", "--model_id", str(student / "unscored"), "--export", str(student / "copy"))
+    assert metrics["training"]["labels"] is None and "commit unknown" in card(student / "copy")[1]
+    (best,) = (student / "baseline_depth/checkpoints/t").glob("best-*.ckpt")
+    shutil.copy(best, tmp_path / "moved.ckpt")
+    logs = student / "baseline_depth/tensorboard_logs/t"
+    (logs / "metrics.csv").write_bytes(b"step,train/loss\n1,\xff\n")
+    (logs / "run.json").write_text("{")
+    for path in (tmp_path / "moved.ckpt", best):
+        _, metrics = evaluate(
+            student / path.stem, "--ckpt_path", str(path), "--export", str(student / f"e_{path.stem}")
+        )
+        assert metrics["training"]["curves"] == {} and metrics["training"]["labels"] == 1
+
+
+def test_a_student_that_says_something_odd_is_refused(student):
+    path = student / "unscored" / "student.json"
+    said = json.loads(path.read_text())
+    odd = {"validation": [1], "flags": {"lr": [1]}, "depth_degradation": "x", "checkpoint": None, "git_commit": "x"}
+    for name, value in odd.items():
+        path.write_text(json.dumps(said | {name: value}))
+        with pytest.raises(UserError, match=f"student.json: says {name} "):
+            evaluate(student / "r", "--model_id", str(student / "unscored"), "--export", str(student / "copy"))
+
+
+def test_an_export_may_not_hold_its_own_results(student):
+    flags = ("--ckpt_path", "t", "--export", str(student / "r"))
+    for output in (student / "r", student / "r" / "results"):
+        with pytest.raises(UserError, match="holds the results folder"):
+            evaluate(output, *flags)
+
+
+def test_a_damaged_manifest_is_said_before_anything_is_answered(student, world, tmp_path, monkeypatch):
+    shutil.copytree(world, tmp_path / "world")
+    monkeypatch.setenv("ROOT_DATA_DIR", str(tmp_path / "world"))
+    (tmp_path / "world/SUNRGBD/csv_data/manifest.json").write_text("{")
+    monkeypatch.setattr("evaluation.system.greedy_answers", lambda *args, **options: 1 / 0)
+    with pytest.raises(UserError, match="manifest.json: not valid JSON"):
+        evaluate(student / "r", "--ckpt_path", "t")

@@ -6,12 +6,14 @@ import shutil
 from collections import Counter
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
+from dataset.page import picture_uri
 from dataset.questions.manifest import cells_digest
 from evaluation import compare
 from evaluation.comparison import load_results
-from evaluation.gallery import change_names, sample_gallery
+from evaluation.gallery import LONGEST_URI, N_QUESTIONS, PICTURE_WIDTH, change_names, sample_gallery
 from evaluation.intervals import paired_difference
 from evaluation.metrics import recordings
 from tests.helpers.hostile import MARKUP, STEERING
@@ -96,7 +98,7 @@ def test_systems_are_described_and_curves_drawn(folders, world, tmp_path, ladder
     assert f"Training loss of {BASE}: 2.5 at update 9, 0.75 at update 29." in labels
     (holes,) = [label for label in labels if label.startswith("Round holes (clean, 15 %, 30 %, 60 %)")]
     assert f"{OTHER}: 75, 62, 50, 38." in holes
-    assert f"66.7 [61.7, 71.7]" in page.text  # noqa: F541
+    assert "66.7 [61.7, 71.7]" in page.text
     assert load_results(folders[0]).metrics["questions"]["manifest"] in page.text
     # A system has one color everywhere on the page, in whatever order the ladder names them.
     legends = re.findall(r'stroke="(#\w+)" stroke-width="3"[^>]*/></svg>([^<]+)</li>', page.raw)
@@ -213,6 +215,94 @@ def test_predictions_that_were_changed_are_not_those_of_their_digest(scored, wor
     folder = scored("a", 0.5, questions=scored.questions, change=change)
     with pytest.raises(UserError, match=r"predictions.csv: holds other questions than metrics.json names"):
         write([folder], tmp_path, world)
+
+
+def test_one_recording_has_no_interval(scored, world, tmp_path):
+    one = [scored(n, s, change=lambda row: row | {"Recording": "r"}) for n, s in (("a", 0.2), ("b", 0.9))]
+    page = write(one, tmp_path / "out", world)
+    assert "nan" not in page.text and "No difference can be told" in page.text
+
+
+def test_the_best_of_several_is_said_to_be_chosen(scored, world, tmp_path):
+    page = write([scored("a", 0.2), scored("b", 0.9), scored("c", 0.8)], tmp_path / "out", world)
+    assert "b: " in page.text and "chosen here as the best of 2" in page.text
+
+
+def test_results_of_other_code_lack_columns(scored, world, tmp_path):
+    """What depth can answer is not known of all: the page is about all questions then."""
+
+    def foreign(row):
+        kept = ("Question_Id", "Questions", "Question_Type", "Answers", "Model_Answer", "Image_Path", "Depth_Path")
+        return {name: row[name] for name in kept}
+
+    ours, theirs = scored("ours", 0.9), scored("theirs", 0.5, change=foreign, system={"name": "theirs"}, blind=None)
+    for order in ([ours, theirs], [theirs, ours]):
+        page = write(order, tmp_path / "out", world)
+        assert "Of the questions asked, " in page.text and "points" in page.text
+        legend = {
+            name: color
+            for color, name in re.findall(r'stroke="(#\w+)" stroke-width="3"[^>]*/></svg>(\w+)</li>', page.raw)
+        }
+        bars = re.findall(r'class="name">(\w+)</span>.*?background: (#\w+)"', page.raw)
+        assert len(bars) > 7 and all(legend[name] == color for name, color in bars)
+
+
+def test_pictures_of_any_detail_leave_the_page_below_five_megabytes():
+    """Noise, which no picture codec makes smaller, in every one of the most pictures that a page has."""
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    uri = picture_uri(noise, width=PICTURE_WIDTH, most=LONGEST_URI)
+    assert 2 * N_QUESTIONS * len(uri) < 4_500_000
+    smooth = np.tile(np.linspace(0, 255, 640).astype(np.uint8)[None, :, None], (480, 1, 3))
+    assert len(picture_uri(smooth, width=PICTURE_WIDTH, most=LONGEST_URI)) < LONGEST_URI
+
+
+ODD = [
+    {"system": {"name": ["x"]}}, {"system": {"modality": ["depth"]}}, {"system": "x"}, {"date": 3}, {"questions": "x"},
+    {"questions": {"sha256": 3}}, {"training": [1]}, {"training": {"curves": [1]}}, {"training": {"labels": "all"}},
+    {"training": {"curves": {"train/loss": [[1, float("nan")], [2, 1.0]]}}}, {"training": {"flags": ["x"]}},
+    {"training": {"curves": {"train/loss": [[1], [2]]}}}, {"training": {"script": 3}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_no_evaluation_writes_is_named(scored, world, tmp_path, odd):
+    with pytest.raises(UserError, match=f"metrics.json: {next(iter(odd))} is not what an evaluation writes"):
+        write([scored("a", 0.5, **odd)], tmp_path / "out", world)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("questions.n_questions", "<img src=x>"),
+        ("blind.accuracy.By depth", {}),
+        ("systems.0.summary.By depth", [1]),
+        ("systems.0.summary.By depth.mean.value", "x"),
+        ("systems.0.rungs.1.severity", 0.2),
+        ("systems.0.rungs.1.kind", "fire"),
+        ("systems.0.rungs.1.accuracy.By depth.low", "x"),
+        ("systems.0.modality", "sound"),
+        ("systems.0.rungs", []),
+    ],
+)
+def test_a_ladder_that_was_changed_is_named(scored, world, tmp_path, ladder, place, value):
+    record = json.loads(json.dumps(ladder("a")))
+    *parents, last = (int(part) if part.isdecimal() else part for part in place.split("."))
+    inner = record
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = value
+    (tmp_path / "robustness.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="robustness.json: is not what robustness.py writes"):
+        write([scored("a", 0.5)], tmp_path / "out", world, "--robustness", str(tmp_path))
+
+
+def test_lists_in_another_order_are_no_confusion(scored, world, tmp_path):
+    def change(row):
+        return row | {"Answers": "chair, table", "Model_Answer": "table, chair", "Question_Type": "Count"}
+
+    page = write([scored("a", 0.5, change=change)], tmp_path / "out", world)
+    (line,) = re.findall(r'scope="row">chair table</th>(.*?)</tr>', page.raw)
+    assert re.findall(r">(\d*)</td>", line) == ["59", "", "59"]
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"systems": []}', '{"systems": [{"name": 1}]}'])

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Hub:
     """What was uploaded: file name -> content; and every request with its token."""
 
-    def __init__(self, *, refuse: int | None = None) -> None:
-        self.refuse = refuse  # status of every answer
+    def __init__(self, *, refuse: tuple[int, str] = (200, "nothing")) -> None:
+        self.refuse = refuse  # a status, and a part of the paths that get it as answer
         self.files: dict[str, bytes] = {}
         self.stored: dict[str, bytes] = {}  # large files by digest
         self.created: list[dict] = []
@@ -38,7 +38,7 @@ class Hub:
         if "/commit/" in path:
             self.commit([json.loads(line) for line in body.splitlines()])
             return {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.url}/u/r/commit/{'0' * 40}"}
-        return {"id": "somebody/student", "siblings": []}
+        return {"id": "me/student", "private": True, "siblings": []}
 
     def commit(self, lines: list[dict]) -> None:
         for line in lines:
@@ -59,10 +59,10 @@ def hub(**options):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             state.requests.append((self.command, self.path, self.headers.get("Authorization")))
             path = self.path.split("?")[0]
-            content = (
-                b'{"error": "no"}' if state.refuse else json.dumps(state.answer(self.command, path, body)).encode()
-            )
-            self.send_response(state.refuse or 200)
+            status, refused = state.refuse
+            is_refused = refused in path
+            content = b'{"error": "no"}' if is_refused else json.dumps(state.answer(self.command, path, body)).encode()
+            self.send_response(status if is_refused else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()

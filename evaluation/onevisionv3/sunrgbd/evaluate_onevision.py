@@ -75,7 +75,7 @@ from distillation.run.folders import EXPERIMENTS
 from distillation.run.machine import peak_memory_gib, quieten
 from evaluation.answer_log import Answer, AnswerLog, asked_of, check_results_room
 from evaluation.caption_scores import caption_scores
-from evaluation.hand_over import check_hand_over, hand_over, robustness_of
+from evaluation.hand_over import check_apart, check_hand_over, hand_over, robustness_of
 from evaluation.metrics import evaluate_rows, question_recording
 from evaluation.predictions import read_predictions
 from evaluation.system import answer_questions, checkpoint_of_flags, load_system
@@ -179,8 +179,7 @@ def add_export_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--export_dtype",
         choices=tuple(DTYPES),
-        default="float32",
-        help="number format of the weights that --export writes (%(default)s)",
+        help="number format of the weights that --export writes (float32)",
     )
     add(
         "--robustness",
@@ -200,7 +199,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(f"--{given[0]}: --predictions asks no system anything; leave it out")
     if args.push_to_hub and not args.export:
         parser.error("--push_to_hub uploads what --export writes; add --export DIR")
-    if args.export_dtype != "float32" and (args.model_id or not args.export):
+    if args.export_dtype and (args.model_id or not args.export):
         parser.error("--export_dtype is for the --export of a checkpoint; leave it out")
     if args.phase_no and args.kd_model_type != "double_trouble":
         parser.error("--phase_no goes with --kd_model_type double_trouble")
@@ -235,6 +234,7 @@ def main(args: argparse.Namespace) -> None:
     robustness = robustness_of(args.robustness, str(path or args.model_id))
     root = find_data(args, path, checkpoint)
     rows, train_rows = load_questions(root, args, notes), load_train_questions(root, args)
+    questions = asked_questions(root, [row for row in rows if row.type != CAPTION_TYPE])
     similarity = wordnet_similarity(notes) if args.dataset == "daquar" else None
     for name, note in notes.items():
         print(printable(f"{name}: {note}"), file=sys.stderr)
@@ -242,6 +242,7 @@ def main(args: argparse.Namespace) -> None:
     system, images, model, processor = load_system(args, path, checkpoint)
     system |= {"split": args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"}
     output = args.output or default_output(args, system, path)
+    check_apart(args.export, output)
     check_results_room(output, rows, args.max_new_tokens)
     claim(output, flag="--output")
     asked = asked_of(model.to(device).eval(), processor, rows, images, args, root=root, split=system["split"])
@@ -252,14 +253,14 @@ def main(args: argparse.Namespace) -> None:
     write_predictions(output / "predictions.csv", predictions)
     warn_if_empty(answers, system["name"])
     scores = score(predictions, train_rows, similarity, meteor=args.meteor)
-    scores["questions"] = asked_questions(root, [row for row in rows if row.type != CAPTION_TYPE])
+    scores["questions"] = questions
     scores["training"] = training_of(path, checkpoint["hyper_parameters"]) if path else exported_training(args.model_id)
     scores["robustness"] = robustness
     metrics = metrics_of(args, system, scores, notes, seconds=time.monotonic() - started)
     write_json(output / "metrics.json", metrics)
     print(summary(metrics))
     if args.export:
-        hand_over(args, path, checkpoint, metrics)
+        hand_over(args, path, checkpoint, metrics, output)
     seconds, memory_gib = duration(metrics["seconds"]), metrics["peak_memory_gib"]
     print(printable(f"{len(rows)} questions in {seconds}, peak memory {memory_gib} GiB; wrote {output}"))
 
