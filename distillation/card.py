@@ -23,19 +23,20 @@ def model_card(description: Mapping[str, Any], scores: Mapping[str, Any] | None 
         description: content of student.json.
         scores: content of metrics.json; None = the card says that the student was not scored.
     """
-    base, flags = short_path(description.get("student_name", "unknown")), description.get("flags", {})
-    modality = description.get("sees", {}).get("modality", "depth")
     unknown = {"student_name": "unknown", "teacher": None, "checkpoint": "unknown", "git_commit": {}, "flags": {}}
+    unknown |= {"validation": {}, "depth_degradation": 0.0, "trained_by": "unknown"}  # what older exports do not say
+    student = unknown | dict(description)
+    base, modality = short_path(student["student_name"]), student["sees"]["modality"]
     return render(
         "distillation/card.md.j2",
-        student=unknown | {"validation": {}, "depth_degradation": 0.0, "miniature": False} | dict(description),
-        flags=flag_text(flags),
+        student=student,
+        flags=flag_text(student["flags"]),
         sees=SEEN_AS[modality],
         **_data(description, scores),
         modality=modality,
         base=base,
         on_hub=base.startswith(APACHE_BASES),
-        license=_license(base, miniature=bool(description.get("miniature"))),
+        license=_license(base, miniature=student["miniature"]),
         scores=scores,
         rows=score_rows(scores) if scores else [],
         blind_name=_best_blind(scores)[0] if scores else None,
@@ -44,7 +45,7 @@ def model_card(description: Mapping[str, Any], scores: Mapping[str, Any] | None 
 
 def _data(description: Mapping[str, Any], scores: Mapping[str, Any] | None) -> dict[str, str]:
     """What the questions are about."""
-    if description.get("miniature"):
+    if description["miniature"]:
         return {"data_name": "the built-in miniature world", "data_type": "miniature"}
     if scores and scores["system"]["split"].startswith("daquar"):
         return {"data_name": "DAQUAR", "data_type": "daquar"}
