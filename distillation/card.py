@@ -39,7 +39,6 @@ def model_card(description: Mapping[str, Any], scores: Mapping[str, Any] | None 
         license=_license(base, miniature=student["miniature"]),
         scores=scores,
         rows=score_rows(scores) if scores else [],
-        blind_name=_best_blind(scores)[0] if scores else None,
     )
 
 
@@ -68,27 +67,17 @@ def _license(base: str, *, miniature: bool) -> str | None:
     return "apache-2.0" if base.startswith(APACHE_BASES) else None
 
 
-def _best_blind(scores: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
-    """The best baseline that sees no image: its name and its scores."""
-    blind = scores.get("blind") or {}
-    if not blind:
-        return None, {}
-    name = max(blind, key=lambda name: blind[name]["overall"]["exact_match"]["value"])
-    return name, blind[name]
-
-
 def score_rows(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The lines of the table of scores: name, number of questions, accuracy with its interval, the best baseline's."""
-    _, blind = _best_blind(scores)
-    cells = {"Overall": scores["overall"]}
-    others = {"Overall": blind.get("overall")}
-    if "depth_answerable" in scores:
-        cells["Questions that depth can answer"] = scores["depth_answerable"]
-        others["Questions that depth can answer"] = blind.get("depth_answerable")
-    for kind in order_types(scores["per_type"]):
-        cells[kind], others[kind] = scores["per_type"][kind], blind.get("per_type", {}).get(kind)
+    found = [scores, *(scores.get("blind") or {}).values()]
+    columns = [{"Overall": one["overall"]} for one in found]
+    for column, one in zip(columns, found, strict=True):
+        if "depth_answerable" in one:
+            column["Questions that depth can answer"] = one["depth_answerable"]
+        column |= {kind: one["per_type"][kind] for kind in order_types(one["per_type"])}
+    own, *blind = columns
     return [
         {"name": name, "n": cell["n_questions"], "own": cell["exact_match"]}
-        | {"blind": others[name]["exact_match"] if others[name] else None}
-        for name, cell in cells.items()
+        | {"blind": max((b[name]["exact_match"] for b in blind if name in b), key=lambda c: c["value"], default=None)}
+        for name, cell in own.items()
     ]

@@ -8,8 +8,8 @@ from typing import Any
 WIDTH, HEIGHT = 320, 200  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 42, 18, 10, 40  # margins
 # Each is told from white, and from its neighbours by its dashes, too.
-LINE_COLORS = ("#0072b2", "#c24f00", "#00795a", "#a3437c", "#7a5b00", "#1c1c1c")
-DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 2", "12 4")
+LINE_COLORS = ("#0072b2", "#c24f00", "#00795a", "#a3437c", "#7a5b00", "#5b3fa0")
+DASHES = ("none", "7 3", "10 3 3 3", "4 2", "12 4", "9 3 2 3 2 3")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils import (  # first: loads .env before transformers reads it
+    UserError,
     atomic_path,
     check_writable,
     data_root,
@@ -29,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dataset.page import escaped_markdown
+from distillation.card import short_path
 from evaluation.comparison import (
     Results,
     align,
@@ -90,16 +92,24 @@ def write_report(
     return text
 
 
-def read_robustness(folder: Path | None) -> Mapping[str, Any] | None:
+def read_robustness(folder: Path | None, results: Sequence[Results]) -> Mapping[str, Any] | None:
     """The content of a folder's robustness.json; None without a folder.
 
     Raises:
-        UserError: there is none, or it is not what robustness.py writes.
+        UserError: there is none, it is not what robustness.py writes, or a name is another system's there.
     """
     if folder is None:
         return None
     record = read_json(folder / RECORD)
     check_ladder(record, folder / RECORD)
+    models = {system["name"]: short_path(system["model"]) for system in record["systems"]}
+    for result in results:
+        system = result.metrics.get("system") or {}
+        own, theirs = system.get("checkpoint") or system.get("model_id"), models.get(result.name)
+        if own and theirs and short_path(own) != theirs:
+            raise UserError(
+                f"--robustness {folder}: {result.name} is {theirs} there, and {short_path(own)} in its results"
+            )
     return record
 
 
@@ -113,14 +123,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--robustness", type=Path, metavar="DIR", help="--output of robustness.py, whose curves the page shows")
     add("--data_root", type=Path, help="folder that image paths are relative to (ROOT_DATA_DIR)")
     add("--miniature", action="store_true", help="the images are those of the built-in world")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data_root and args.miniature:
+        parser.error("--data_root and --miniature name two data sets; give one")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Compare the folders, print the table and say where the files are."""
     check_writable(args.output, "--output")
     results = [load_results(folder) for folder in args.results]
-    robustness = read_robustness(args.robustness)
+    robustness = read_robustness(args.robustness, results)
     root = args.data_root or data_root(args.miniature)
     print(write_report(results, args.output, root, baseline=args.baseline, robustness=robustness))
     sheet = f", {SHEET}" * (args.output / SHEET).is_file()

@@ -113,7 +113,8 @@ def align(results: Sequence[Results]) -> list[Results]:
     name, count = Counter(result.name for result in results).most_common(1)[0]
     if count > 1:
         raise UserError(
-            f"compare: {count} results are named {name}; give them different names, or leave all but one out"
+            f"compare: {count} results are named {name}; evaluate one of them again with another --name, which asks "
+            "nothing again, or leave it out"
         )
     first = results[0]
     aligned = [first]
@@ -156,7 +157,7 @@ def comparison_table(results: Sequence[Results], baseline: str | None = None) ->
     """
     results = align(results)
     by_name = {result.name: result for result in results}
-    reference = by_name.get(baseline or results[0].name)
+    reference = by_name.get(results[0].name if baseline is None else baseline)
     if reference is None:
         raise UserError(f"--baseline {baseline}: no such system; there are {', '.join(by_name)}")
     clusters = recordings(reference.rows)

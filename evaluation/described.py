@@ -9,6 +9,7 @@ from dataset.inputs.degradations import LADDERS, LIGHT_LADDER, TRAINED
 from utils import UserError
 
 Check = Callable[[Any], bool]
+LARGEST = 1e30  # of what can be drawn
 
 
 def _is_text(value: Any) -> bool:
@@ -20,7 +21,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < LARGEST
 
 
 def _is_curve(value: Any) -> bool:

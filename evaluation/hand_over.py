@@ -15,7 +15,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id
 
 from dataset.inputs.processor import load_processor
-from distillation.card import model_card
+from distillation.card import model_card, short_path
 from distillation.export import (
     DTYPES,
     describe_student,
@@ -121,8 +121,9 @@ def robustness_of(folder: Path | None, model: str) -> dict[str, Any] | None:
     if folder is None:
         return None
     record = read_json(folder / RECORD)
-    column, wanted = check_ladder(record, folder / RECORD), Path(model).resolve()
-    system = next((s for s in record["systems"] if Path(s["model"]).resolve() == wanted), None)
+    column, exported = check_ladder(record, folder / RECORD), read_description(model) or {}
+    names = {short_path(model), exported.get("checkpoint")}  # the ladder may be of the checkpoint that was exported
+    system = next((s for s in record["systems"] if short_path(s["model"]) in names), None)
     if system is None:
         found = ", ".join(s["model"] for s in record["systems"])
         raise UserError(f"--robustness {folder}: has no results of {model}, but of {found}")

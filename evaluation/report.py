@@ -81,10 +81,12 @@ def write_page(path: Path, found: Compared, root: Path, *, robustness: Mapping[s
         made=f"{date.today()}, commit {git_commit()}",
         headline=headline(found),
         n_questions=len(found.baseline.rows),
+        n_asked=len(asked_about(found, main_column(found.table))),
         n_images=len({row["Image_Path"] for row in found.baseline.rows}),
         systems=[describe(result, number) for number, result in enumerate(found.results)],
         columns=bars(found),
-        table=[row for row in found.table if row.difference],
+        differences=differences(found),
+        data=data_shown(found),
         notes=" ".join(found.notes.split()),
         robustness=robustness_charts(robustness, [result.name for result in found.results]) if robustness else None,
         curves=training_charts(found.results),
@@ -111,17 +113,43 @@ def headline(found: Compared) -> dict[str, Any]:
     }
     if other is None:
         return said
-    asked = [n for n, row in enumerate(base.rows) if column == OVERALL or row.get("depth_answerable") == "1"]
-    clusters = recordings([base.rows[n] for n in asked])
-    right, expected = ([correct[n] for n in asked] for correct in (other.correct(), base.correct()))
-    difference = paired_difference(right, expected, clusters)
-    unsure = math.isnan(difference[1]) or difference[1] <= 0 <= difference[2]
-    return said | {
-        "other_value": rows[other.name],
-        "difference": difference,
-        "p_value": permutation_test(right, expected, clusters),
-        "better": None if unsure else difference[0] > 0,  # None = nobody can tell
-    }
+    points = difference_of(found, other, column)
+    value, low, high = points["difference"]
+    unsure = math.isnan(low) or low <= 0 <= high
+    better = None if unsure else value > 0  # None = nobody can tell
+    return said | points | {"other_value": rows[other.name], "better": better}
+
+
+def asked_about(found: Compared, column: str) -> list[int]:
+    """Positions of the questions of `Overall` or `By depth`."""
+    rows = found.baseline.rows
+    return [n for n, row in enumerate(rows) if column == OVERALL or row.get("depth_answerable") == "1"]
+
+
+def difference_of(found: Compared, result: Results, column: str) -> dict[str, Any]:
+    """The paired difference of a system from the baseline on a column's questions, with its p value."""
+    asked = asked_about(found, column)
+    clusters = recordings([found.baseline.rows[n] for n in asked])
+    right, expected = ([correct[n] for n in asked] for correct in (result.correct(), found.baseline.correct()))
+    points = paired_difference(right, expected, clusters)
+    return {"difference": points, "p_value": permutation_test(right, expected, clusters)}
+
+
+def differences(found: Compared) -> dict[str, Any]:
+    """What every other system has above the baseline, by column; by depth where that is known of all."""
+    columns = list(dict.fromkeys((main_column(found.table), OVERALL)))
+    others = [result for result in found.results if result is not found.baseline]
+    rows = [{"name": r.name, "cells": [difference_of(found, r, column) for column in columns]} for r in others]
+    return {"columns": [short_type(column) for column in columns], "rows": rows}
+
+
+def data_shown(found: Compared) -> str:
+    """Whose questions these are, in words."""
+    systems = [result.metrics.get("system") or {} for result in found.results]
+    split = next((system["split"] for system in systems if system.get("split")), "")
+    if any(system.get("miniature") for system in systems):
+        return f"the built-in miniature world of rendered rooms, {split} split"
+    return "DAQUAR" if split.startswith("daquar") else f"SUN RGB-D, {split} split" if split else "unknown origin"
 
 
 def bars(found: Compared) -> list[dict[str, Any]]:
@@ -151,10 +179,11 @@ def describe(result: Results, number: int) -> dict[str, Any]:
         "Model": short_path(system.get("model_id") or ""),
         "Answers of other code": short_path(system.get("predictions") or ""),
         "Trained by": training.get("script"),
+        "Started from": short_path(str((training.get("flags") or {}).get("load_checkpoint", ""))),
         "Commit": training.get("git_commit"),
         "Teacher": short_path(training.get("teacher") or ("none" if training else "")),
         "Labels read": None if labels is None else f"{100 * labels:g} %" if labels else "none",
-        "Flags": flag_text(training.get("flags") or {}),
+        "Flags": flag_text({k: v for k, v in (training.get("flags") or {}).items() if k != "load_checkpoint"}),
         "Scored": " ".join(filter(None, (system.get("split"), result.metrics.get("date"), system.get("git_commit")))),
     }
     return {"name": result.name, "facts": {k: str(v) for k, v in facts.items() if v}} | line_style(number)
@@ -167,7 +196,9 @@ def training_charts(results: Sequence[Results]) -> list[dict[str, Any]]:
         curves = (result.metrics.get("training") or {}).get("curves") or {}
         charts = [_curve(name, points, number, result.name) for name, points in curves.items() if len(points) > 1]
         if charts:
-            found.append({"name": result.name, "charts": charts})
+            flags = result.metrics["training"].get("flags") or {}
+            before = short_path(str(flags.get("load_checkpoint", "")))
+            found.append({"name": result.name, "charts": charts, "before": before})
     return found
 
 

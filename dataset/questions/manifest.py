@@ -68,6 +68,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, is no manifest, or is of another version of the format or of the questions.
     """
     manifest = read_json(path)
+    if not {"format", "generator_version", "settings", "files"} <= manifest.keys():
+        raise UserError(f"{path}: is no manifest of question files")
     for name, own in (("format", FORMAT), ("generator_version", GENERATOR_VERSION)):
         if manifest.get(name) != own:
             raise UserError(

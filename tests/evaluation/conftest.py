@@ -81,7 +81,8 @@ def ladder() -> Callable[..., dict]:
             "settings": {"split": "test"},
             "blind": {"accuracy": {"By depth": cell(0.3)}},
             "systems": [
-                {"name": name, "model": name, "modality": "depth", "rungs": own, "summary": summary} for name in names
+                {"name": name, "model": "run/best.ckpt", "modality": "depth", "rungs": own, "summary": summary}
+                for name in names
             ],
         }
 

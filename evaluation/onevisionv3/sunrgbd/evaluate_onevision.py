@@ -197,6 +197,9 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         given = [name for name in sorted(vars(args).keys() - free) if getattr(args, name) != parser.get_default(name)]
         if given:
             parser.error(f"--{given[0]}: --predictions asks no system anything; leave it out")
+    for name in ("export", "push_to_hub", "robustness"):  # an unset variable of a shell
+        if str(getattr(args, name)) in ("", "."):
+            parser.error(f"--{name} is empty; give it a value, or leave it out")
     if args.push_to_hub and not args.export:
         parser.error("--push_to_hub uploads what --export writes; add --export DIR")
     if args.export_dtype and (args.model_id or not args.export):
@@ -240,6 +243,7 @@ def main(args: argparse.Namespace) -> None:
         print(printable(f"{name}: {note}"), file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     system, images, model, processor = load_system(args, path, checkpoint)
+    system |= {"miniature": args.miniature}
     system |= {"split": args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"}
     output = args.output or default_output(args, system, path)
     check_apart(args.export, output)
