@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from dataset.inputs.processor import ImageTextProcessor
 from dataset.inputs.prompts import PADDING_SEGMENT, PREFIX_SEGMENT, answer_targets, pack_blocks, visible_segments
 from distillation.forward import base_model, input_embeddings, states_at, true_columns
 
@@ -20,6 +21,23 @@ class Answers:
 
     tokens: list[list[list[int]]]  # per row and block: token ids, the end of the turn included when it was reached
     hidden: list[list[Tensor]]  # per row and block: (len(tokens), D), the last hidden states that predict these tokens
+
+
+def spoken(processor: ImageTextProcessor) -> dict[str, Any]:
+    """What a model may say: the tokenizer's tokens but the placeholders of images.
+
+    Returns:
+        `vocab_size` and `suppress_tokens`, as the functions below take them.
+    """
+    return {
+        "vocab_size": len(processor.tokenizer),
+        "suppress_tokens": (processor.image_token_id, processor.video_token_id),
+    }
+
+
+def end_of_answer(processor: ImageTextProcessor) -> int:
+    """The token that ends an answer: the end of a turn, which not every tokenizer names as its end of a text."""
+    return processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 @torch.no_grad()

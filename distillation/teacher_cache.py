@@ -36,7 +36,7 @@ from dataset.inputs.prompts import collate_prompts, pack_questions
 from dataset.inputs.store import TensorStore
 from dataset.questions.rows import QuestionRow, frame_path
 from dataset.sunrgbd.frames import read_frame
-from distillation.decoding import greedy_answers
+from distillation.decoding import end_of_answer, greedy_answers, spoken
 from distillation.forward import image_features, overview_patches
 from distillation.run.data import check_disk
 from distillation.run.machine import half_dtype
@@ -115,7 +115,7 @@ class LiveTeacher:
             for blocks, picture in zip(asked, pictures, strict=True)
         ]
         model, tokenizer = self.model, self.processor.tokenizer
-        eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        eos_token_id = end_of_answer(self.processor)
         text = {k: v.to(model.device) for k, v in collate_prompts(prompts, pad_token_id=tokenizer.pad_token_id).items()}
         pixels = {
             k: v.to(model.device)
@@ -129,10 +129,9 @@ class LiveTeacher:
                 model,
                 text,
                 {"image_features": features},
-                vocab_size=len(tokenizer),
                 eos_token_id=eos_token_id,
                 max_new_tokens=MAX_ANSWER_TOKENS,
-                suppress_tokens=(self.processor.image_token_id, self.processor.video_token_id),
+                **spoken(self.processor),
             )
         for i, rows in enumerate(groups):
             own = _image_outputs(patches[i].cpu(), answers.tokens[i], answers.hidden[i], eos_token_id=eos_token_id)

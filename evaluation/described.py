@@ -116,10 +116,11 @@ def check_ladder(record: Mapping[str, Any], path: Path) -> str:
     return column
 
 
+def is_counted(kind: str, severity: float) -> bool:
+    """Whether a mean is over this rung: of a kind that students train for, or of light below that of the recording."""
+    return kind in TRAINED or (kind in LIGHT_LADDER and severity < 1)
+
+
 def counted_rungs(system: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rungs that the mean of a system is over, see `evaluation.ladder.Climb.counted`."""
-    return [
-        rung
-        for rung in system["rungs"]
-        if rung["kind"] in TRAINED or (rung["kind"] in LIGHT_LADDER and rung["severity"] < 1)
-    ]
+    """The rungs that the mean of a system is over."""
+    return [rung for rung in system["rungs"] if is_counted(rung["kind"], rung["severity"])]

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from dataset.inputs.degradations import LADDERS, LIGHT_LADDER, TRAINED, Degradation
+from dataset.inputs.degradations import LADDERS, Degradation
 from dataset.questions.answers import exact_match, order_types
 from dataset.questions.blind import blind_predictions
 from dataset.questions.rows import QuestionRow, csv_cells
 from evaluation.comparison import DEPTH, OVERALL
+from evaluation.described import is_counted
 from evaluation.intervals import cluster_bootstrap_ci, crossed_bootstrap, percentile_interval
 from evaluation.metrics import accuracy, question_recording
 from utils import UserError, read_json
@@ -100,10 +101,8 @@ class Climb:
         return kinds
 
     def counted(self) -> list[Degradation]:
-        """The rungs that the mean is over: those of kinds that students train for, and exposures below 1."""
-        return [
-            rung for rung in self.right if rung.kind in TRAINED or (rung.kind in LIGHT_LADDER and rung.severity < 1)
-        ]
+        """The rungs that the mean is over."""
+        return [rung for rung in self.right if is_counted(rung.kind, rung.severity)]
 
 
 def chosen_rungs(modality: str, kinds: Sequence[str] | None) -> list[Degradation]:

@@ -21,7 +21,15 @@ from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import ImageTextProcessor, load_processor
 from dataset.inputs.prompts import question_tokens
 from dataset.questions.rows import CONTROL_TOKENS
-from distillation.decoding import ImagePrefix, answer_probabilities, answers_behind, read_prefix, word_logits
+from distillation.decoding import (
+    ImagePrefix,
+    answer_probabilities,
+    answers_behind,
+    end_of_answer,
+    read_prefix,
+    spoken,
+    word_logits,
+)
 from distillation.export import read_description
 from distillation.models import load_model, restore_student
 from distillation.run.checkpoints import read_checkpoint
@@ -160,7 +168,7 @@ class Student:
         check_question(question)
         _, block = question_tokens(self.processor, question, with_image=seen.image is not None)
         (answer,), first = self._answers(seen, [block], max_new_tokens)
-        eos_token_id = self.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        eos_token_id = end_of_answer(self.processor)
         probabilities, tokens = (found.tolist() for found in first.topk(min(n_others + 1, len(first))))
         starts = {token: p for token, p in zip(tokens[1:], probabilities[1:], strict=True) if token != eos_token_id}
         if not starts:
@@ -176,28 +184,23 @@ class Student:
 
         `starts`: the last token of each block where that belongs to the answer already.
         """
-        tokenizer = self.processor.tokenizer
-        options = {
-            "vocab_size": len(tokenizer),
-            "suppress_tokens": (self.processor.image_token_id, self.processor.video_token_id),
-        }
+        words = spoken(self.processor)
         with self._autocast():
             found = answers_behind(
                 self.model,
                 seen.prefix,
                 blocks,
-                eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+                eos_token_id=end_of_answer(self.processor),
                 max_new_tokens=max_new_tokens,
-                **options,
+                **words,
             )
-            (probabilities,) = answer_probabilities(self.model, found, **options)
-            first = word_logits(self.model, found.hidden[0][0][0], **options).float()
+            (probabilities,) = answer_probabilities(self.model, found, **words)
+            first = word_logits(self.model, found.hidden[0][0][0], **words).float()
         answers = []
         for number, (tokens, probability) in enumerate(zip(found.tokens[0], probabilities, strict=True)):
-            words = tokenizer.decode(
-                [*(starts[number : number + 1] if starts else []), *tokens], skip_special_tokens=True
-            )
-            answers.append(Answer(" ".join(words.split()), probability))
+            whole = [*(starts[number : number + 1] if starts else []), *tokens]
+            text = self.processor.tokenizer.decode(whole, skip_special_tokens=True)
+            answers.append(Answer(" ".join(text.split()), probability))
         return answers, first.softmax(-1)
 
     def _autocast(self) -> torch.autocast:

@@ -18,7 +18,7 @@ from dataset.inputs.prompts import collate_prompts, pack_questions
 from dataset.loading import follow_the_script
 from dataset.questions.rows import QuestionRow, frame_path, group_by_image
 from dataset.sunrgbd.frames import read_frame
-from distillation.decoding import answer_probabilities, greedy_answers
+from distillation.decoding import answer_probabilities, end_of_answer, greedy_answers, spoken
 from distillation.export import read_description
 from distillation.models import MINIATURE_STUDENT, STUDENT_NAME, load_model, restore_student
 from distillation.run.folders import EXPERIMENTS, chosen_checkpoint, experiment_folder
@@ -203,11 +203,7 @@ def answer_questions(
     Those in the log are not asked again; the others are added batch by batch. A batch that a kill cut off is the same
     when it is asked again.
     """
-    tokenizer = processor.tokenizer
-    words = {
-        "vocab_size": len(tokenizer),
-        "suppress_tokens": (processor.image_token_id, processor.video_token_id),
-    }
+    words = spoken(processor)
     batches = ImageBatches(root, rows, images, processor, args.batch_size, degradation)
     waiting = [i for i, groups in enumerate(batches.batches) if any(r.id not in log.answers for g in groups for r in g)]
     loader = DataLoader(
@@ -221,12 +217,12 @@ def answer_questions(
                 model,
                 text,
                 pictures,
-                eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+                eos_token_id=end_of_answer(processor),
                 max_new_tokens=args.max_new_tokens,
                 **words,
             )
             probabilities = answer_probabilities(model, found, **words)
-        log.add(_by_question(batch["rows"], found.tokens, probabilities, tokenizer))
+        log.add(_by_question(batch["rows"], found.tokens, probabilities, processor.tokenizer))
     return log.answers
 
 

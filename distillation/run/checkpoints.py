@@ -295,19 +295,23 @@ def load_student(
     print(printable(f"starting from {path}"))
 
 
+def checkpoint_bytes(student: torch.nn.Module) -> int:
+    """At most how large a checkpoint is: weights that train, and two Adam moments of each."""
+    return CHECKPOINT_SHARE * tensor_bytes(trained_state(student))
+
+
 def check_room(student: torch.nn.Module, run: Run, args: argparse.Namespace) -> None:
     """Say how much the run will write: its checkpoints, and what --export and --save_final_pt ask for.
 
-    A checkpoint holds weights and two Adam moments. There are the best one, the last one and the one being written.
+    There are the best checkpoint, the last one and the one being written.
 
     Raises:
         UserError: a disk has no room for what goes onto it.
     """
-    trained = tensor_bytes(trained_state(student))
     missing = max(KEPT + 1 - len(list(run.checkpoints.glob("*.ckpt"))), 1)
-    wanted = [("checkpoints", run.checkpoints, missing * CHECKPOINT_SHARE * trained)]
+    wanted = [("checkpoints", run.checkpoints, missing * checkpoint_bytes(student))]
     if args.save_final_pt:
-        wanted.append(("--save_final_pt", args.save_final_pt.parent, trained))
+        wanted.append(("--save_final_pt", args.save_final_pt.parent, tensor_bytes(trained_state(student))))
     if args.export:
         bytes_each = DTYPES[args.export_dtype].itemsize
         wanted.append(("--export", args.export.parent, bytes_each * sum(w.numel() for w in student.parameters())))

@@ -1,6 +1,8 @@
 """A few validation frames with what the student answers, for TensorBoard: what a person would look at."""
 
+import io
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import FSDPStrategy
+from pytorch_lightning.trainer.states import TrainerFn
+from tensorboard.compat.proto.summary_pb2 import Summary
 from transformers import PreTrainedTokenizerBase
 
 from dataset.datamodule import SUNRGBDDataModule
@@ -16,21 +20,28 @@ from dataset.inputs.pictures import load_images
 from dataset.page import RIGHT_COLOR, WRONG_COLOR, shown_pixels
 from dataset.questions.answers import exact_match
 from dataset.questions.rows import QuestionRow
-from distillation.decoding import greedy_answers
-from utils import printable
+from distillation.decoding import end_of_answer, greedy_answers, spoken
+from distillation.run.checkpoints import checkpoint_bytes
+from utils import free_space, printable
 
 N_FRAMES, QUESTIONS_PER_FRAME = 4, 2
 LONGEST_ANSWER = 8  # tokens; most have one or two
 SIDE, LINE_HEIGHT, LETTERS = 256, 16, 36  # of a frame on the sheet: pixels, pixels of a line, letters in it
 INK = "black"
+JPEG_QUALITY = 70
 
 
 class AnswerSamples(Callback):
-    """Logs a sheet of the same validation frames after every validation: depth, question, right answer, answer."""
+    """Logs a sheet of the same validation frames after every validation: depth, question, right answer, answer.
+
+    A full disk must cost no checkpoint: a sheet is written behind those of its validation, and never into the last room
+    for one.
+    """
 
     def __init__(self, data: SUNRGBDDataModule) -> None:
         self.data = data
         self.pictures: list[Image.Image] = []  # read once
+        self.waiting: tuple[int, Summary] | None = None  # the update of a sheet, and the sheet
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Ask on the first rank, no more pictures at a time than a validation step does."""
@@ -46,7 +57,26 @@ class AnswerSamples(Callback):
             some, batch = data.asked_batch(indices[start : start + at_once], QUESTIONS_PER_FRAME)
             rows, answers = rows + some, answers + _answers(trainer, module, data, batch)
         columns = [_column(*frame) for frame in zip(self.pictures, rows, answers, strict=True)]
-        trainer.logger.experiment.add_image("val/answers", _beside(columns), trainer.global_step, dataformats="HWC")
+        self.waiting = trainer.global_step, _summary(_beside(columns))
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write the sheet of a validation alone, behind its scores: these open a file that was closed with training."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._write(trainer, module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write the sheet of the epoch before."""
+        self._write(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write the last sheet."""
+        self._write(trainer, module)
+
+    def _write(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.waiting and free_space(Path(trainer.logger.log_dir)) >= checkpoint_bytes(module.student):
+            step, summary = self.waiting
+            trainer.logger.experiment.file_writer.add_summary(summary, step)
+        self.waiting = None
 
 
 @torch.no_grad()
@@ -55,19 +85,17 @@ def _answers(
 ) -> list[list[str]]:
     """Greedy answers by frame and question."""
     processor = data.processor
-    tokenizer = processor.tokenizer
     batch = trainer.strategy.batch_to_device(batch)
     with trainer.precision_plugin.forward_context():
         found = greedy_answers(
             module.student,
             batch["text"],
             batch["student_images"],
-            vocab_size=len(tokenizer),
-            eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            eos_token_id=end_of_answer(processor),
             max_new_tokens=LONGEST_ANSWER,
-            suppress_tokens=(processor.image_token_id, processor.video_token_id),
+            **spoken(processor),
         )
-    return _decoded(found.tokens, tokenizer)
+    return _decoded(found.tokens, processor.tokenizer)
 
 
 def _decoded(tokens: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
@@ -99,9 +127,17 @@ def _column(picture: Image.Image, rows: list[QuestionRow], answers: list[str]) -
     return column
 
 
-def _beside(columns: list[Image.Image]) -> np.ndarray:
-    """Columns side by side as (H, W, 3) uint8."""
+def _beside(columns: list[Image.Image]) -> Image.Image:
+    """Columns side by side."""
     sheet = Image.new("RGB", ((SIDE + 8) * len(columns), max(column.height for column in columns)), "white")
     for number, column in enumerate(columns):
         sheet.paste(column, ((SIDE + 8) * number, 0))
-    return np.asarray(sheet)
+    return sheet
+
+
+def _summary(sheet: Image.Image) -> Summary:
+    """A sheet as TensorBoard keeps it; a JPEG, since photographs take much more room as PNG."""
+    buffer = io.BytesIO()
+    sheet.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    image = Summary.Image(height=sheet.height, width=sheet.width, colorspace=3, encoded_image_string=buffer.getvalue())
+    return Summary(value=[Summary.Value(tag="val/answers", image=image)])

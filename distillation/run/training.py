@@ -16,18 +16,17 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from dataset.datamodule import SUNRGBDDataModule
-from distillation.models import count_parameters, trained_state
+from distillation.models import count_parameters
 from distillation.run.callbacks import FiniteGuard, KeyedRandomness, Progress, StepTimer, UpdateLog
 from distillation.run.checkpoints import (
-    CHECKPOINT_SHARE,
     KEPT,
     BestCheckpoint,
     CheckpointContents,
     SafeCheckpointIO,
     check_room,
+    checkpoint_bytes,
     put_starting_weights,
     resume_batch,
-    tensor_bytes,
     write_outputs,
 )
 from distillation.run.data import use_vision_cache, usual_camera
@@ -262,8 +261,8 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
         **own_checkpoints_only(),
     )
     trainer.fit(module, train_dataloaders=data.train_dataloader())
-    checkpoint = CHECKPOINT_SHARE * tensor_bytes(trained_state(module.student))
     world_size = probe(args).world_size
+    checkpoint = amount(checkpoint_bytes(module.student))
     batches = math.ceil(data.images_per_epoch / (args.batch_size * world_size)) * args.max_epochs
     if args.max_steps > 0:
         batches = min(batches, args.max_steps * args.accumulate_grad_batches)
@@ -272,5 +271,5 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
         f"peak memory: {peak_memory_gib():.2f} GiB\n"
         f"one step of {args.batch_size} images: {timer.seconds:.2f} s; {batches} steps on {world_size} device(s): "
         f"{duration(batches * timer.seconds)}\n"
-        f"disk: {KEPT + 1} checkpoints of at most {amount(checkpoint)}, one of them while it is written"
+        f"disk: {KEPT + 1} checkpoints of at most {checkpoint}, one of them while it is written"
     )

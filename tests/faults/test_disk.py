@@ -81,7 +81,7 @@ def test_files_may_not_be_larger(places, tiny_folder, tmp_path, fault_table, lim
         with Started(TRAINING, flags(tiny_folder), tmp_path / "process") as started:
             started.wait_until(lambda: list(places.rglob("hparams.yaml")))
             resource.prlimit(started.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-            ends_with_one_line(started, "not written", "needed", "free; make room")  # TensorBoard's file, or the .ckpt
+            ends_with_one_line(started, ".ckpt: not written", "needed", "free; make room")
         assert not good_checkpoints(places)
 
 

@@ -47,6 +47,7 @@ import argparse
 import csv
 import re
 import time
+from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
@@ -239,27 +240,24 @@ def main(args: argparse.Namespace) -> None:
     rows, train_rows = load_questions(root, args, notes), load_train_questions(root, args)
     questions = asked_questions(root, [row for row in rows if row.type != CAPTION_TYPE])
     similarity = wordnet_similarity(notes) if args.dataset == "daquar" else None
-    for name, note in notes.items():
-        print(printable(f"{name}: {note}"), file=sys.stderr)
+    say(notes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     system, images, model, processor = load_system(args, path, checkpoint)
-    system |= {"miniature": args.miniature}
-    system |= {"split": args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"}
+    split = args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"
+    system |= {"miniature": args.miniature, "split": split}
     output = args.output or default_output(args, system, path)
     check_apart(args.export, output)
     check_results_room(output, rows, args.max_new_tokens)
     claim(output, flag="--output")
-    asked = asked_of(model.to(device).eval(), processor, rows, images, args, root=root, split=system["split"])
+    asked = asked_of(model.to(device).eval(), processor, rows, images, args, root=root, split=split)
     log = AnswerLog(output, asked, rows)
     answers = answer_questions(model, processor, root, rows, images, args, log)
     predictions = prediction_rows(rows, answers, miniature=args.miniature)
-    (output / "metrics.json").unlink(missing_ok=True)  # no older scores stand beside new answers
-    write_predictions(output / "predictions.csv", predictions)
+    write_predictions(output, predictions)
     warn_if_empty(answers, system["name"])
     scores = score(predictions, train_rows, similarity, meteor=args.meteor)
-    scores["questions"] = questions
-    scores["training"] = training_of(path, checkpoint["hyper_parameters"]) if path else exported_training(args.model_id)
-    scores["robustness"] = robustness
+    training = training_of(path, checkpoint["hyper_parameters"]) if path else exported_training(args.model_id)
+    scores |= {"questions": questions, "training": training, "robustness": robustness}
     metrics = metrics_of(args, system, scores, notes, seconds=time.monotonic() - started)
     write_json(output / "metrics.json", metrics)
     print(summary(metrics))
@@ -284,7 +282,7 @@ def score_file(args: argparse.Namespace) -> None:
         print(f"no baselines without an image: {error}", file=sys.stderr)
         train_rows = []
     scores = score(predictions, train_rows, None, meteor=args.meteor)
-    write_predictions(output / "predictions.csv", predictions)
+    write_predictions(output, predictions)
     metrics = metrics_of(args, system, scores, {}, seconds=time.monotonic() - started)
     write_json(output / "metrics.json", metrics)
     print(summary(metrics))
@@ -356,11 +354,18 @@ def prediction_rows(rows: list[QuestionRow], answers: dict[str, Answer], *, mini
     ]
 
 
-def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
-    """Write predictions.csv, atomically."""
+def say(notes: Mapping[str, str]) -> None:
+    """Print notes about the data, a line each."""
+    for name, note in notes.items():
+        print(printable(f"{name}: {note}"), file=sys.stderr)
+
+
+def write_predictions(output: Path, predictions: list[dict[str, Any]]) -> None:
+    """Write predictions.csv, atomically, with no older scores beside the new answers."""
+    (output / "metrics.json").unlink(missing_ok=True)
     first = "Question_Id Questions Question_Type Answers Model_Answer Correct Image_Path Depth_Path".split()
     columns = first + [name for name in predictions[0] if name not in first]
-    with atomic_path(path) as part, open(part, "w", encoding="utf-8", newline="") as handle:
+    with atomic_path(output / "predictions.csv") as part, open(part, "w", encoding="utf-8", newline="") as handle:
         writer = csv.DictWriter(handle, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(predictions)

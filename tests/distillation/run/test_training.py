@@ -226,7 +226,7 @@ def test_a_picture_cache_changes_no_weight_and_needs_room(places, tiny_folder, m
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system cannot limit another process")
 def test_a_disk_that_fills_up_costs_no_checkpoint(places, tiny_folder):
-    """As a command, in the second epoch, at a checkpoint or at TensorBoard's file: one line, and the run goes on."""
+    """As a command, at the second epoch's best: one line with path, needed and free space, and the run goes on."""
     argv = flags(tiny_folder, "--max_epochs", "20")
     with Started(BASELINES["baseline_depth"], argv, places / "process") as started:
         started.wait_until(lambda: (places / "baseline_depth/checkpoints/t/last.ckpt.sha256").is_file())
@@ -234,11 +234,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(places, tiny_folder):
         resource.prlimit(started.process.pid, resource.RLIMIT_FSIZE, (100_000, limits[1]))
         assert started.ends() == 2, started.stderr
     (line,) = [line for line in started.stderr.splitlines() if not line.startswith("training step")]
-    checkpoint, curves = (
-        r"\.ckpt: not written, .*; 3.. kB needed, ",
-        r"tensorboard_logs/t: not written, .*; more needed",
-    )
-    assert re.search(rf"^error: .*({checkpoint}|{curves}).* free; make room", line)
+    assert re.search(r"^error: .*\.ckpt: not written, .*; 3.. kB needed, .* free; make room", line)
     assert len([read_checkpoint(path) for path in places.rglob("*.ckpt")]) == 2 and not list(places.rglob("*.part"))
 
 
