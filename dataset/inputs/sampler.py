@@ -5,6 +5,8 @@
     on two ranks          rank 0    1       0       1       0
     updates               |------- one update ---------| |---- ...       `UpdateLoader`, 2 micro-batches per rank
 
+Validation is shared out over ranks in the same way, with a `SharedLoader`.
+
 An update reads batch_size x accumulate_grad_batches x ranks images (the last one of an epoch reads the rest), the same
 ones however this product is split into its factors. Every loss term is a sum over its items, divided by their number in
 the whole update, so the gradient does not depend on the split either. That number must be known before the first
@@ -12,7 +14,7 @@ backward pass, so `UpdateLoader` fetches all micro-batches of an update first.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -56,7 +58,7 @@ class MicroBatchSampler(Sampler):
 
     With `start` the next epoch begins at that step, so that an interrupted run goes on without reading an image twice.
     All ranks have to take part in a backward pass. A rank that has no micro-batch left in the last step therefore
-    repeats an earlier one, which `is_spare`: it is computed, but counts nothing in the loss.
+    repeats an earlier one, which `is_spare`: it is computed, but counts nothing in the loss or the scores.
     """
 
     def __init__(self, sampler: ImageOrder, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
@@ -84,14 +86,21 @@ class MicroBatchSampler(Sampler):
             yield order[begin : begin + self.batch_size]
 
 
-class UpdateLoader(DataLoader):
-    """A DataLoader that tells every micro-batch how many items its whole optimizer update has.
+class SharedLoader(DataLoader):
+    """A DataLoader over a `MicroBatchSampler` that adds to every batch whether it is `spare` and counts nothing."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for step, batch in enumerate(super().__iter__(), self.batch_sampler.start):
+            yield batch | {"spare": self.batch_sampler.is_spare(step)}
+
+
+class UpdateLoader(SharedLoader):
+    """A loader that tells every micro-batch how many items its whole optimizer update has.
 
     It replaces the `counts` of a collated batch by
 
         update  the sums of the counts over all micro-batches of the update, on all ranks (1 instead of 0, since a sum
                 over no items is 0 whatever it is divided by), and has_gold, whether the update has any gold answer
-        spare   whether the micro-batch counts nothing, see `MicroBatchSampler`
 
     Lightning neither stores nor restores its position: the sampler's `start` does that.
     """
@@ -110,13 +119,11 @@ class UpdateLoader(DataLoader):
         self.micro_batches, self.sum_over_ranks = micro_batches, sum_over_ranks
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        steps = count(self.batch_sampler.start)
         batches = super().__iter__()
         while window := list(islice(batches, self.micro_batches)):
-            spare = [self.batch_sampler.is_spare(step) for step in islice(steps, len(window))]
-            update = self._totals([batch.pop("counts") for batch in window], spare)
-            for batch_spare in spare:
-                yield window.pop(0) | {"update": update, "spare": batch_spare}
+            update = self._totals([batch.pop("counts") for batch in window], [batch["spare"] for batch in window])
+            while window:
+                yield window.pop(0) | {"update": update}
 
     def _totals(self, counts: list[dict[str, float]], spare: list[bool]) -> dict[str, float]:
         counted = [found for found, is_spare in zip(counts, spare, strict=True) if not is_spare]

@@ -12,13 +12,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.plugins.io import CheckpointIO
+from torch.distributed.fsdp import FSDPModule
 
 from dataset.inputs.processor import ImageTextProcessor
 from distillation.export import DTYPES, describe_student, export_model
-from distillation.models import load_trained_state, student_state, trained_state
+from distillation.models import load_trained_state, restore_student, student_state, trained_state
 from distillation.run.data import check_disk
 from distillation.run.folders import Run, chosen_checkpoint
-from distillation.run.machine import probe
+from distillation.run.machine import frozen_dtype, probe
 from distillation.run.record import check_record, check_resumable, check_weights
 from utils import (
     ROOT,
@@ -187,11 +188,18 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def resume_batch(position: Mapping[str, int], run: Run, args: argparse.Namespace) -> int:
-    """The micro-batch of its epoch with which an interrupted run goes on, by the `position` in its checkpoint.
+    """The micro-batch of its epoch with which an interrupted run goes on.
+
+    It may go on with another number of devices or other micro-batches: what counts is how many images of the epoch's
+    order have been read.
+
+    Args:
+        position: of `put_starting_weights`.
+        run: that goes on.
+        args: its flags now.
 
     Raises:
-        UserError: it has more epochs already than it should have, or was interrupted inside an epoch on another number
-            of devices, whose micro-batches are others.
+        UserError: it has more epochs already than it should have, or the place lies between two micro-batches.
     """
     if position["epoch"] > args.max_epochs:
         raise UserError(
@@ -199,12 +207,14 @@ def resume_batch(position: Mapping[str, int], run: Run, args: argparse.Namespace
         )
     if position["batch"] >= position["steps"]:  # at the end of an epoch
         return 0
-    if position["world_size"] != (now := probe(args).world_size):
+    images = position["batch"] * position["batch_size"] * position["world_size"]
+    batch, rest = divmod(images, args.batch_size * probe(args).world_size)
+    if rest:
         raise UserError(
-            f"--resume {run.resume_from}: was interrupted inside an epoch on {position['world_size']} device(s), now "
-            f"there are {now}; go on with as many until the epoch is done"
+            f"--resume {run.resume_from}: stands behind image {images} of its epoch, which no micro-batch ends with "
+            "here; give the --batch_size and number of devices that it was started with"
         )
-    return position["batch"]
+    return batch
 
 
 def put_starting_weights(
@@ -216,7 +226,7 @@ def put_starting_weights(
     with the optimizer.
 
     Returns:
-        The position of a resumed run, with its epoch, for `resume_batch`; None where the run is new.
+        The position of a resumed run, with its epoch and batch size, for `resume_batch`; None where the run is new.
 
     Raises:
         UserError: the checkpoint does not fit, or the resumed run had other settings.
@@ -224,10 +234,12 @@ def put_starting_weights(
     if run.resume_from:
         checkpoint = read_checkpoint(run.resume_from)
         check_resumable(checkpoint, run.resume_from)
-        check_same_run(checkpoint["hyper_parameters"], run)
-        run.record["load_checkpoint"] = checkpoint["hyper_parameters"]["load_checkpoint"]
+        recorded = checkpoint["hyper_parameters"]
+        check_same_run(recorded, run)
+        check_same_updates(recorded, checkpoint["position"]["world_size"], run, args)
+        run.record["load_checkpoint"] = recorded["load_checkpoint"]
         load_trained_state(student, student_state(checkpoint), origin=str(run.resume_from))
-        return checkpoint["position"] | {"epoch": checkpoint["epoch"]}
+        return checkpoint["position"] | {"epoch": checkpoint["epoch"], "batch_size": recorded["batch_size"]}
     if args.load_checkpoint:
         source = outputs_root(ROOT / "distillation" / builds_on) if builds_on else run.experiment
         path = chosen_checkpoint(args.load_checkpoint, source, miniature=args.miniature)
@@ -246,6 +258,7 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
     free |= {"max_epochs", "max_steps", "accelerator", "devices", "strategy", "load_checkpoint"}
     free |= {"picture_cache", "vision_cache"}
     free |= {"gradient_checkpointing", "num_nodes", "teacher", "any_teacher"}
+    free |= {"batch_size", "accumulate_grad_batches"}  # see `check_same_updates`
     free |= {"teacher_val_exact_match"}  # follows from the teacher
     for name in sorted(run.record.keys() - free):
         theirs = recorded.get(name, ADDED_FLAGS.get(name))
@@ -254,6 +267,35 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
                 f"--resume {run.resume_from}: was started with {name} {theirs}, now it is {run.record[name]}; "
                 "give the same, or start a new run with --load_checkpoint"
             )
+
+
+def check_same_updates(recorded: Mapping[str, Any], world_size: int, run: Run, args: argparse.Namespace) -> None:
+    """Refuse to continue a run with updates of another size; how an update is shared out may change.
+
+    Args:
+        recorded: hyper-parameters of its checkpoint.
+        world_size: number of devices that it ran on.
+        run: that goes on.
+        args: its flags now.
+
+    Raises:
+        UserError: says with which flags an update reads as many images as before.
+    """
+    images = recorded["batch_size"] * recorded["accumulate_grad_batches"] * world_size
+    now = probe(args).world_size
+    if args.batch_size * args.accumulate_grad_batches * now == images:
+        return
+    per_device, rest = divmod(images, now)
+    batch_size = math.gcd(per_device, args.batch_size)
+    raise UserError(
+        f"--resume {run.resume_from}: an update of it reads {images} images, here it would read "
+        f"{args.batch_size * args.accumulate_grad_batches * now} on {now} device(s); "
+        + (
+            f"use a number of devices that divides {images}"
+            if rest
+            else f"give --batch_size {batch_size} --accumulate_grad_batches {per_device // batch_size}"
+        )
+    )
 
 
 def load_student(
@@ -334,14 +376,18 @@ def write_outputs(
     if not (args.save_final_pt or args.export):
         return
     checkpoint = read_checkpoint(best)
-    state = student_state(checkpoint)
-    load_trained_state(module.student, state, origin=str(best))
+    state, record = student_state(checkpoint), checkpoint["hyper_parameters"]
+    student = module.student
+    if isinstance(module, FSDPModule):  # no rank has all of it
+        dtype = frozen_dtype(args.precision, args.accelerator) if record.get("lora_rank") else torch.float32
+        student = restore_student(checkpoint, origin=str(best), dtype=dtype)
+    else:
+        load_trained_state(student, state, origin=str(best))
     if args.save_final_pt:
         with atomic_path(args.save_final_pt, size=tensor_bytes(state)) as part:
             torch.save(state, part)
         print(printable(f"wrote {args.save_final_pt}"))
     if args.export:
-        record = checkpoint["hyper_parameters"]
         description = describe_student(record, processor, checkpoint=best, validation=validation)
-        export_model(module.student, processor, args.export, description, dtype=DTYPES[args.export_dtype])
+        export_model(student, processor, args.export, description, dtype=DTYPES[args.export_dtype])
         print(printable(f"wrote {args.export}"))

@@ -13,6 +13,7 @@ from distillation.export import DTYPES, read_description
 from distillation.losses import DIVERGENCES
 from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, TEACHER_NAME
 from distillation.run.folders import MINIATURE
+from distillation.run.sharding import FSDP2
 from utils import at_least, positive, share, share_or_none
 
 LONGEST_RUN_NAME = 100  # bytes: file systems take 255, and prefixes and suffixes come to it
@@ -114,7 +115,7 @@ def _add_machine_args(add: Callable[..., None]) -> None:
     add("--accelerator", default="auto", help="a Lightning accelerator: auto, cpu, gpu, ...")
     add("--devices", default="auto", help="number or list of devices of each machine, as Lightning takes it")
     add("--num_nodes", type=at_least(1), default=1, help="number of machines, with torchrun on each of them")
-    add("--strategy", default="auto", help="a Lightning strategy: auto, ddp, fsdp (with --gradient_clip 0), ...")
+    add("--strategy", default="auto", help="a Lightning strategy: auto, ddp, ...; or fsdp2")
 
 
 def _add_run_args(add: Callable[..., None]) -> None:
@@ -272,10 +273,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
     if args.export_dtype and not args.export:
         parser.error("--export_dtype goes with --export")
     args.export_dtype = args.export_dtype or "float32"
-    if args.strategy.startswith("fsdp") and args.gradient_clip:
-        parser.error(
-            "--strategy fsdp cannot clip the norm of gradients that are spread over devices: --gradient_clip 0"
-        )
+    if args.strategy.startswith("fsdp") and args.strategy != FSDP2:
+        parser.error(f"--strategy {args.strategy}: cannot call parts of a model by themselves; use --strategy {FSDP2}")
     if args.teacher == "online" and args.num_workers:
         parser.error("--teacher online computes its outputs where the student trains: add --num_workers 0")
     if args.resume not in (None, "auto") and args.load_checkpoint:

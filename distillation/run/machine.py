@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
+from distillation.run.sharding import strategy_of
 from utils import UserError, peak_memory
 
 OPEN_FILES = 2**16  # far more than an update of a thousand micro-batches needs
@@ -31,7 +32,7 @@ def probe(args: argparse.Namespace) -> pl.Trainer:
             accelerator=args.accelerator,
             devices=args.devices,
             num_nodes=args.num_nodes,
-            strategy=args.strategy,
+            strategy=strategy_of(args),
             logger=False,
             enable_checkpointing=False,
             **own_checkpoints_only(),

@@ -43,6 +43,7 @@ def _is_share(value: Any) -> bool:
 TEXT = ("a text of one line", _is_text)
 SHARE = ("a share above 0 and at most 1", _is_share)
 WHOLE = ("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
+COUNT = ("a whole number of at least 1", lambda value: type(value) is int and value >= 1)
 PLAIN = ("a text, a number, True, False or None", lambda value: isinstance(value, (str, int, float, type(None))))
 # What evaluation, a new run or a student needs of a record; all of it is as old as the first checkpoints.
 NEEDED: dict[str, tuple[str, Check]] = {
@@ -62,6 +63,8 @@ NEEDED: dict[str, tuple[str, Check]] = {
 OTHERS: dict[str, tuple[str, Check]] = {
     "lora_rank": _optional((f"a whole number up to {WIDEST}", lambda value: WHOLE[1](value) and value <= WIDEST)),
     "lora_alpha": _optional(WHOLE),
+    "batch_size": COUNT,
+    "accumulate_grad_batches": COUNT,
     "teacher_name": _optional(TEXT),
     "teacher_checkpoint": _optional(TEXT),
     "teacher_weights": _optional(TEXT),

@@ -23,15 +23,21 @@ BOOKKEEPING = {  # of a ModelCheckpoint -> its types
 
 
 class RestoredState(Callback):
-    """Refuses a checkpoint whose training state is not of the kind that this run has, before it is taken over."""
+    """Refuses a checkpoint whose training state is not of the kind that this run has, before it is taken over.
 
-    def __init__(self) -> None:
+    A run may go on with other micro-batches or on other devices: counts of micro-batches become those of its own.
+    """
+
+    def __init__(self, *, micro_batches: int, steps: int) -> None:
+        """`micro_batches`: of an update on each rank; `steps`: micro-batches of an epoch on each rank."""
+        self.micro_batches, self.steps = micro_batches, steps
         self.checkpoint: Mapping[str, Any] | None = None  # to go on from
         self.started = False
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Look at what the callbacks will be given; raises UserError that names what does not fit."""
         self.checkpoint = checkpoint
+        self._count_as_here(checkpoint)
         for state in checkpoint["callbacks"].values():
             for name, kind in BOOKKEEPING.items():
                 if not isinstance(state, dict) or (name in state and not isinstance(state[name], kind)):
@@ -53,6 +59,21 @@ class RestoredState(Callback):
         if where:
             raise self._misfit(trainer, where)
         self.checkpoint = None  # a memory-mapped file stays open as long as it is held
+
+    def _count_as_here(self, checkpoint: dict[str, Any]) -> None:
+        """Replace Lightning's counts of micro-batches by those of the same updates in this run."""
+        steps = checkpoint["position"]["steps"]
+        micro_batches = checkpoint["hyper_parameters"]["accumulate_grad_batches"]
+        if (steps, micro_batches) == (self.steps, self.micro_batches):
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        epochs = (progress["total"]["ready"] - progress["current"]["ready"]) // steps  # those before this one
+        in_epoch = progress["current"]["ready"]
+        here = self.steps if in_epoch >= steps else in_epoch // micro_batches * self.micro_batches
+        for name, added in (("current", here), ("total", here + epochs * self.steps)):
+            counts = progress[name]
+            added -= counts["ready"]
+            progress[name] = {count: value + added for count, value in counts.items()}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """From here on errors are not the checkpoint's."""

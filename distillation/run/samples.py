@@ -10,9 +10,9 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from dataset.datamodule import SUNRGBDDataModule
@@ -22,6 +22,7 @@ from dataset.questions.answers import exact_match
 from dataset.questions.rows import QuestionRow
 from distillation.decoding import end_of_answer, greedy_answers, spoken
 from distillation.run.checkpoints import checkpoint_bytes
+from distillation.run.sharding import gathered
 from utils import free_space, printable
 
 N_FRAMES, QUESTIONS_PER_FRAME = 4, 2
@@ -45,9 +46,8 @@ class AnswerSamples(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Ask on the first rank, no more pictures at a time than a validation step does."""
-        if not trainer.is_global_zero or trainer.logger is None:
-            return
-        if isinstance(trainer.strategy, FSDPStrategy):  # no rank can answer alone
+        answers_alone = not isinstance(module, FSDPModule)  # a sharded model needs all ranks for it
+        if trainer.logger is None or (answers_alone and not trainer.is_global_zero):
             return
         data = self.data
         indices = sorted(set(np.linspace(0, len(data.val) - 1, N_FRAMES).round().astype(int).tolist()))
@@ -56,6 +56,8 @@ class AnswerSamples(Callback):
         for start in range(0, len(indices), at_once):
             some, batch = data.asked_batch(indices[start : start + at_once], QUESTIONS_PER_FRAME)
             rows, answers = rows + some, answers + _answers(trainer, module, data, batch)
+        if not trainer.is_global_zero:
+            return
         columns = [_column(*frame) for frame in zip(self.pictures, rows, answers, strict=True)]
         self.waiting = trainer.global_step, _summary(_beside(columns))
 
@@ -86,7 +88,7 @@ def _answers(
     """Greedy answers by frame and question."""
     processor = data.processor
     batch = trainer.strategy.batch_to_device(batch)
-    with trainer.precision_plugin.forward_context():
+    with trainer.precision_plugin.forward_context(), gathered(module):
         found = greedy_answers(
             module.student,
             batch["text"],

@@ -33,8 +33,10 @@ def log_answer_scores(module: pl.LightningModule, batch: Mapping[str, Any], logi
     """
     right = exact_matches(logits, batch["text"])
     ce = answer_cross_entropy(logits=logits, targets=targets) / len(targets)
-    module.log("val/ce", ce, batch_size=len(targets), sync_dist=True)
-    module.log("val/exact_match", right.float().mean(), batch_size=len(right), sync_dist=True)
+    # Lightning divides the number of items by that of ranks, and rounds down: so each counts once per rank.
+    weight = 0 if batch["spare"] else module.trainer.world_size
+    module.log("val/ce", ce, batch_size=weight * len(targets), sync_dist=True)
+    module.log("val/exact_match", right.float().mean(), batch_size=weight * len(right), sync_dist=True)
 
 
 def cosine_with_warmup(

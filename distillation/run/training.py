@@ -42,6 +42,7 @@ from distillation.run.machine import (
 )
 from distillation.run.restore import RestoredState, fit_from
 from distillation.run.samples import AnswerSamples
+from distillation.run.sharding import shard_in, strategy_of
 from distillation.run.signals import StopOnSignal, signals_given_back
 from utils import amount, disk_errors, duration, printable, write_json
 
@@ -106,6 +107,7 @@ def fit(
     """Train and validate."""
     allow_open_files()
     trainer = build_trainer(args, run, data, monitor)
+    shard_in(module, args)
     if trainer.is_global_zero:
         write_json(run.logs / "run.json", run.record)
     with disk_errors(run.logs), nothing_left_running(trainer), signals_given_back():  # checkpoints name themselves
@@ -174,10 +176,14 @@ def best_of_run(
     return Path(kept.best_model_path), float(kept.best_model_score)
 
 
+def steps_of_epoch(data: SUNRGBDDataModule, args: argparse.Namespace) -> int:
+    """How many micro-batches each device computes in an epoch."""
+    return math.ceil(data.images_per_epoch / (args.batch_size * probe(args).world_size))
+
+
 def updates_of_run(data: SUNRGBDDataModule, args: argparse.Namespace) -> int:
     """How many optimizer updates a run of these flags makes from its start to its end."""
-    per_update = args.batch_size * args.accumulate_grad_batches * probe(args).world_size
-    updates = math.ceil(data.images_per_epoch / per_update) * args.max_epochs
+    updates = math.ceil(steps_of_epoch(data, args) / args.accumulate_grad_batches) * args.max_epochs
     return min(updates, args.max_steps) if args.max_steps > 0 else updates
 
 
@@ -196,11 +202,11 @@ def build_trainer(args: argparse.Namespace, run: Run, data: SUNRGBDDataModule, m
         accelerator=args.accelerator,
         devices=args.devices,
         num_nodes=args.num_nodes,
-        strategy=args.strategy,
+        strategy=strategy_of(args),
         logger=build_loggers(run),
         callbacks=[
             *checkpoint_callbacks(run, monitor),
-            RestoredState(),
+            RestoredState(micro_batches=args.accumulate_grad_batches, steps=steps_of_epoch(data, args)),
             CheckpointContents(run.record),
             KeyedRandomness(args.seed),
             FiniteGuard(),
@@ -263,7 +269,7 @@ def dry_run(module: pl.LightningModule, data: SUNRGBDDataModule, args: argparse.
     trainer.fit(module, train_dataloaders=data.train_dataloader())
     world_size = probe(args).world_size
     checkpoint = amount(checkpoint_bytes(module.student))
-    batches = math.ceil(data.images_per_epoch / (args.batch_size * world_size)) * args.max_epochs
+    batches = steps_of_epoch(data, args) * args.max_epochs
     if args.max_steps > 0:
         batches = min(batches, args.max_steps * args.accumulate_grad_batches)
     print(

@@ -17,7 +17,7 @@ from utils import UserError, load_script
         (("--warmup_share", "1"), "--warmup_share"),
         (("--gradient_clip", "-1"), "--gradient_clip"),
         (("--lr", "nan"), "--lr"),
-        (("--strategy", "fsdp"), "--gradient_clip 0"),
+        (("--strategy", "fsdp"), "use --strategy fsdp2"),
         (("--depth_encoding", "rainbow"), "--depth_encoding"),
         (("--image_tokens", "many"), "--image_tokens"),
         (("--resume", "last.ckpt", "--load_checkpoint"), "--resume"),

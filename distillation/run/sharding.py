@@ -1,0 +1,116 @@
+"""`--strategy fsdp2`: weights, gradients and optimizer states shared out over the ranks (PyTorch's FSDP2).
+
+Every rank computes its own images with whole layers, which it puts together from all ranks for as long as it needs
+them. So a rank holds 1/N of weights, gradients and moments of N ranks, and one layer more. To get there it holds the
+whole model in main memory once, since scripts build their models as on one device.
+
+Checkpoints are those of one process, also in their order: runs go on with another strategy.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.core.optimizer import LightningOptimizer
+from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.optim import Optimizer
+
+from distillation.forward import base_model
+
+FSDP2 = "fsdp2"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Lightning's FSDP2, with the optimizer's state in a checkpoint as one process writes it."""
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        """Every rank has images of its own: Lightning would share out over machines only."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning calls `load_optimizer_state_dict`."""
+        return True
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole state on the first rank, weights numbered in the order of the optimizer's groups."""
+        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state = get_optimizer_state_dict(self.model, optimizer, options=WHOLE)
+        if not state:  # not the first rank
+            return state
+        numbers = {name: number for number, name in enumerate(n for g in state["param_groups"] for n in g["params"])}
+        groups = [group | {"params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
+        moments = {numbers[name]: found for name, found in state["state"].items()}
+        return {"state": moments, "param_groups": groups}
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read it on every rank. Weights are in place before they are sharded, see `put_starting_weights`."""
+        return self.checkpoint_io.load_checkpoint(checkpoint_path)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give every rank its part of the state."""
+        for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            own = get_optimizer_state_dict(self.model, optimizer)["param_groups"]  # for the names of its weights
+            names = [name for group in own for name in group["params"]]
+            groups = [
+                group | {"params": mine["params"]} for group, mine in zip(stored["param_groups"], own, strict=True)
+            ]
+            moments = {names[number]: found for number, found in stored["state"].items()}
+            state = {"state": moments, "param_groups": groups}
+            set_optimizer_state_dict(self.model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+
+
+def strategy_of(args: argparse.Namespace) -> Strategy | str:
+    """What a Trainer takes for --strategy."""
+    return ShardedStrategy() if args.strategy == FSDP2 else args.strategy
+
+
+def shard_in(module: pl.LightningModule, args: argparse.Namespace) -> None:
+    """Let Lightning shard the module where --strategy asks for it, as soon as it knows the devices."""
+    if args.strategy == FSDP2:
+        module.configure_model = partial(shard, module)
+
+
+def shard(module: pl.LightningModule) -> None:
+    """Share out a script's module: every layer that is called as a whole, and all the rest together.
+
+    The last decoder layer belongs to the rest: `distillation.forward.states_at` calls its parts one by one.
+    """
+    if isinstance(module, FSDPModule):  # a validation after training
+        return
+    mesh = module.device_mesh["data_parallel"]
+    core = base_model(module.student).model
+    for layer in (*core.language_model.layers[:-1], *core.vision_tower.encoder.layers):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for step in ("training_step", "validation_step"):
+        register_fsdp_forward_method(module, step)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Put together what a sharded module calls past its steps, on all ranks at once; its layers do that themselves."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
