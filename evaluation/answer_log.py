@@ -1,7 +1,8 @@
 """The answers of an evaluation as they come, so that a killed one goes on where it was.
 
 `answers.jsonl` in the results folder: its first line says what answers (`asked_of`), every other one is an answer. A
-folder with the answers of something else is refused. Everything else in the folder is computed from the answers.
+folder with the answers of something else is refused. Everything else in the folder is computed from the answers. Of
+several processes each has a file, `answers.1.jsonl` the second one; in the end the first one takes them over.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from distillation.run.data import check_disk, weights_digest
 from distillation.run.machine import resolve_precision
 from utils import ROOT, UserError, announced, atomic_path, disk_errors, source_digest
 
-NAME = "answers.jsonl"
+NAME, OF_OTHERS = "answers.jsonl", "answers.*.jsonl"
 RESULTS = ("predictions.csv", "metrics.json")
 BYTES_PER_TOKEN = 8  # more than an answer's token takes in a file
 SHOWN = 12  # characters of a long value in a message
@@ -84,59 +85,73 @@ class Answer:
 class AnswerLog:
     """The answers of one evaluation, by question id: those that its file held already and those that are added."""
 
-    def __init__(self, folder: Path, asked: Mapping[str, str], rows: Sequence[QuestionRow]) -> None:
+    def __init__(self, folder: Path, asked: Mapping[str, str], rows: Sequence[QuestionRow], *, rank: int = 0) -> None:
         """Open the file of answers or begin it.
 
         Args:
             folder: of the results.
             asked: see `asked_of`.
             rows: the questions.
+            rank: of this process. Further ones make their log after the first one.
 
         Raises:
             UserError: the folder has results of something else, or the disk is full or not writable.
         """
-        self.path, self.ids = folder / NAME, {row.id for row in rows}
+        self.path, self.asked, self.ids = folder / NAME, dict(asked), {row.id for row in rows}
         self.answers: dict[str, Answer] = {}
-        if self.path.exists() and self.path.read_bytes().count(b"\n") > 1:  # there is an answer to keep
-            self._read(asked)
+        if rank > 0:
+            self.answers = self._read(self.path)
+            self.path = folder / OF_OTHERS.replace("*", str(rank))
+            self._begin()
             return
-        for name in RESULTS:
-            if (folder / name).exists():
-                raise UserError(
-                    f"{folder / name}: is of an evaluation that kept no {NAME}; give another --output, or delete it"
-                )
-        with atomic_path(self.path) as part:
-            part.write_text(_line({"asked": asked}), encoding="utf-8")
+        if self.path.exists() and self.path.read_bytes().count(b"\n") > 1:  # there is an answer to keep
+            self.answers = self._read(self.path)
+        else:
+            refuse_unlogged(folder)
+            self._begin()
+        self.take_over_others()
+        if self.answers:
+            print(f"{self.path}: {len(self.answers)} of {len(self.ids)} questions are answered; ", end="")
+            print("going on with the others" if len(self.answers) < len(self.ids) else "they are scored again")
 
-    def _read(self, asked: Mapping[str, str]) -> None:
-        with disk_errors(self.path), open(self.path, "rb+") as handle:
-            self._check_header(handle.readline(), asked)
+    def _begin(self) -> None:
+        with atomic_path(self.path) as part:
+            part.write_text(_line({"asked": self.asked}), encoding="utf-8")
+
+    def take_over_others(self) -> None:
+        """Add what other processes have answered, also those of a start that was killed, and remove their files."""
+        for path in sorted(self.path.parent.glob(OF_OTHERS)):
+            self.add(self._read(path))
+            path.unlink()
+
+    def _read(self, path: Path) -> dict[str, Answer]:
+        answers: dict[str, Answer] = {}
+        with disk_errors(path), open(path, "rb+") as handle:
+            self._check_header(path, handle.readline())
             good = handle.tell()
             for line in handle:
                 found = _answer(line)
                 if found is None:
                     break
-                if found[0] not in self.ids or found[0] in self.answers:
+                if found[0] not in self.ids or found[0] in answers:
                     raise UserError(
-                        f"{self.path}: question {found[0]!r:.40} is not asked, or twice; give another --output, "
-                        "or delete it"
+                        f"{path}: question {found[0]!r:.40} is not asked, or twice; give another --output, or delete it"
                     )
-                self.answers[found[0]] = found[1]
+                answers[found[0]] = found[1]
                 good += len(line)
             handle.truncate(good)  # a line that a kill cut off, and what may follow it
-        print(f"{self.path}: {len(self.answers)} of {len(self.ids)} questions are answered; ", end="")
-        print("going on with the others" if len(self.answers) < len(self.ids) else "they are scored again")
+        return answers
 
-    def _check_header(self, line: bytes, asked: Mapping[str, str]) -> None:
+    def _check_header(self, path: Path, line: bytes) -> None:
         try:
             before = json.loads(line)["asked"]
-            differs = next((k for k in asked | before if asked.get(k) != before.get(k)), None)
+            differs = next((k for k in self.asked | before if self.asked.get(k) != before.get(k)), None)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{self.path}: is not a file of answers; give another --output, or delete it") from None
+            raise UserError(f"{path}: is not a file of answers; give another --output, or delete it") from None
         if differs:
-            theirs, own = (f"{values.get(differs, 'none')!s:.{SHOWN}}" for values in (before, asked))
+            theirs, own = (f"{values.get(differs, 'none')!s:.{SHOWN}}" for values in (before, self.asked))
             raise UserError(
-                f"{self.path}: holds answers of another evaluation, {differs} was {theirs!r} and is {own!r} now; give "
+                f"{path}: holds answers of another evaluation, {differs} was {theirs!r} and is {own!r} now; give "
                 "another --output, or delete it"
             )
 
@@ -153,6 +168,15 @@ class AnswerLog:
             while data:
                 data = data[handle.write(data) :]
         self.answers |= new
+
+
+def refuse_unlogged(folder: Path) -> None:
+    """Raise UserError where a folder has results and no answers that they were computed from."""
+    for name in RESULTS:
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder / name}: is of an evaluation that kept no {NAME}; give another --output, or delete it"
+            )
 
 
 def _line(value: Mapping[str, Any]) -> str:
@@ -178,5 +202,5 @@ def check_results_room(folder: Path, rows: Sequence[QuestionRow], max_new_tokens
 
 def remove_results(folder: Path) -> None:
     """Remove what an evaluation has written, so that another one may write there."""
-    for name in (*RESULTS, NAME):
-        (folder / name).unlink(missing_ok=True)
+    for path in (*(folder / name for name in (*RESULTS, NAME)), *folder.glob(OF_OTHERS)):
+        path.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from distillation.models import MINIATURE_STUDENT, STUDENT_NAME, load_model, res
 from distillation.run.folders import EXPERIMENTS, chosen_checkpoint, experiment_folder
 from distillation.run.machine import frozen_dtype, resolve_precision
 from evaluation.answer_log import Answer, AnswerLog
+from evaluation.ranks import ALONE, Ranks
 from utils import ROOT, UserError, outputs_root, progress, sha256
 
 
@@ -197,20 +198,23 @@ def answer_questions(
     args: argparse.Namespace,
     log: AnswerLog,
     degradation: Degradation | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Answer]:
     """Greedy answers by question id. An image goes through tower and language model once, for all of its questions.
 
-    Those in the log are not asked again; the others are added batch by batch. A batch that a kill cut off is the same
-    when it is asked again.
+    Those in the log are not asked again; the others are added batch by batch, of several processes each its share of
+    the batches. A batch that a kill cut off is the same when it is asked again.
     """
     words = spoken(processor)
     batches = ImageBatches(root, rows, images, processor, args.batch_size, degradation)
     waiting = [i for i, groups in enumerate(batches.batches) if any(r.id not in log.answers for g in groups for r in g)]
+    waiting = waiting[ranks.rank :: ranks.world_size]
     loader = DataLoader(
         batches, batch_size=None, sampler=waiting, num_workers=args.num_workers, worker_init_fn=follow_the_script
     )
     mixed = resolve_precision(args.precision) == "bf16-mixed"
-    for batch in progress(loader, total=len(waiting), label="answering, batch"):
+    shown = progress(loader, total=len(waiting), label="answering, batch") if ranks.is_first else loader
+    for batch in shown:
         text, pictures = ({k: v.to(model.device) for k, v in batch[part].items()} for part in ("text", "images"))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
             found = greedy_answers(

@@ -1,13 +1,21 @@
 """Evaluations that are killed, repeated, or find another one's answers, as the command that a user calls."""
 
 import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from dataset.questions.rows import questions_file, read_questions
+from distillation.run.claim import newest_owner
 from evaluation import answer_log
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
+from tests.helpers.faulty import faulty, in_loading
 from tests.helpers.processes import Started
-from utils import UserError
+from utils import ROOT, UserError, process_start
 
 SCRIPT = "evaluation/onevisionv3/sunrgbd/evaluate_onevision.py"
 
@@ -104,3 +112,66 @@ def test_an_output_that_cannot_be_written_is_said_first(places, tmp_path, monkey
     monkeypatch.setattr(evaluate_onevision, "load_system", lambda *args: 1 / 0)
     with pytest.raises(UserError, match="--output: cannot write into .*file/results, Not a directory"):
         evaluate("nobody/nothing", tmp_path / "file" / "results")
+
+
+def words(folder) -> bytes:
+    return (folder / "predictions.csv").read_bytes()
+
+
+def scores(folder) -> dict:
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in metrics.items() if name not in ("seconds", "peak_memory_gib", "date")}
+
+
+TORCHRUN = (Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node", "2", str(ROOT / SCRIPT))
+ONE_CORE_EACH = {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("start", [(SCRIPT, "--devices", "2"), TORCHRUN], ids=["devices", "torchrun"])
+def test_processes_share_the_images_and_change_no_answer(finished, tiny_folder, tmp_path, start):
+    """They go on where others were killed that had written two files, the second one with half a line at its end."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    header, *lines = (finished / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "answers.jsonl").write_bytes(b"".join([header, *lines[:9]]))
+    (folder / "answers.1.jsonl").write_bytes(b"".join([header, *lines[20:25], lines[25][:-3]]))
+    command = [*start[1:], *argv(tiny_folder, folder, "--batch_size", "1")]
+    with Started(start[0], command, tmp_path / "process", env=ONE_CORE_EACH) as started:
+        assert started.ends() == 0, started.stderr
+    assert words(folder) == words(finished) and scores(folder) == scores(finished)
+    assert sorted(ids(folder)) == sorted(ids(finished)) and not list(folder.glob("answers.1*"))
+    assert "14 of 59 questions are answered" in started.stdout and started.stdout.count("questions in ") == 1
+
+
+def test_processes_end_with_the_one_that_started_them(tiny_folder, places, tmp_path):
+    """kill -9 while they load their pictures: nothing goes on computing."""
+    script = faulty(tmp_path, SCRIPT, in_loading(1, "import time; time.sleep(600)"))
+    command = argv(tiny_folder, tmp_path / "answers", "--devices", "2", "--num_workers", "1")
+    with Started(script, command, tmp_path / "process", env=ONE_CORE_EACH) as started:
+        started.wait_until(lambda: list((tmp_path / "answers").glob("answers.1.jsonl")))
+        _, owner = newest_owner(tmp_path / "answers")
+        started.process.kill()
+        deadline = time.monotonic() + 30
+        while process_start(owner.pid) == owner.process_start:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_what_processes_find_wrong_is_said_once(finished, world, tiny_folder, tmp_path, monkeypatch):
+    """More devices than there are; a folder with other answers; a damaged picture in the second one's share."""
+    shutil.copytree(finished, tmp_path / "others", ignore=shutil.ignore_patterns("owner-*"))  # this process holds it
+    broken = tmp_path / "broken"
+    shutil.copytree(world, broken)
+    last = read_questions(questions_file(broken, "test"))[-1]
+    os.truncate(broken / last.depth_path, 300)
+    for root, more, folder, message in (
+        (world, ["--devices", "4096"], "new", "error: --devices 4096: there are "),
+        (world, ["--devices", "2", "--max_new_tokens", "5"], "others", "holds answers of another evaluation"),
+        (broken, ["--devices", "2", "--batch_size", "1"], "broken_answers", Path(last.depth_path).name),
+    ):
+        monkeypatch.setenv("ROOT_DATA_DIR", str(root))
+        command = argv(tiny_folder, tmp_path / folder, *more)
+        with Started(SCRIPT, command, tmp_path / "process", env=ONE_CORE_EACH) as started:
+            assert started.ends() == 2, started.stderr
+        said = [line for line in started.stderr.splitlines() if not line.startswith("answering, batch")]
+        assert len(said) == 1 and message in said[0], started.stderr

@@ -48,10 +48,9 @@ import csv
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
-
-import torch
 
 from dataset.inputs.depth_encodings import ENCODINGS
 from dataset.inputs.pictures import DEPTH_SOURCES, MODALITIES
@@ -79,6 +78,7 @@ from evaluation.caption_scores import caption_scores
 from evaluation.hand_over import check_apart, check_hand_over, hand_over, robustness_of
 from evaluation.metrics import evaluate_rows, question_recording
 from evaluation.predictions import read_predictions
+from evaluation.ranks import Ranks, joined_ranks, start_processes
 from evaluation.system import answer_questions, checkpoint_of_flags, load_system
 from evaluation.training_log import exported_training, training_of
 from evaluation.wups import WordSimilarity, wordnet_similarity, wups_scores
@@ -158,6 +158,7 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
     add("--captions", action="store_true", help="also ask for a description of every room and score it as a caption")
     add("--max_new_tokens", type=at_least(1), help="length limit of an answer in tokens (32; 96 with --captions)")
     add("--num_workers", type=at_least(0), default=0, help="number of processes that load data (0 = none besides this)")
+    add("--devices", type=at_least(1), help="number of GPUs (without any: CPU cores) that share the images (1)")
     add(
         "--precision",
         choices=("auto", "32-true", "bf16-mixed"),
@@ -229,42 +230,103 @@ def main(args: argparse.Namespace) -> None:
     """Answer all questions of the split, score, write."""
     if args.predictions:
         return score_file(args)
-    started, notes = time.monotonic(), {}
+    if start_processes(args.devices):  # they have done it all
+        return
+    with joined_ranks() as ranks:
+        evaluate(args, ranks)
+
+
+def evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
+    """What each process does: it answers for its share of the images; the first one scores and writes."""
+    started = time.monotonic()
     quieten()
+    with ranks.first_before_others():
+        inputs = read_inputs(args)
+    system, images, model, processor = load_system(args, inputs.path, inputs.checkpoint)
+    split = args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"
+    system |= {"miniature": args.miniature, "split": split}
+    asked = asked_of(model.to(ranks.device).eval(), processor, inputs.rows, images, args, root=inputs.root, split=split)
+    output = args.output or default_output(args, system, inputs.path)
+    with ranks.first_before_others():
+        if ranks.is_first:
+            say(inputs.notes)
+            check_apart(args.export, output)
+            check_results_room(output, inputs.rows, args.max_new_tokens)
+            claim(output, flag="--output")
+        log = AnswerLog(output, asked, inputs.rows, rank=ranks.rank)
+    ranks.wait_for_all()  # until the others have read what is answered, nothing may be added
+    answer_questions(model, processor, inputs.root, inputs.rows, images, args, log, ranks=ranks)
+    ranks.wait_for_all()
+    if ranks.is_first:
+        log.take_over_others()
+        write_results(args, inputs, system, log.answers, output, started=started)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an evaluation starts from, read and checked."""
+
+    path: Path | None  # the checkpoint; None = a stock model or an export
+    checkpoint: dict[str, Any] | None
+    root: Path
+    rows: list[QuestionRow]
+    train_rows: list[dict[str, str]]
+    questions: dict[str, Any]  # see `asked_questions`
+    robustness: dict[str, Any] | None
+    similarity: WordSimilarity | None
+    notes: dict[str, str]  # about the data, by what they are about
+
+
+def read_inputs(args: argparse.Namespace) -> Inputs:
+    """Read and check all but the model.
+
+    Raises:
+        UserError: something is missing, damaged or not writable, or flags contradict it.
+    """
     check_writable(args.output or outputs_root(ROOT / "evaluation") / "results", "--output")
-    path = checkpoint_of_flags(args)
+    path, notes = checkpoint_of_flags(args), {}
     checkpoint = read_checkpoint(path) if path else None
     check_hand_over(args, path)
     robustness = robustness_of(args.robustness, str(path or args.model_id))
     root = find_data(args, path, checkpoint)
-    rows, train_rows = load_questions(root, args, notes), load_train_questions(root, args)
-    questions = asked_questions(root, [row for row in rows if row.type != CAPTION_TYPE])
-    similarity = wordnet_similarity(notes) if args.dataset == "daquar" else None
-    say(notes)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    system, images, model, processor = load_system(args, path, checkpoint)
-    split = args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"
-    system |= {"miniature": args.miniature, "split": split}
-    output = args.output or default_output(args, system, path)
-    check_apart(args.export, output)
-    check_results_room(output, rows, args.max_new_tokens)
-    claim(output, flag="--output")
-    asked = asked_of(model.to(device).eval(), processor, rows, images, args, root=root, split=split)
-    log = AnswerLog(output, asked, rows)
-    answers = answer_questions(model, processor, root, rows, images, args, log)
-    predictions = prediction_rows(rows, answers, miniature=args.miniature)
+    rows = load_questions(root, args, notes)
+    return Inputs(
+        path=path,
+        checkpoint=checkpoint,
+        root=root,
+        rows=rows,
+        train_rows=load_train_questions(root, args),
+        questions=asked_questions(root, [row for row in rows if row.type != CAPTION_TYPE]),
+        robustness=robustness,
+        similarity=wordnet_similarity(notes) if args.dataset == "daquar" else None,
+        notes=notes,
+    )
+
+
+def write_results(
+    args: argparse.Namespace,
+    inputs: Inputs,
+    system: dict[str, Any],
+    answers: dict[str, Answer],
+    output: Path,
+    *,
+    started: float,
+) -> None:
+    """Score the answers of a system, write what came out, and hand the system over where that is asked for."""
+    predictions = prediction_rows(inputs.rows, answers, miniature=args.miniature)
     write_predictions(output, predictions)
     warn_if_empty(answers, system["name"])
-    scores = score(predictions, train_rows, similarity, meteor=args.meteor)
-    training = training_of(path, checkpoint["hyper_parameters"]) if path else exported_training(args.model_id)
-    scores |= {"questions": questions, "training": training, "robustness": robustness}
-    metrics = metrics_of(args, system, scores, notes, seconds=time.monotonic() - started)
+    scores = score(predictions, inputs.train_rows, inputs.similarity, meteor=args.meteor)
+    trained = inputs.path and training_of(inputs.path, inputs.checkpoint["hyper_parameters"])
+    scores |= {"questions": inputs.questions, "training": trained or exported_training(args.model_id)}
+    scores |= {"robustness": inputs.robustness}
+    metrics = metrics_of(args, system, scores, inputs.notes, seconds=time.monotonic() - started)
     write_json(output / "metrics.json", metrics)
     print(summary(metrics))
     if args.export:
-        hand_over(args, path, checkpoint, metrics, output)
+        hand_over(args, inputs.path, inputs.checkpoint, metrics, output)
     seconds, memory_gib = duration(metrics["seconds"]), metrics["peak_memory_gib"]
-    print(printable(f"{len(rows)} questions in {seconds}, peak memory {memory_gib} GiB; wrote {output}"))
+    print(printable(f"{len(inputs.rows)} questions in {seconds}, peak memory {memory_gib} GiB; wrote {output}"))
 
 
 def score_file(args: argparse.Namespace) -> None:
