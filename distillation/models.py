@@ -1,5 +1,8 @@
 """Load student and teacher, choose what trains, LoRA, weights in and out."""
 
+import importlib.util
+import logging
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlavaOnevisionForConditionalGeneration
+from transformers import BitsAndBytesConfig, LlavaOnevisionForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 from dataset.inputs.model_folder import check_weight_files, model_folder
@@ -20,7 +23,7 @@ MINIATURE_STUDENT = "dataset/miniature/student"
 MINIATURE_TEACHER = "dataset/miniature/teacher"
 
 
-def load_model(name: str, *, dtype: torch.dtype = torch.float32):
+def load_model(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16):
     """LlavaOnevisionForConditionalGeneration in train() mode, all parameters that take part trainable.
 
     The stock model, but for attention that takes the masks of packed prompts.
@@ -29,11 +32,13 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32):
         name: hub id or folder.
         dtype: of the weights. The checkpoints store float16, in which AdamW would round most updates away; bfloat16
             halves the memory of weights that stay frozen.
+        bits: 4 = the language model's linear layers are frozen in 4 bits (see `four_bits`); 16 = nothing is.
 
     Raises:
-        UserError: nothing loadable there (see `model_folder`), weights are missing, or its language model is another
-            one.
+        UserError: nothing loadable there (see `model_folder`), weights are missing, its language model is another one,
+            or 4 bits are asked for without bitsandbytes.
     """
+    quantized = four_bits(name, dtype) if bits == 4 else {}
     if not sys.stderr.isatty():
         disable_progress_bar()  # a log file would hold every redrawing of it
     folder = model_folder(name)
@@ -46,6 +51,7 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32):
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **quantized,
         )
     except Exception as error:  # a stranger's files end in errors of any kind
         raise UserError(f"{name}: no LLaVA-OneVision model can be loaded from there ({reason(error)})") from error
@@ -56,6 +62,32 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32):
     # The projector reads the tower before this layer: it never gets a gradient, which DDP would take for an error.
     model.model.vision_tower.post_layernorm.requires_grad_(False)
     return use_packed_attention(model).train()
+
+
+def four_bits(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Options of `from_pretrained`: NF4 for the linear layers of the language model, but not its output layer.
+
+    Source: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3. Vision tower and projector are small, and
+    their features are what a student learns from.
+
+    Args:
+        name: of the model, for the message.
+        dtype: in which a layer computes, after its weights are widened.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{name}: 4 bits need bitsandbytes, which is not installed; see requirements-optional.txt")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advises further packages
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def add_lora(model: nn.Module, *, rank: int, alpha: int) -> PeftModel:
@@ -127,7 +159,12 @@ def parameter_groups(
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; tied ones count once."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(map(_count, parameters))
+
+
+def _count(parameter: nn.Parameter) -> int:
+    packed = getattr(parameter, "quant_state", None)  # of weights in 4 bits, two in a byte
+    return parameter.numel() if packed is None else packed.shape.numel()
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -166,15 +203,23 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Tensor], *, origin:
         )
 
 
-def restore_student(checkpoint: Mapping[str, Any], *, origin: str, dtype: torch.dtype = torch.float32):
+def restore_student(
+    checkpoint: Mapping[str, Any], *, origin: str, dtype: torch.dtype = torch.float32, bits: int | None = None
+):
     """The model of a checkpoint of ours: pretrained weights (in `dtype`), LoRA where it was used, and what was trained.
+
+    Args:
+        checkpoint: content of the file.
+        origin: its path, for messages.
+        dtype: of the pretrained weights.
+        bits: of the pretrained weights, see `load_model`; None = as it was trained.
 
     Raises:
         UserError: the pretrained model cannot be loaded or the weights do not fit it; names the checkpoint.
     """
     recorded = checkpoint["hyper_parameters"]
     try:
-        model = load_model(recorded["student_name"], dtype=dtype)
+        model = load_model(recorded["student_name"], dtype=dtype, bits=bits or recorded.get("base_bits", 16))
         if recorded.get("lora_rank"):
             model = add_lora(model, rank=recorded["lora_rank"], alpha=recorded["lora_alpha"])
     except UserError as error:

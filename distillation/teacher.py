@@ -39,10 +39,11 @@ from distillation.teacher_cache import (
     asked_answers,
     stored_outputs,
 )
-from utils import ROOT, UserError, outputs_root, printable, sha256, source_digest
+from utils import ROOT, UserError, outputs_root, printable, read_json, sha256, source_digest, write_json
 
 WEIGHTS = ("*.safetensors", "*.json")
 FORMAT = 2  # of what is stored; another number makes all old files unused
+FITS = 0.85  # share of a GPU's memory that a teacher's weights may take: its activations need the rest
 REMEMBERED = 64  # images whose outputs stay in memory: all answers of a batch are read one by one
 
 
@@ -117,8 +118,8 @@ class TeacherCache:
     @cached_property
     def _pooled(self) -> tuple[Tensor, Tensor]:
         """Means and mean squares, (N, Dv) each, of the training images."""
-        found = [self.source.pooled(number) for number in self.rows.values()]
-        return torch.stack([one["pooled"] for one in found]), torch.stack([one["squares"] for one in found])
+        found = self.source.pooled(list(self.rows.values()))
+        return found["pooled"], found["squares"]
 
     def recordings(self) -> Tensor:
         """(N,) int64, equal for training images of one recording, which may show the same room."""
@@ -199,16 +200,18 @@ class NamedTeacher:
     name: str  # hub id or folder of its model
     checkpoint: Path | None  # None = stock
     recorded: dict[str, Any] | None  # the checkpoint's hyper-parameters
+    bits: int = 16  # of its language model, see `load_model`
 
     def __str__(self) -> str:
+        packed = "" if self.bits == 16 else f" in {self.bits} bits"
         if self.checkpoint is None:
-            return self.name
-        return f"{self.checkpoint}, tuned on {100 * self.recorded['label_fraction']:g} % of the labels"
+            return self.name + packed
+        return f"{self.checkpoint}{packed}, tuned on {100 * self.recorded['label_fraction']:g} % of the labels"
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The model, frozen weights in `dtype`, in eval mode."""
         if self.checkpoint is None:
-            return load_model(self.name, dtype=dtype).eval()
+            return load_model(self.name, dtype=dtype, bits=self.bits).eval()
         return restore_student(read_checkpoint(self.checkpoint), origin=str(self.checkpoint), dtype=dtype).eval()
 
 
@@ -236,12 +239,14 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
     check_same_vision(named.name, args.student_name)
     groups, n_train = teacher_groups(data, dry_run=args.dry_run)
     weights = model_digest(named.name, named.checkpoint)
-    key = teacher_key(weights, processor, images, frozen_dtype(args.precision, args.accelerator))
+    dtype = frozen_dtype(args.precision, args.accelerator)
+    key = teacher_key(weights, processor, images, dtype, named.bits)
     teacher = TeacherCache(teacher_outputs(args, named, processor, images, key, groups, data.root), groups, n_train)
     # A run may go on with newer code, as it may at another commit; its teacher is the same, but its outputs are new.
     run.record["teacher_outputs"] = _short_digest({name: value for name, value in key.items() if name != "code"})
     run.record["teacher_checkpoint"] = str(named.checkpoint) if named.checkpoint else None
-    run.record["teacher_weights"] = weights[:16]
+    run.record["teacher_bits"] = named.bits
+    run.record["teacher_weights"] = weights[:16] + (" in 4 bits" if named.bits == 4 else "")
     if not args.dry_run:
         scores = teacher.accuracy(
             [row for rows in groups[n_train:] for row in rows],
@@ -250,9 +255,40 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
         run.record["teacher_val_exact_match"] = round(scores["all"], 4)
         said = ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items())
         print(printable(f"teacher: {named}; on val: {said}"))
+        compare_widths(scores["all"], len(groups) - n_train, named, key, teacher_key(weights, processor, images, dtype))
         warn_unless_above_blind(scores["all"], data)
     data.use_teacher(teacher)
     return teacher
+
+
+def compare_widths(
+    score: float, n_images: int, named: NamedTeacher, key: Mapping[str, Any], full: Mapping[str, Any]
+) -> None:
+    """Note a teacher's accuracy on val, and print that of one in 4 bits beside the same one's in 16, where it is known.
+
+    Args:
+        score: on the validation questions.
+        n_images: of validation.
+        named: the teacher.
+        key: of its outputs.
+        full: the key of its outputs in 16 bits.
+    """
+    folders = (outputs_folder() / _short_digest(which) for which in (key, full))
+    own, other = (folder / "val.json" for folder in folders)
+    if own.parent.is_dir():  # not with --teacher online
+        write_json(own, {"exact_match": score, "images": n_images})
+    if named.bits == 16 or named.checkpoint is not None:  # what was tuned in 4 bits was never anything else
+        return
+    known = read_json(other) if other.is_file() else {}
+    if known.get("images") == n_images:
+        print(f"the teacher's language model has 4 bits: {score:.3f} on val; in 16 it has {known['exact_match']:.3f}")
+    else:
+        print("the teacher's language model has 4 bits; what that costs on val is known after --teacher_bits 16")
+
+
+def outputs_folder() -> Path:
+    """Where the outputs of all teachers are, a folder each."""
+    return outputs_root(ROOT / "distillation") / "teacher_outputs"
 
 
 def teacher_outputs(
@@ -283,7 +319,7 @@ def teacher_outputs(
 
     if args.teacher == "online":
         return live()
-    folder = outputs_root(ROOT / "distillation" / "teacher_outputs")
+    folder = outputs_folder()
     if args.dry_run:
         folder = Path(tempfile.mkdtemp())
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -301,12 +337,29 @@ def teacher_outputs(
 def named_teacher(args: argparse.Namespace) -> NamedTeacher:
     """The teacher that --teacher_name or --teacher_checkpoint means. Raises UserError when there is none."""
     if not args.teacher_checkpoint:
-        return NamedTeacher(args.teacher_name, None, None)
+        return NamedTeacher(args.teacher_name, None, None, bits_of_stock(args))
     path = chosen_checkpoint(args.teacher_checkpoint, experiment_folder("baseline_rgb7b"), miniature=args.miniature)
     recorded = read_checkpoint(path)["hyper_parameters"]
     if recorded["label_fraction"] is None:
         raise UserError(f"--teacher_checkpoint {path}: was trained without labels, it has no answers to pass on")
-    return NamedTeacher(recorded["student_name"], path, recorded)
+    bits = recorded.get("base_bits", 16)
+    if args.teacher_bits not in ("auto", str(bits)):
+        raise UserError(
+            f"--teacher_bits {args.teacher_bits}: {path} was tuned with {bits}; leave it out, or tune one with "
+            f"--base_bits {args.teacher_bits}"
+        )
+    return NamedTeacher(recorded["student_name"], path, recorded, bits)
+
+
+def bits_of_stock(args: argparse.Namespace) -> int:
+    """Bits of a stock teacher: as --teacher_bits says, with `auto` 4 where its weights in 16 do not fit the GPU."""
+    if args.teacher_bits != "auto":
+        return int(args.teacher_bits)
+    device = probe(args).strategy.root_device
+    if device.type != "cuda":
+        return 16
+    stored = sum(path.stat().st_size for path in model_folder(args.teacher_name).glob(WEIGHTS[0]))
+    return 16 if stored < FITS * torch.cuda.get_device_properties(device).total_memory else 4
 
 
 def check_images(named: NamedTeacher, images: ImageSettings) -> None:
@@ -418,7 +471,9 @@ def model_digest(name: str, checkpoint: Path | None) -> str:
     return digest.hexdigest()
 
 
-def teacher_key(model_digest: str, processor: ImageTextProcessor, images: ImageSettings, dtype: torch.dtype) -> dict:
+def teacher_key(
+    model_digest: str, processor: ImageTextProcessor, images: ImageSettings, dtype: torch.dtype, bits: int = 16
+) -> dict[str, Any]:
     """What decides the teacher's outputs besides pictures and questions."""
     image_processor = processor.image_processor.to_dict()
     pictures = picture_key(processor, images)
@@ -426,7 +481,7 @@ def teacher_key(model_digest: str, processor: ImageTextProcessor, images: ImageS
     return {
         "format": FORMAT,
         "teacher": model_digest,
-        "dtype": str(dtype),
+        "dtype": str(dtype) if bits == 16 else f"{dtype}, {bits} bits",
         "images": asdict(images),
         "image_processor": hashlib.sha256(
             json.dumps(image_processor, sort_keys=True, default=str).encode()

@@ -16,7 +16,9 @@ and apart from them, since all images' are wanted at once:
 Each gold question has two answers, the gold one (teacher forcing) and the teacher's own greedy one; a question without
 a gold answer has the teacher's own. An image's name is the digest of the picture's bytes and of its questions, the
 folder's name that of the teacher's weights and settings: whatever changes leads to another file, never to a wrong one.
-What does not match its checksum is computed again.
+
+A start lists the folder and opens no file of an image. What does not match its checksum where it is read is removed,
+and the next start computes it again.
 """
 
 import hashlib
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.datamodule import image_placeholders
+from dataset.inputs.digests import DIGESTS, PictureDigests
 from dataset.inputs.pictures import ImageSettings, load_images
 from dataset.inputs.processor import ImageTextProcessor
 from dataset.inputs.prompts import collate_prompts, pack_questions
@@ -45,7 +48,7 @@ from utils import UserError, locked, progress, write_json
 Group = Sequence[QuestionRow]  # the questions of one image
 MAX_ANSWER_TOKENS = 12
 BROKEN_TEACHER = "use another teacher, or another --precision"
-HEAD = "head"  # the output layer's name in the store
+HEAD, BANK = "head", "bank-"  # in the store: the output layer's name, and how names of `pooled` of many images begin
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,14 @@ class StoredOutputs:
         """The outputs for one image."""
         return self._get(self.names[number])
 
-    def pooled(self, number: int) -> dict[str, Tensor]:
-        """`pooled` and `squares` of one image."""
-        return self._get(pooled_name(self.names[number]))
+    def pooled(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """`pooled` and `squares` of images, (N, Dv) each; stored as a whole, since reading N files takes long."""
+        names = [pooled_name(self.names[number]) for number in numbers]
+        whole = f"{BANK}{hashlib.sha256(' '.join(names).encode()).hexdigest()[:32]}"
+        if (bank := self.store.get(whole)) is None:
+            bank = stacked([self._get(name) for name in names])
+            self.store.put(whole, bank)
+        return bank
 
     def head(self) -> Tensor:
         """(V, H) the teacher's output layer, cropped to the tokenizer's length."""
@@ -70,7 +78,8 @@ class StoredOutputs:
     def _get(self, name: str) -> dict[str, Tensor]:
         tensors = self.store.get(name)
         if tensors is None:
-            raise UserError(f"{self.store.folder}: {name} was damaged since the start; start again, it is made anew")
+            self.store.remove(name)
+            raise UserError(f"{self.store.folder}: {name} is missing or damaged; start again, it is made anew")
         refuse_not_finite(tensors, self.store.path(name), "remove the file, it is made anew")
         return tensors
 
@@ -91,9 +100,9 @@ class LiveTeacher:
         (outputs,) = self.compute([self.groups[number]])
         return outputs
 
-    def pooled(self, number: int) -> dict[str, Tensor]:
-        """`pooled` and `squares` of one image, made now."""
-        return pool(self.image(number)["patches"])
+    def pooled(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """`pooled` and `squares` of images, (N, Dv) each, made now."""
+        return stacked([pool(self.image(number)["patches"]) for number in numbers])
 
     def head(self) -> Tensor:
         """(V, H) the output layer, cropped to the tokenizer's length."""
@@ -170,6 +179,11 @@ def pool(patches: Tensor) -> dict[str, Tensor]:
     return {"pooled": patches.float().mean(0), "squares": patches.float().square().mean(0)}
 
 
+def stacked(groups: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of the same names, stacked name by name."""
+    return {name: torch.stack([group[name] for group in groups]) for name in groups[0]}
+
+
 def pooled_name(name: str) -> str:
     """Where `pool` of an image is stored."""
     return f"{name}.pooled"
@@ -196,12 +210,16 @@ def stored_outputs(
         root: ROOT_DATA_DIR.
         batch_size: images per pass of the teacher.
     """
-    store = TensorStore(folder)
-    names = [image_name(root, rows) for rows in groups]
+    store, digests = TensorStore(folder), PictureDigests(folder.parent / DIGESTS)
+    names = [
+        image_name(digests.of(root / rows[0].image_path), rows)
+        for rows in progress(groups, total=len(groups), label="looking for the teacher's stored outputs, image")
+    ]
+    digests.save()
 
     def missing() -> list[int]:
-        found = progress(enumerate(names), total=len(names), label="checking the teacher's stored outputs, image")
-        return [i for i, name in found if store.get(name) is None or store.get(pooled_name(name)) is None]
+        there = store.names()
+        return [i for i, name in enumerate(names) if not there.issuperset((name, pooled_name(name)))]
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with locked(folder, shared=world_size > 1):  # another run with this teacher waits and finds its outputs
@@ -210,16 +228,18 @@ def stored_outputs(
             write_json(folder / "teacher.json", record)
             compute_and_store(store, [(names[i], groups[i]) for i in own], live(), batch_size=batch_size)
     if world_size > 1:
-        with locked(folder):  # not before all others have done theirs; what one of them could not do is done here
-            rest = missing()
-            if rest:
-                compute_and_store(store, [(names[i], groups[i]) for i in rest], live(), batch_size=batch_size)
+        with locked(folder):  # not before all others have done theirs
+            pass
+        if missing():  # what one of them could not do
+            with locked(folder):
+                if rest := missing():
+                    compute_and_store(store, [(names[i], groups[i]) for i in rest], live(), batch_size=batch_size)
     return StoredOutputs(store, tuple(names))
 
 
-def image_name(root: Path, rows: Group) -> str:
-    """The digest of a picture's bytes and of its questions."""
-    digest = hashlib.sha256((root / rows[0].image_path).read_bytes())
+def image_name(picture: str, rows: Group) -> str:
+    """The digest of a picture, by that of its bytes, and of its questions."""
+    digest = hashlib.sha256(picture.encode())
     for row in rows:
         digest.update("\n".join((row.question, row.answer, "")).encode())
     return digest.hexdigest()[:32]

@@ -158,7 +158,7 @@ def hand_over(
     else:
         record = checkpoint["hyper_parameters"]
         processor = load_processor(record["student_name"])
-        model = restore_student(checkpoint, origin=str(path), dtype=torch.float32)
+        model = restore_student(checkpoint, origin=str(path), dtype=torch.float32, bits=16)
         validation = metrics["training"]["validation"]
         description = describe_student(record, processor, checkpoint=path, validation=validation)
         dtype = DTYPES[args.export_dtype or "float32"]

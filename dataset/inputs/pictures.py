@@ -17,6 +17,7 @@ from torch import Tensor
 from dataset.inputs.augmentation import augment
 from dataset.inputs.degradations import LIGHT_LADDER, Degradation, degrade_depth, degrade_rgb, rng_of
 from dataset.inputs.depth_encodings import encode_depth
+from dataset.inputs.digests import DIGESTS, PictureDigests
 from dataset.inputs.processor import ImageTextProcessor
 from dataset.inputs.store import TensorStore
 from dataset.sunrgbd.depth import read_depth
@@ -186,6 +187,7 @@ class PictureCache:
         """`key` names all that turns frames into pictures, see `picture_key`; each key has a folder of its own."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         self.store, self.settings = TensorStore(folder / digest[:16]), settings
+        self.digests = PictureDigests(folder / DIGESTS)
 
     def get(self, frame: Frame, make: Callable[[], Picture]) -> Picture:
         """The picture of a frame; `make` computes it where it is missing or damaged."""
@@ -196,15 +198,19 @@ class PictureCache:
         return picture
 
     def find(self, frame: Frame) -> Picture | None:
-        """The picture of a frame; None when it is missing or damaged."""
-        tensors = self.store.get(self._name(frame))
-        return Picture(**tensors) if tensors else None
+        """The picture of a frame; None when it is missing or damaged, and then it counts as missing from here on."""
+        name = self.name(frame)
+        if tensors := self.store.get(name):
+            return Picture(**tensors)
+        self.store.remove(name)
+        return None
 
     def put(self, frame: Frame, picture: Picture) -> None:
         """Store the picture of a frame."""
-        self.store.put(self._name(frame), vars(picture))
+        self.store.put(self.name(frame), vars(picture))
 
-    def _name(self, frame: Frame) -> str:
-        digest = hashlib.sha256((frame.root / source_path(frame, self.settings)).read_bytes())
+    def name(self, frame: Frame) -> str:
+        """The name of a frame's picture in the store."""
+        digest = hashlib.sha256(self.digests.of(frame.root / source_path(frame, self.settings)).encode())
         digest.update(frame.intrinsics.tobytes() + frame.tilt.tobytes())
         return digest.hexdigest()[:32]

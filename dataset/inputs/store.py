@@ -1,8 +1,10 @@
 """Groups of tensors on disk, one file each, under names that say what they were computed from."""
 
+import os
 import struct
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import load, save
@@ -10,9 +12,11 @@ from torch import Tensor
 
 from utils import atomic_path
 
+SUFFIX = ".tensors"
+
 
 class TensorStore:
-    """A folder of small named groups of tensors, each with a checksum; what is damaged counts as missing.
+    """A folder of small named groups of tensors, each with a checksum that is looked at where it is read.
 
     Files appear whole or not at all, so several processes may write at the same time. They are not synced to the disk
     one by one: a file that a power cut damaged fails its checksum and is computed again.
@@ -36,10 +40,19 @@ class TensorStore:
         with atomic_path(self.path(name), durable=False, size=len(data) + 4) as part:
             part.write_bytes(struct.pack("<I", zlib.crc32(data)) + data)
 
-    def __len__(self) -> int:
-        """How many names there are, damaged ones included."""
-        return sum(1 for _ in self.folder.glob("*/*.tensors"))
+    def remove(self, name: str) -> None:
+        """Remove what was damaged, so that a start finds it missing."""
+        self.path(name).unlink(missing_ok=True)
+
+    def names(self) -> set[str]:
+        """All names that are there, damaged ones included: from the folders' listings, without opening a file."""
+        found = set()
+        with suppress(FileNotFoundError), os.scandir(self.folder) as folders:
+            for folder in folders:
+                if folder.is_dir():
+                    found.update(e.removesuffix(SUFFIX) for e in os.listdir(folder.path) if e.endswith(SUFFIX))
+        return found
 
     def path(self, name: str) -> Path:
         """The file of this name."""
-        return self.folder / name[:2] / f"{name}.tensors"
+        return self.folder / name[:2] / f"{name}{SUFFIX}"

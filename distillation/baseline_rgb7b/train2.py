@@ -34,6 +34,7 @@ from distillation.models import MINIATURE_TEACHER, TEACHER_NAME, add_lora, load_
 from distillation.run.data import build_data
 from distillation.run.flags import add_common_args, add_vision_cache_arg, parse
 from distillation.run.machine import frozen_dtype
+from distillation.run.sharding import FSDP2
 from distillation.run.start import start_run
 from distillation.run.steps import cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
@@ -47,8 +48,8 @@ class SupervisedLoRA(pl.LightningModule):
     def __init__(self, args, *, vocab_size):
         super().__init__()
         self.args, self.vocab_size = args, vocab_size
-        frozen = frozen_dtype(args.precision, args.accelerator)
-        self.student = load_model(args.student_name, dtype=frozen if args.lora_rank else torch.float32)
+        frozen = frozen_dtype(args.precision, args.accelerator) if args.lora_rank else torch.float32
+        self.student = load_model(args.student_name, dtype=frozen, bits=args.base_bits)
         if args.lora_rank:
             self.student = add_lora(self.student, rank=args.lora_rank, alpha=args.lora_alpha)
 
@@ -82,6 +83,13 @@ def parse_args(argv=None):
     parser.add_argument(
         "--lora_alpha", type=at_least(1), help="adapters are scaled by lora_alpha / lora_rank (twice the rank)"
     )
+    parser.add_argument(
+        "--base_bits",
+        type=int,
+        choices=(16, 4),
+        default=16,
+        help="bits of the frozen language model under the adapters; 4 fits a 7B on 16 GB (%(default)s)",
+    )
     args = parse(parser, argv, student_name=MINIATURE_TEACHER, batch_size=32, max_epochs=2, lr=1e-3)
     if args.lora_rank and args.vision_lr is not None:
         parser.error("--vision_lr: LoRA leaves the vision tower frozen; leave it out, or train all with --lora_rank 0")
@@ -89,6 +97,8 @@ def parse_args(argv=None):
         parser.error(
             "--lora_rank 0 trains all weights: give --lr and --vision_lr (its siblings': 1e-5, 2e-6), no --lora_alpha"
         )
+    if args.base_bits == 4 and not (args.lora_rank and args.strategy != FSDP2):
+        parser.error(f"--base_bits 4: such weights train under LoRA only, and not with --strategy {FSDP2}")
     args.lora_alpha = args.lora_alpha or 2 * args.lora_rank
     return args
 

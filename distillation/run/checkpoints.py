@@ -36,7 +36,8 @@ from utils import (
 
 KEPT = 2  # checkpoints: the best one and the last one
 CHECKPOINT_SHARE = 3  # times the weights that train: they and two Adam moments
-ADDED_FLAGS = {"depth_degradation": 0.0, "divergence": "forward_kl"}  # what runs did that are older than the flag
+# What runs did that are older than a flag.
+ADDED_FLAGS = {"depth_degradation": 0.0, "divergence": "forward_kl", "base_bits": 16, "teacher_bits": 16}
 
 
 def read_checkpoint(path: Path, *, need_checksum: bool = False) -> dict[str, Any]:
@@ -378,9 +379,9 @@ def write_outputs(
     checkpoint = read_checkpoint(best)
     state, record = student_state(checkpoint), checkpoint["hyper_parameters"]
     student = module.student
-    if isinstance(module, FSDPModule):  # no rank has all of it
+    if isinstance(module, FSDPModule) or record.get("base_bits") == 4:  # no rank has all of it, or it is packed
         dtype = frozen_dtype(args.precision, args.accelerator) if record.get("lora_rank") else torch.float32
-        student = restore_student(checkpoint, origin=str(best), dtype=dtype)
+        student = restore_student(checkpoint, origin=str(best), dtype=dtype, bits=16)
     else:
         load_trained_state(student, state, origin=str(best))
     if args.save_final_pt:

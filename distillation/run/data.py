@@ -54,7 +54,7 @@ def build_data(
     )
     data.setup()
     if cache:
-        missing = data.images_per_epoch + len(data.val) - len(cache.store)
+        missing = data.images_per_epoch + len(data.val) - len(cache.store.names())
         check_disk("--picture_cache", cache.store.folder, data.train[0, 0]["picture"].tiles.nbytes, missing)
     return data
 
@@ -125,7 +125,9 @@ def store_features(
     Raises:
         UserError: the disk has no room for what the first picture promises.
     """
-    missing = [i for i in range(len(dataset)) if cache.find(dataset.frame(i)) is None]
+    there = cache.store.names()
+    missing = [i for i in range(len(dataset)) if cache.name(dataset.frame(i)) not in there]
+    cache.digests.save()
     loader = torch.utils.data.DataLoader(
         dataset,
         sampler=[(0, i) for i in missing],

@@ -214,6 +214,12 @@ def add_teacher_args(parser: argparse.ArgumentParser, *, asks: bool = True) -> N
         help="a teacher fine-tuned by baseline_rgb7b: a path or a run's name; without one: the best",
     )
     parser.add_argument(
+        "--teacher_bits",
+        choices=("auto", "16", "4"),
+        default="auto",
+        help="bits of the teacher's language model; auto = those of its checkpoint, else 4 where 16 do not fit the GPU",
+    )
+    parser.add_argument(
         "--any_teacher",
         action="store_true",
         help="accept a teacher other than the phase before had, or one tuned on labels that the student may not see",

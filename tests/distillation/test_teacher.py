@@ -1,9 +1,11 @@
 """The teacher: what it says about every image, stored once, and whether it is fit for its student."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import utils
 from dataset.datamodule import SUNRGBDDataModule
-from dataset.inputs import pictures
+from dataset.inputs import digests, pictures
 from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import load_processor
 from distillation import teacher as teacher_module
@@ -59,6 +61,35 @@ def test_cached_outputs_are_the_teachers(places, world, tiny_folder, tiny_teache
         torch.testing.assert_close(bank[row], ((patches[i] - mean) / std).mean(0), atol=1e-4, rtol=1e-4)
 
 
+def read_all(teacher):
+    for path in teacher.number:
+        teacher.source.image(teacher.number[path])
+    teacher.source.pooled(range(len(teacher.number)))
+
+
+def test_a_start_opens_no_file_of_an_image(places, world, tiny_folder, tiny_teacher, monkeypatch):
+    """Neither pictures nor outputs, once they are known; a picture that changed is read, and is another one."""
+    data, opened = data_module(world, tiny_folder), []
+    teacher_of(data, tiny_folder, tiny_teacher).memory_bank()
+    read_bytes, digest = Path.read_bytes, digests.sha256
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path.name) or read_bytes(path))
+    monkeypatch.setattr(digests, "sha256", lambda path: opened.append(path.name) or digest(path))
+    monkeypatch.setattr(teacher_module.TeacherCache, "accuracy", lambda *args: {"all": 1.0})
+    teacher = teacher_of(data, tiny_folder, tiny_teacher)
+    teacher.memory_bank()
+    assert sorted(name.split("-")[0] for name in opened) == ["bank", "head.tensors"]
+    changed = world / data.train.images[0][0].image_path
+    before, own = read_bytes(changed), teacher.source.names[0]
+    try:
+        os.utime(changed)  # the same bytes at another time
+        assert teacher_of(data, tiny_folder, tiny_teacher).source.names == teacher.source.names
+        changed.write_bytes(before + b"more")
+        assert teacher_of(data, tiny_folder, tiny_teacher).source.names[0] != own
+    finally:
+        changed.write_bytes(before)
+    assert opened.count(changed.name) >= 2
+
+
 def test_the_teacher_computes_once(places, world, tiny_folder, tiny_teacher, monkeypatch):
     """Killed half-way, damaged, with other images: only what is missing is computed; then no model is loaded at all."""
     computed, compute = [], teacher_cache.LiveTeacher.compute
@@ -89,6 +120,9 @@ def test_the_teacher_computes_once(places, world, tiny_folder, tiny_teacher, mon
         before = teacher.source.store.get(name)
         path.write_bytes(data_bytes[:100] + bytes([data_bytes[100] ^ 1]) + data_bytes[101:])
         assert teacher.source.store.get(name) is None
+        if n:  # a start opens no file of an image: it is found damaged where it is read
+            with pytest.raises(UserError, match=f"{name} is missing or damaged; start again"):
+                read_all(teacher)
         computed.clear()
         teacher_of(data, tiny_folder, tiny_teacher)
         assert len(computed) == n
@@ -140,15 +174,19 @@ def test_two_files_may_number_their_questions_alike(world, tiny_folder, tiny_tea
 
 def test_other_pictures_or_questions_are_other_files(world, tiny_folder, tmp_path):
     rows = data_module(world, tiny_folder).train.images[0]
-    before = teacher_cache.image_name(world, rows)
-    assert teacher_cache.image_name(world, [replace(rows[0], question="What?"), *rows[1:]]) != before
-    assert teacher_cache.image_name(world, [replace(rows[0], answer=""), *rows[1:]]) != before
+
+    def name(root, *rows):
+        return teacher_cache.image_name(digests.PictureDigests(tmp_path / "none").of(root / rows[0].image_path), rows)
+
+    before = name(world, *rows)
+    assert name(world, replace(rows[0], question="What?"), *rows[1:]) != before
+    assert name(world, replace(rows[0], answer=""), *rows[1:]) != before
     picture = tmp_path / rows[0].image_path
     picture.parent.mkdir(parents=True)
     shutil.copy(world / rows[0].image_path, picture)
-    assert teacher_cache.image_name(tmp_path, rows) == before
+    assert name(tmp_path, *rows) == before
     picture.write_bytes(picture.read_bytes() + b"0")
-    assert teacher_cache.image_name(tmp_path, rows) != before
+    assert name(tmp_path, *rows) != before
 
 
 def test_other_code_or_libraries_ask_the_teacher_again(tiny_teacher, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ repetition rules.
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --ckpt_path path/to/checkpoint.ckpt
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --kd_model_type baseline_depth --load_checkpoint
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --model_id llava-hf/llava-onevision-qwen2-0.5b-ov-hf
+    python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --ckpt_path path/to/checkpoint.ckpt --devices 4
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --ckpt_path path/to/checkpoint.ckpt --dataset daquar
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --predictions path/to/predictions.csv
     python evaluation/onevisionv3/sunrgbd/evaluate_onevision.py --ckpt_path NAME --export DIR --push_to_hub USER/NAME
