@@ -22,6 +22,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import multiprocessing
 import platform
@@ -58,6 +59,8 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u20
 LONGEST_MESSAGE = 2000  # characters; a stranger's file may quote itself at any length
 # What libraries advise where they refuse to run a stranger's code: to let it run.
 UNSAFE_ADVICE = re.compile("weights_only|trust_remote_code|safe_globals|safe_load|upgrade", re.IGNORECASE)
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advises further packages, wherever peft finds it installed
 
 
 class UserError(Exception):

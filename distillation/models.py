@@ -1,7 +1,6 @@
 """Load student and teacher, choose what trains, LoRA, weights in and out."""
 
 import importlib.util
-import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -79,7 +78,6 @@ def four_bits(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"{name}: 4 bits need bitsandbytes, which is not installed; see requirements-optional.txt")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advises further packages
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     config = BitsAndBytesConfig(
         load_in_4bit=True,
