@@ -5,41 +5,12 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers import LlavaOnevisionForConditionalGeneration
 
 from distillation.forward import states_at, use_packed_attention
+from distillation.shapes import true_config
 
 QUESTIONS = 4  # per image
-
-
-def true_config(size: str) -> LlavaOnevisionConfig:
-    """The published configurations of the 0.5B and the 7B (llava-hf/llava-onevision-qwen2-*-ov-hf)."""
-    vision = SiglipVisionConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=26,
-        num_attention_heads=16,
-        image_size=384,
-        patch_size=14,
-        vision_use_head=False,
-    )
-    small = size == "0.5b"
-    text = Qwen2Config(
-        vocab_size=152000 if small else 152128,
-        hidden_size=896 if small else 3584,
-        intermediate_size=4864 if small else 18944,
-        num_hidden_layers=24 if small else 28,
-        num_attention_heads=14 if small else 28,
-        num_key_value_heads=2 if small else 4,
-        tie_word_embeddings=small,
-    )
-    return LlavaOnevisionConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=151646,
-        video_token_index=151647,
-        tie_word_embeddings=small,
-    )
 
 
 def meta_model(size: str) -> LlavaOnevisionForConditionalGeneration:

@@ -26,13 +26,12 @@ import numpy as np
 import torch
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from benchmarks.flops import true_config
 from dataset.inputs.depth_encodings import encode_depth
 from dataset.inputs.own_pictures import own_camera
-from dataset.inputs.processor import FloatImageProcessor, ImageTextProcessor, load_processor
+from dataset.inputs.processor import ImageTextProcessor
 from distillation.decoding import answers_behind, read_prefix
 from distillation.forward import use_packed_attention
-from distillation.models import MINIATURE_STUDENT
+from distillation.shapes import true_config, true_processor
 
 HEIGHT, WIDTH = 530, 730
 QUESTION_TOKENS, ANSWER_TOKENS, CHAT_TOKENS = 20, 4, 14
@@ -87,19 +86,6 @@ def measure(dtype: str) -> dict[str, float]:
         "further": statistics.median(further_s),
         "peak_gib": peak_memory() / 2**30,
     }
-
-
-def true_processor() -> ImageTextProcessor:
-    """The true image settings: tiles of 384 pixels, 729 tokens each; the tokenizer plays no part here."""
-    small = load_processor(MINIATURE_STUDENT)
-    images = FloatImageProcessor(size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return ImageTextProcessor(
-        image_processor=images,
-        tokenizer=small.tokenizer,
-        num_image_tokens=729,
-        vision_feature_select_strategy="full",
-        chat_template=small.chat_template,
-    )
 
 
 def look(model: LlavaOnevisionForConditionalGeneration, processor: ImageTextProcessor, depth_m: np.ndarray):

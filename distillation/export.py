@@ -34,8 +34,8 @@ DEPTH_CONSTANTS = {
 }
 # What a record has besides the flags that decide the weights: the machine's, the run's, and what stands elsewhere.
 NOT_FLAGS = frozenset(
-    "script git_commit run run_name resume export export_dtype save_final_pt dry_run num_workers accelerator devices "
-    "num_nodes strategy picture_cache vision_cache gradient_checkpointing focal_share tilt_degrees modality "
+    "script git_commit run run_name resume export export_dtype save_final_pt dry_run measure num_workers accelerator "
+    "devices num_nodes strategy picture_cache vision_cache gradient_checkpointing focal_share tilt_degrees modality "
     "depth_encoding depth_source image_tokens student_name teacher_name teacher_checkpoint miniature "
     "teacher_outputs teacher_weights teacher_val_exact_match".split()
 )

@@ -257,7 +257,7 @@ def check_same_run(recorded: Mapping[str, Any], run: Run) -> None:
     """
     free = {"resume", "run", "run_name", "git_commit", "export", "export_dtype", "save_final_pt", "num_workers"}
     free |= {"max_epochs", "max_steps", "accelerator", "devices", "strategy", "load_checkpoint"}
-    free |= {"picture_cache", "vision_cache"}
+    free |= {"picture_cache", "vision_cache", "measure"}
     free |= {"gradient_checkpointing", "num_nodes", "teacher", "any_teacher"}
     free |= {"batch_size", "accumulate_grad_batches"}  # see `check_same_updates`
     free |= {"teacher_val_exact_match"}  # follows from the teacher

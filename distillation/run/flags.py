@@ -143,7 +143,8 @@ def _add_run_args(add: Callable[..., None]) -> None:
         type=new_path,
         help="write the best student's weights as a plain state dict to this path (with LoRA: the adapters)",
     )
-    add("--dry_run", action="store_true", help="say what would happen and what it costs; write nothing")
+    add("--dry_run", action="store_true", help="say what a run would cost, without weights or data; write nothing")
+    add("--measure", action="store_true", help="with --dry_run: make two real steps, too")
 
 
 def step_limit(text: str) -> int:
@@ -285,6 +286,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
         parser.error("--teacher online computes its outputs where the student trains: add --num_workers 0")
     if args.resume not in (None, "auto") and args.load_checkpoint:
         parser.error("--resume continues a run with its own weights; leave out --load_checkpoint")
+    if args.measure and not args.dry_run:
+        parser.error("--measure goes with --dry_run")
     if args.resume and args.dry_run:
         parser.error("--dry_run says what a new run costs; leave out --resume")
     for name, given in (("picture_cache", args.picture_cache), ("vision_cache", args.vision_cache)):

@@ -14,6 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from dataset.inputs.pictures import ImageSettings
+from distillation.plan import say_plan
 from distillation.run.checkpoints import read_checkpoint
 from distillation.run.claim import claim, join, refuse_claimed
 from distillation.run.folders import Run, finished_run, run_folder, run_folders
@@ -28,7 +29,12 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
 
     Raises:
         UserError: there is no data, the run's folder is in use, or there is nothing to resume.
+        SystemExit: after --dry_run has said what the run would cost, unless it is to --measure it, too.
     """
+    if args.dry_run:
+        say_plan(args, Path(script).resolve())
+        if not args.measure:
+            raise SystemExit(0)
     data_root(args.miniature)  # before minutes are spent on loading a model
     path = Path(script).resolve()
     experiment = outputs_root(path.parent)

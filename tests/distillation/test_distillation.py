@@ -243,6 +243,6 @@ def test_an_interrupted_distillation_resumes_bit_exactly(places, tiny_folder, ti
 
 
 def test_dry_run_of_a_distillation_writes_nothing(places, tiny_folder, tiny_teacher, capsys):
-    distill("logit", tiny_folder, tiny_teacher, "--dry_run", "--teacher_questions", "2")
+    distill("logit", tiny_folder, tiny_teacher, "--dry_run", "--measure", "--teacher_questions", "2")
     assert "peak memory" in capsys.readouterr().out
     assert not places.exists()

@@ -196,7 +196,7 @@ def test_weights_that_are_not_finite_are_never_saved(places, tiny_folder, monkey
 
 
 def test_dry_run_writes_nothing(places, tiny_folder, capsys):
-    train("baseline_depth", tiny_folder, "--dry_run")
+    train("baseline_depth", tiny_folder, "--dry_run", "--measure")
     said = capsys.readouterr().out
     assert "image tokens: 65" in said and "peak memory" in said and "12 steps" in said
     assert not places.exists()

@@ -1,0 +1,420 @@
+"""What a run would cost, before anything is downloaded or computed: `--dry_run` of every training script.
+
+The script's own `main` is called with stand-ins for what needs weights, data or hours. What it builds makes two
+optimizer updates on shapes alone (`distillation.shapes`), where PyTorch's memory tracker counts.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
+from transformers import LlavaOnevisionConfig
+
+from dataset.inputs.pictures import ImageSettings
+from dataset.inputs.processor import ImageTextProcessor, load_processor
+from dataset.inputs.prompts import IGNORE, collate_prompts, pack_questions
+from dataset.questions.rows import group_by_image, questions_file, read_questions
+from distillation.forward import answer_states, base_model
+from distillation.models import STUDENT_NAME, TEACHER_NAME, count_parameters
+from distillation.run.checkpoints import CHECKPOINT_SHARE, KEPT
+from distillation.run.machine import half_dtype, resolve_precision
+from distillation.shapes import (
+    Memory,
+    StepMemory,
+    counted_operations,
+    model_of_shapes,
+    peak,
+    real_numbers,
+    shapes_only,
+    true_config,
+    true_processor,
+)
+from distillation.teacher import TeacherConstants
+from utils import ROOT, UserError, amount, data_root, duration, load_script, model_source
+
+BUILT_IN = {STUDENT_NAME: "0.5b", TEACHER_NAME: "7b"}  # whose configurations are known without a download
+FRAME = 530, 730  # height and width of most frames of SUN RGB-D, in pixels
+FRAMES, ASKED = 4735, 7  # training frames, and questions about one, where there is no question file to count them in
+QUESTION, ANSWER = "What is on the left of the brown chair?", "night stand"  # of usual length
+VOCABULARY = 151648  # tokens of the true tokenizer
+CONTEXT_GIB = 0.6  # that CUDA itself takes
+SLACK = 1.05  # what an allocator takes, in units of live tensors
+NF4_BYTES = 0.5 + 4 / 64  # of a weight: half a byte, and a scale of four bytes for each 64
+# GiB of a card -> TFLOP/s that are assumed: about 40 % of the dense bfloat16 rate of usual cards of that size.
+CARDS = {16: 30, 24: 60, 40: 120, 80: 300}
+NAMES = {  # of the parts of `Memory`, as they are printed
+    "weights": "weights",
+    "buffers": "of the teacher",
+    "gradients": "gradients",
+    "optimizer": "Adam's moments",
+    "activations": "activations",
+    "logits": "logits",
+}
+ANSWER_TOKENS = 4  # of an answer that is stored, its end included
+SAVINGS = (  # in the order in which they cost something
+    {"batch_size": 1},
+    {"batch_size": 1, "gradient_checkpointing": True},
+    {"batch_size": 1, "gradient_checkpointing": True, "image_tokens": "two_tile"},
+    {"batch_size": 1, "gradient_checkpointing": True, "image_tokens": "one_tile"},
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one micro-batch and of an optimizer update."""
+
+    trainable: int
+    parameters: int
+    tokens: int  # in a row, image tokens included
+    image_tokens: int
+    memory: Memory
+    tflop: float  # of a micro-batch, forward and backward
+
+
+def configuration(name: str) -> tuple[LlavaOnevisionConfig, bool]:
+    """The configuration of a model, and whether it is the built-in one, since the model was never downloaded.
+
+    Raises:
+        UserError: nobody knows the shapes of this model.
+    """
+    if name in BUILT_IN and not is_here(name):
+        return true_config(BUILT_IN[name]), True
+    try:
+        return LlavaOnevisionConfig.from_pretrained(model_source(name)), False
+    except Exception as error:  # of many types, where there is no internet and no folder
+        raise UserError(
+            f"{name}: no configuration is to be had, and its shapes are not built in (those of {', '.join(BUILT_IN)} "
+            "are); give a folder with its config.json"
+        ) from error
+
+
+def is_here(name: str) -> bool:
+    """Whether a model's configuration is on this machine."""
+    return Path(model_source(name)).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def processor_of(name: str) -> ImageTextProcessor:
+    """The processor of a model, or `true_processor` where none is here."""
+    if is_here(name):
+        with suppress(UserError):  # a folder with a config.json alone
+            return load_processor(name)
+    return true_processor()
+
+
+def frames_of(args: argparse.Namespace) -> tuple[int, float, bool]:
+    """Training images, questions about each, and whether they were counted in the data set's own files."""
+    root = data_root_or_none(args.miniature)
+    path = root and questions_file(root, "train")
+    if path is None or not path.is_file():
+        return round(FRAMES * args.subset_percentage), ASKED, False
+    groups = group_by_image(read_questions(path))
+    questions = sum(len(group) for group in groups) / len(groups)
+    return round(len(groups) * args.subset_percentage), questions, True
+
+
+def data_root_or_none(miniature: bool) -> Path | None:
+    """The data set's folder; None where there is none."""
+    try:
+        return data_root(miniature)
+    except UserError:
+        return None
+
+
+@dataclass
+class TeacherShapes:
+    """What a script asks of a `TeacherCache`, in shapes."""
+
+    config: LlavaOnevisionConfig
+    vocabulary: int
+    n_images: int
+    dtype: torch.dtype  # of what is stored
+
+    def constants(self, **wanted: bool) -> TeacherConstants:
+        """See `TeacherCache.constants`."""
+        options = {"output_layer": False, "patches": False, "memory_bank": False}
+        return TeacherConstants(self, **(options | wanted))
+
+    def head(self) -> Tensor:
+        """(V, H)."""
+        return torch.empty(self.vocabulary, self.config.text_config.hidden_size, dtype=self.dtype)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation, (Dv,) each."""
+        width = self.config.vision_config.hidden_size
+        return torch.empty(width), torch.empty(width)
+
+    def memory_bank(self) -> Tensor:
+        """(N, Dv)."""
+        return torch.empty(self.n_images, self.config.vision_config.hidden_size)
+
+    def recordings(self) -> Tensor:
+        """(N,), each image one of its own."""
+        return torch.arange(self.n_images)
+
+
+def batch_of_shapes(
+    args: argparse.Namespace,
+    student: ImageSettings,
+    config: LlavaOnevisionConfig,
+    processor: ImageTextProcessor,
+    teacher: TeacherShapes | None,
+    questions: int,
+) -> dict[str, Any]:
+    """A batch of `args.batch_size` usual frames with as many questions each, as the data module makes it."""
+    size, n = config.vision_config.image_size, args.batch_size
+    height, width = FRAME if size == 384 else (size, size)
+    image_tokens = processor.count_image_tokens(height, width, image_tokens=student.image_tokens)
+    prompt = pack_questions(processor, [QUESTION] * questions, [ANSWER] * questions, n_image_tokens=image_tokens)
+    text = collate_prompts([prompt] * n, pad_token_id=processor.tokenizer.pad_token_id)
+    text["input_ids"][text["input_ids"] == processor.image_token_id] = config.image_token_id
+    n_answers = int((text["labels"] != IGNORE).sum())
+    tiles = processor.pixels([np.zeros((height, width, 3), np.uint8)], image_tokens=student.image_tokens)
+    patches = (size // config.vision_config.patch_size) ** 2
+    images = {name: value.repeat(n, *[1] * (value.ndim - 1)) for name, value in tiles.items() if name != "pixel_values"}
+    shape = (n, tiles["pixel_values"].shape[1])
+    if args.vision_cache:
+        images["features"] = torch.empty(*shape, patches, config.vision_config.hidden_size)
+    else:
+        images["pixel_values"] = torch.empty(*shape, 3, size, size)
+    counts = {"gold_tokens": n_answers, "answer_tokens": n_answers, "images": n, "patches": n * patches}
+    batch = {"text": text, "student_images": images, "spare": False, "update": counts | {"has_gold": True}}
+    batch["image_paths"] = [""] * n
+    if teacher:
+        with real_numbers():  # which patches count decides a shape
+            valid_share = torch.ones(n, patches)
+        batch["teacher"] = {
+            "hidden": torch.empty(n_answers, teacher.config.text_config.hidden_size, dtype=teacher.dtype),
+            "gold": torch.ones(n_answers, dtype=torch.bool),
+            "patches": torch.empty(n, patches, teacher.config.vision_config.hidden_size, dtype=teacher.dtype),
+            "valid_share": valid_share,
+            "memory_bank_rows": torch.arange(n),
+        }
+    return batch
+
+
+def cost_of(args: argparse.Namespace, script: Path) -> Cost:
+    """What a script's steps take with these flags.
+
+    Raises:
+        UserError: nobody knows the shapes of a model.
+    """
+    module_of_script, built = load_script(script.relative_to(ROOT).as_posix()), {}
+    n_images, questions, _ = frames_of(args)
+    processor = processor_of(args.student_name)
+    with shapes_only():
+        stand_in(module_of_script, args, processor, n_images, built)
+        module_of_script.main(args)
+        return _measure(args, built, processor, round(questions) + (args.teacher_questions or 0))
+
+
+def stand_in(
+    script: ModuleType,
+    args: argparse.Namespace,
+    processor: ImageTextProcessor,
+    n_images: int,
+    built: dict[str, Any],
+) -> None:
+    """Replace what a script's `main` calls by what costs nothing; its module ends in `built`."""
+    vocabulary = len(processor.tokenizer) if processor.num_image_tokens != 729 else VOCABULARY
+    if getattr(args, "teacher_name", None):
+        dtype = half_dtype(precision_of(args)) or torch.float32
+        built["teacher"] = TeacherShapes(configuration(args.teacher_name)[0], vocabulary, n_images, dtype)
+
+    def start_run(args: argparse.Namespace, file: str, images: ImageSettings) -> None:
+        built["images"] = images
+
+    def load(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16):
+        return model_of_shapes(configuration(name)[0], dtype)
+
+    script.start_run, script.load_model = start_run, load
+    script.load_processor = lambda name: SimpleNamespace(tokenizer=range(vocabulary))
+    script.build_data = lambda *given, **options: None
+    script.open_teacher = lambda *given: built["teacher"]
+    script.train = lambda module, *given, **options: built.update(module=module)
+
+
+def _measure(args: argparse.Namespace, built: Mapping[str, Any], processor: ImageTextProcessor, questions: int) -> Cost:
+    module, teacher = built["module"], built.get("teacher")
+    config = module.student.config
+    batch = batch_of_shapes(args, built["images"], config, processor, teacher, questions)
+    module._trainer = SimpleNamespace(
+        estimated_stepping_batches=100, accumulate_grad_batches=args.accumulate_grad_batches, world_size=1
+    )
+    if args.gradient_checkpointing:
+        module.student.activation_checkpointing_enable({"use_reentrant": False})
+    (optimizer,), _ = module.configure_optimizers()
+    tracker = StepMemory({config.text_config.vocab_size, VOCABULARY, len(processor.tokenizer)})
+    tracker.track_external(module)
+
+    def micro_batch() -> None:
+        with torch.autocast("cpu", half, enabled=half is not None):
+            loss = module.training_step(batch, 0)["loss"]
+        loss.backward()
+
+    half = half_dtype(precision_of(args))
+    with tracker:
+        with counted_operations() as counter:
+            micro_batch()
+        optimizer.step()  # from here on there are moments
+        if args.accumulate_grad_batches == 1:
+            optimizer.zero_grad()
+        tracker.reset_mod_stats()
+        micro_batch()  # with accumulation, beside the gradients of the one before
+        optimizer.step()
+    memory = peak(tracker)
+    saved = saved_by_bits(module.student, getattr(args, "base_bits", 16))
+    trainable, total = count_parameters(module.student)
+    ids = batch["text"]["input_ids"]
+    return Cost(
+        trainable=trainable,
+        parameters=total,
+        tokens=ids.shape[1],
+        image_tokens=int((ids[0] == config.image_token_id).sum()),
+        memory=replace(memory, weights=round(memory.weights - saved)),
+        tflop=counter.get_total_flops() / 1e12,
+    )
+
+
+def precision_of(args: argparse.Namespace) -> str:
+    """The precision that is planned for: `auto` is what a GPU with bfloat16 takes."""
+    return "bf16-mixed" if args.precision == "auto" and args.accelerator != "cpu" else resolve_precision(args.precision)
+
+
+def teacher_cost(args: argparse.Namespace, questions: int, bits: int) -> Cost:
+    """Of a pass of the teacher over the images of one batch, each with its labels and its own answers.
+
+    Args:
+        args: of a script that distills.
+        questions: about an image.
+        bits: of its language model.
+    """
+    config, _ = configuration(args.teacher_name)
+    processor, half = processor_of(args.teacher_name), half_dtype(precision_of(args))
+    images = ImageSettings("rgb", image_tokens=args.image_tokens)
+    with shapes_only(), torch.no_grad(), torch.autocast("cpu", half, enabled=half is not None):
+        model = model_of_shapes(config, half or torch.float32).eval().requires_grad_(False)
+        together = argparse.Namespace(batch_size=2 * args.batch_size, vision_cache=False)
+        batch = batch_of_shapes(together, images, config, processor, None, 2 * questions)
+        tracker = StepMemory(set())
+        tracker.track_external(model)
+        with tracker, counted_operations() as counter:
+            answer_states(model, batch["text"], batch["student_images"])
+    memory = peak(tracker)
+    packed = replace(memory, weights=round(memory.weights - saved_by_bits(model, bits)))
+    ids = batch["text"]["input_ids"]
+    n_image_tokens = int((ids[0] == config.image_token_id).sum())
+    flop = counter.get_total_flops() / 1e12 / together.batch_size
+    return Cost(0, count_parameters(model)[1], ids.shape[1], n_image_tokens, packed, flop)
+
+
+def saved_by_bits(model: nn.Module, bits: int) -> float:
+    """Bytes that a language model in 4 bits takes less, see `distillation.models.four_bits`."""
+    if bits == 16:
+        return 0.0
+    layers = base_model(model).model.language_model.layers
+    weights = [m.weight for m in layers.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+    return sum(weight.numel() * (weight.element_size() - NF4_BYTES) for weight in weights)
+
+
+def say_plan(args: argparse.Namespace, script: Path) -> None:
+    """Print what a run of these flags would take, and what would make it fit each card.
+
+    Raises:
+        UserError: nobody knows the shapes of a model.
+    """
+    n_images, questions, counted = frames_of(args)
+    asked = round(questions) + (args.teacher_questions or 0)
+    known = " (built in: it is not on this machine)" if configuration(args.student_name)[1] else ""
+    print(f"plan of {script.relative_to(ROOT)}, {args.student_name}{known}")
+    print(
+        f"{n_images:,} training images with {questions:.1f} questions each, "
+        + ("counted in the question file" if counted else "assumed: no question file is here")
+        + (f", and {args.teacher_questions} further ones to the teacher" if args.teacher_questions else "")
+    )
+    cost = cost_of(args, script)
+    updates = math.ceil(n_images / (args.batch_size * args.accumulate_grad_batches)) * args.max_epochs
+    total = cost.tflop / args.batch_size * n_images * args.max_epochs
+    print(f"{cost.trainable:,} of {cost.parameters:,} parameters train")
+    print(
+        f"a row has {cost.tokens:,} tokens, {cost.image_tokens:,} of them of the picture; a micro-batch of "
+        f"{args.batch_size} takes {cost.tflop:.3g} TFLOP, {updates:,} updates in {args.max_epochs} epochs "
+        f"{total / 1e6:.3g} EFLOP"
+    )
+    print(f"peak memory in {precision_of(args)}, GiB: {_by_part(cost.memory)}")
+    taught, of_teacher = 0.0, {}
+    if getattr(args, "teacher_name", None):
+        for bits in (16, 4) if args.teacher_bits == "auto" else (int(args.teacher_bits),):
+            teacher = teacher_cost(args, asked, bits)
+            taught, of_teacher[bits] = teacher.tflop * n_images, needed_gib(teacher.memory)
+            print(
+                f"the teacher in {bits} bits, once: {teacher.parameters:,} parameters, {taught / 1e6:.3g} EFLOP; peak "
+                f"memory, GiB: {_by_part(teacher.memory)}"
+            )
+    print("\n".join(_disk(args, cost, n_images, asked)))
+    for gib, verdict in verdicts(args, script, cost):
+        bits = next((bits for bits, needed in of_teacher.items() if needed <= gib), None)
+        teacher = f", the teacher in {bits} bits" if bits else ", the teacher does not" if of_teacher else ""
+        print(f"{gib} GiB: {verdict}{teacher}; {_hours(total + taught, CARDS[gib])}")
+
+
+def _by_part(memory: Memory) -> str:
+    parts = {name: size / 2**30 for name, size in vars(memory).items() if size / 2**30 >= 0.005}
+    named = ", ".join(f"{NAMES[name]} {size:.2f}" for name, size in parts.items())
+    return f"{memory.total / 2**30:.2f}, of it {named}"
+
+
+def _disk(args: argparse.Namespace, cost: Cost, n_images: int, asked: int) -> list[str]:
+    """What a run writes, a line each."""
+    checkpoint = 4 * cost.trainable * CHECKPOINT_SHARE
+    lines = [f"disk: {KEPT + 1} checkpoints of at most {amount(checkpoint)}, one of them while it is written"]
+    if getattr(args, "teacher_name", None):
+        config, _ = configuration(args.teacher_name)
+        vision, width = config.vision_config, config.text_config.hidden_size
+        patches = (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size
+        each = 2 * (patches + 2 * asked * ANSWER_TOKENS * width)
+        lines.append(f"disk: the teacher's outputs {amount(each)} an image, {amount(each * n_images)} in all")
+    return lines
+
+
+def needed_gib(memory: Memory) -> float:
+    """What a card must have for this peak."""
+    return SLACK * memory.total / 2**30 + CONTEXT_GIB
+
+
+def cheaper(args: argparse.Namespace, script: Path) -> Iterator[tuple[str, float]]:
+    """Flags that leave an update as it is, or change the input at last, and the GiB that a card needs with them."""
+    for saving in SAVINGS:
+        changed = argparse.Namespace(**(vars(args) | saving))
+        changed.accumulate_grad_batches = args.accumulate_grad_batches * args.batch_size
+        given = {name: value for name, value in saving.items() if getattr(args, name) != value}
+        if args.batch_size > 1:
+            given["accumulate_grad_batches"] = changed.accumulate_grad_batches
+        if given:
+            flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items())
+            yield flags, needed_gib(cost_of(changed, script).memory)
+
+
+def verdicts(args: argparse.Namespace, script: Path, cost: Cost) -> Iterator[tuple[int, str]]:
+    """GiB of a card, and whether a step fits it, or with which flags it does."""
+    tried, more = [("", needed_gib(cost.memory))], cheaper(args, script)
+    for gib in sorted(CARDS, reverse=True):
+        while tried[-1][1] > gib and (following := next(more, None)):
+            tried.append(following)
+        flags, needed = next((one for one in tried if one[1] <= gib), ("", 0.0))
+        if not needed:
+            yield gib, f"does not fit, {min(needed for _, needed in tried):.1f} are needed at least"
+        else:
+            yield gib, f"fits with {needed:.1f}" + (f" and {flags}" if flags else "")
+
+
+def _hours(tflop: float, rate: float) -> str:
+    return f"{duration(tflop / rate)} at {rate} TFLOP/s"

@@ -1,0 +1,107 @@
+"""The plan of a run: from the configuration alone, equal to what a real step takes, for every script."""
+
+import argparse
+import re
+
+import pytest
+import torch
+
+from dataset.inputs.pictures import ImageSettings
+from distillation import plan
+from distillation.models import MINIATURE_STUDENT, load_model
+from distillation.shapes import StepMemory, peak
+from tests.helpers.updates import SCRIPTS, argv_of, script_of
+from utils import ROOT, UserError, load_script
+
+
+@pytest.fixture
+def nothing_here(tmp_path, monkeypatch):
+    """No data, and a folder for outputs in which nothing may appear."""
+    monkeypatch.setenv("ROOT_DATA_DIR", str(tmp_path / "no_data"))
+    monkeypatch.setenv("MAIN_ROOT_DATA_DIR", str(tmp_path / "out"))
+    yield tmp_path
+    assert not (tmp_path / "out").exists()
+
+
+def planned(name, argv, capsys):
+    script = load_script(script_of(name))
+    with pytest.raises(SystemExit) as left:
+        script.main(script.parse_args([*argv, "--dry_run"]))
+    assert not left.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_has_a_plan_without_data_or_weights(name, nothing_here, tiny_folder, tiny_teacher, capsys):
+    for folder in (tiny_folder, tiny_teacher):
+        (nothing_here / folder.name).mkdir()
+        for file in folder.iterdir():
+            if file.suffix != ".safetensors":
+                (nothing_here / folder.name / file.name).write_bytes(file.read_bytes())
+    argv = argv_of(name, nothing_here / tiny_folder.name, nothing_here / tiny_teacher.name)
+    said = planned(name, argv, capsys)
+    trains, total = (
+        int(n.replace(",", "")) for n in re.search(r"([\d,]+) of ([\d,]+) parameters train", said).groups()
+    )
+    model = load_model(str(tiny_folder))
+    tower = sum(p.numel() for p in model.model.vision_tower.parameters() if p.requires_grad)
+    expected = {"phase1": tower, "phase2": plan.count_parameters(model)[0] - tower}
+    assert trains == expected.get(name, plan.count_parameters(model)[0]) and total == plan.count_parameters(model)[1]
+    assert "assumed: no question file is here" in said and said.count(" GiB: fits with ") == 4
+    assert ("the teacher in 4 bits, once: " in said) == ("--teacher_name" in argv)
+
+
+def test_shapes_take_the_memory_of_real_tensors(nothing_here):
+    """The same tracker on the miniature's real weights, with and without accumulation, in both precisions."""
+    script = load_script("distillation/baseline_depth/train.py")
+    for more in (["--accumulate_grad_batches", "1"], ["--accumulate_grad_batches", "4"], ["--precision", "bf16-mixed"]):
+        argv = ["--miniature", "--image_tokens", "one_tile", "--batch_size", "4", "--precision", "32-true", *more]
+        args = script.parse_args([*argv, "--dry_run"])
+        cost = plan.cost_of(args, ROOT / "distillation/baseline_depth/train.py")
+        assert cost.memory.total == pytest.approx(really_taken(script, args), rel=0.02)
+
+
+def really_taken(script, args: argparse.Namespace) -> int:
+    """Bytes at the peak of two micro-batches with an update between them, all tensors real."""
+    student = load_model(MINIATURE_STUDENT)
+    processor = plan.processor_of(MINIATURE_STUDENT)
+    images = ImageSettings("depth", image_tokens="one_tile")
+    batch = plan.batch_of_shapes(args, images, student.config, processor, None, plan.ASKED)
+    module = script.SupervisedStudent(args, vocab_size=len(processor.tokenizer))
+    module._trainer = argparse.Namespace(
+        estimated_stepping_batches=9, accumulate_grad_batches=args.accumulate_grad_batches, world_size=1
+    )
+    (optimizer,), _ = module.configure_optimizers()
+    tracker = StepMemory({len(processor.tokenizer)})
+    tracker.track_external(module)
+    half = args.precision == "bf16-mixed"
+    with tracker:
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = module.training_step(batch, 0)["loss"]
+            loss.backward()
+            optimizer.step()
+            if args.accumulate_grad_batches == 1:
+                optimizer.zero_grad()
+            tracker.reset_mod_stats()
+            del loss
+    return peak(tracker).total
+
+
+def test_the_true_pair_is_planned_from_built_in_shapes(nothing_here, capsys):
+    """The published sizes; everything but the tower trains in phase 2, which a card of 16 GiB has room for."""
+    said = planned("phase2", ["--from_stock", "--batch_size", "1", "--image_tokens", "one_tile"], capsys)
+    assert (
+        "(built in: it is not on this machine)" in said and "the teacher in 16 bits, once: 8,030,807,584 param" in said
+    )
+    assert "495,927,808 of 893,675,552 parameters train" in said
+    assert re.search(r"16 GiB: fits with \d+\.\d, the teacher in 4 bits; .* at 30 TFLOP/s", said)
+
+
+def test_no_plan_for_what_nobody_knows(nothing_here, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    script = load_script("distillation/baseline_depth/train.py")
+    with pytest.raises(UserError, match="nobody/knows: no configuration is to be had, .* give a folder"):
+        script.main(script.parse_args(["--student_name", "nobody/knows", "--dry_run"]))
+    with pytest.raises(SystemExit):
+        script.parse_args(["--measure"])
