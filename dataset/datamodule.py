@@ -153,9 +153,7 @@ class SUNRGBDDataset(Dataset):
 
 def _found(picture: Picture | None, frame: Frame) -> Picture:
     if picture is None:
-        raise UserError(
-            f"{frame.path}: its stored vision features were damaged during this run; start again to compute them anew"
-        )
+        raise UserError(f"{frame.path}: its stored vision features are damaged; start again, and they are made anew")
     return picture
 
 

@@ -43,7 +43,8 @@ from utils import ROOT, UserError, amount, data_root, duration, load_script, mod
 
 BUILT_IN = {STUDENT_NAME: "0.5b", TEACHER_NAME: "7b"}  # whose configurations are known without a download
 FRAME = 530, 730  # height and width of most frames of SUN RGB-D, in pixels
-FRAMES, ASKED = 4735, 7  # training frames, and questions about one, where there is no question file to count them in
+# Frames of SUN RGB-D, and questions about one, where there is no question file to count them in.
+FRAMES, ASKED = {"train": 4735, "val": 550, "test": 5050}, 7
 QUESTION, ANSWER = "What is on the left of the brown chair?", "night stand"  # of usual length
 VOCABULARY = 151648  # tokens of the true tokenizer
 CONTEXT_GIB = 0.6  # that CUDA itself takes
@@ -110,15 +111,15 @@ def processor_of(name: str) -> ImageTextProcessor:
     return true_processor()
 
 
-def frames_of(args: argparse.Namespace) -> tuple[int, float, bool]:
-    """Training images, questions about each, and whether they were counted in the data set's own files."""
-    root = data_root_or_none(args.miniature)
-    path = root and questions_file(root, "train")
+def frames_of(miniature: bool, split: str, share: float = 1.0) -> tuple[int, float, bool]:
+    """Images of a split, questions about each, and whether they were counted in the data set's own files."""
+    root = data_root_or_none(miniature)
+    path = root and questions_file(root, split)
     if path is None or not path.is_file():
-        return round(FRAMES * args.subset_percentage), ASKED, False
+        return round(FRAMES[split] * share), ASKED, False
     groups = group_by_image(read_questions(path))
     questions = sum(len(group) for group in groups) / len(groups)
-    return round(len(groups) * args.subset_percentage), questions, True
+    return round(len(groups) * share), questions, True
 
 
 def data_root_or_none(miniature: bool) -> Path | None:
@@ -208,7 +209,7 @@ def cost_of(args: argparse.Namespace, script: Path) -> Cost:
         UserError: nobody knows the shapes of a model.
     """
     module_of_script, built = load_script(script.relative_to(ROOT).as_posix()), {}
-    n_images, questions, _ = frames_of(args)
+    n_images, questions, _ = frames_of(args.miniature, "train", args.subset_percentage)
     processor = processor_of(args.student_name)
     with shapes_only():
         stand_in(module_of_script, args, processor, n_images, built)
@@ -297,13 +298,31 @@ def teacher_cost(args: argparse.Namespace, questions: int, bits: int) -> Cost:
         questions: about an image.
         bits: of its language model.
     """
-    config, _ = configuration(args.teacher_name)
-    processor, half = processor_of(args.teacher_name), half_dtype(precision_of(args))
-    images = ImageSettings("rgb", image_tokens=args.image_tokens)
+    images, half = ImageSettings("rgb", image_tokens=args.image_tokens), half_dtype(precision_of(args))
+    return reading_cost(
+        args.teacher_name, images, half, batch_size=2 * args.batch_size, questions=2 * questions, bits=bits
+    )
+
+
+def reading_cost(
+    name: str, images: ImageSettings, half: torch.dtype | None, *, batch_size: int, questions: int, bits: int = 16
+) -> Cost:
+    """Of a model that reads pictures with questions, without a backward pass; its operations are per picture.
+
+    Args:
+        name: hub id or folder.
+        images: what it sees.
+        half: precision of weights and computation; None = float32.
+        batch_size: pictures at a time.
+        questions: about each.
+        bits: of its language model.
+    """
+    config, _ = configuration(name)
+    processor = processor_of(name)
     with shapes_only(), torch.no_grad(), torch.autocast("cpu", half, enabled=half is not None):
         model = model_of_shapes(config, half or torch.float32).eval().requires_grad_(False)
-        together = argparse.Namespace(batch_size=2 * args.batch_size, vision_cache=False)
-        batch = batch_of_shapes(together, images, config, processor, None, 2 * questions)
+        flags = argparse.Namespace(batch_size=batch_size, vision_cache=False)
+        batch = batch_of_shapes(flags, images, config, processor, None, questions)
         tracker = StepMemory(set())
         tracker.track_external(model)
         with tracker, counted_operations() as counter:
@@ -312,8 +331,28 @@ def teacher_cost(args: argparse.Namespace, questions: int, bits: int) -> Cost:
     packed = replace(memory, weights=round(memory.weights - saved_by_bits(model, bits)))
     ids = batch["text"]["input_ids"]
     n_image_tokens = int((ids[0] == config.image_token_id).sum())
-    flop = counter.get_total_flops() / 1e12 / together.batch_size
+    flop = counter.get_total_flops() / 1e12 / batch_size
     return Cost(0, count_parameters(model)[1], ids.shape[1], n_image_tokens, packed, flop)
+
+
+def say_scoring_plan(name: str, images: ImageSettings, half: torch.dtype | None, args: argparse.Namespace) -> None:
+    """Print what scoring a model would take; `args` are the evaluation's.
+
+    Raises:
+        UserError: nobody knows the shapes of the model.
+    """
+    n_images, questions, counted = frames_of(args.miniature, args.gts_type)
+    cost = reading_cost(name, images, half, batch_size=args.batch_size, questions=round(questions))
+    total = cost.tflop * n_images
+    print(f"plan of scoring {name}: {cost.parameters:,} parameters")
+    print(
+        f"{n_images:,} images with {questions:.1f} questions each, {'counted' if counted else 'assumed'}; a row has "
+        f"{cost.tokens:,} tokens, {cost.image_tokens:,} of them of the picture; {total / 1e6:.3g} EFLOP"
+    )
+    print(f"peak memory in {half or torch.float32}, GiB: {_by_part(cost.memory)}".replace("torch.", ""))
+    for gib, rate in sorted(CARDS.items(), reverse=True):
+        needed = needed_gib(cost.memory)
+        print(f"{gib} GiB: {'fits' if needed <= gib else 'does not fit'}, {needed:.1f} needed; {_hours(total, rate)}")
 
 
 def saved_by_bits(model: nn.Module, bits: int) -> float:
@@ -331,7 +370,7 @@ def say_plan(args: argparse.Namespace, script: Path) -> None:
     Raises:
         UserError: nobody knows the shapes of a model.
     """
-    n_images, questions, counted = frames_of(args)
+    n_images, questions, counted = frames_of(args.miniature, "train", args.subset_percentage)
     asked = round(questions) + (args.teacher_questions or 0)
     known = " (built in: it is not on this machine)" if configuration(args.student_name)[1] else ""
     print(f"plan of {script.relative_to(ROOT)}, {args.student_name}{known}")

@@ -22,6 +22,7 @@ from dataset.inputs.processor import ImageTextProcessor
 from dataset.questions.rows import QuestionRow, csv_cells
 from distillation.run.data import check_disk, weights_digest
 from distillation.run.machine import resolve_precision
+from evaluation.ranks import ALONE, Ranks
 from utils import ROOT, UserError, announced, atomic_path, disk_errors, source_digest
 
 NAME, OF_OTHERS = "answers.jsonl", "answers.*.jsonl"
@@ -85,23 +86,25 @@ class Answer:
 class AnswerLog:
     """The answers of one evaluation, by question id: those that its file held already and those that are added."""
 
-    def __init__(self, folder: Path, asked: Mapping[str, str], rows: Sequence[QuestionRow], *, rank: int = 0) -> None:
+    def __init__(
+        self, folder: Path, asked: Mapping[str, str], rows: Sequence[QuestionRow], ranks: Ranks = ALONE
+    ) -> None:
         """Open the file of answers or begin it.
 
         Args:
             folder: of the results.
             asked: see `asked_of`.
             rows: the questions.
-            rank: of this process. Further ones make their log after the first one.
+            ranks: which process this is. Further ones make their log after the first one.
 
         Raises:
             UserError: the folder has results of something else, or the disk is full or not writable.
         """
-        self.path, self.asked, self.ids = folder / NAME, dict(asked), {row.id for row in rows}
+        self.path, self.asked, self.ids, self.ranks = folder / NAME, dict(asked), {row.id for row in rows}, ranks
         self.answers: dict[str, Answer] = {}
-        if rank > 0:
+        if not ranks.is_first:
             self.answers = self._read(self.path)
-            self.path = folder / OF_OTHERS.replace("*", str(rank))
+            self.path = folder / OF_OTHERS.replace("*", str(ranks.rank))
             self._begin()
             return
         if self.path.exists() and self.path.read_bytes().count(b"\n") > 1:  # there is an answer to keep
@@ -118,11 +121,19 @@ class AnswerLog:
         with atomic_path(self.path) as part:
             part.write_text(_line({"asked": self.asked}), encoding="utf-8")
 
-    def take_over_others(self) -> None:
-        """Add what other processes have answered, also those of a start that was killed, and remove their files."""
+    def take_over_others(self) -> dict[str, Answer]:
+        """Add what other processes have answered, also those of a start that was killed, and remove their files.
+
+        Returns:
+            Their answers.
+        """
+        taken: dict[str, Answer] = {}
         for path in sorted(self.path.parent.glob(OF_OTHERS)):
-            self.add(self._read(path))
+            found = self._read(path)
+            self.add(found)
             path.unlink()
+            taken |= found
+        return taken
 
     def _read(self, path: Path) -> dict[str, Answer]:
         answers: dict[str, Answer] = {}

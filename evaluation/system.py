@@ -21,10 +21,10 @@ from dataset.sunrgbd.frames import read_frame
 from distillation.decoding import answer_probabilities, end_of_answer, greedy_answers, spoken
 from distillation.export import read_description
 from distillation.models import MINIATURE_STUDENT, STUDENT_NAME, load_model, restore_student
+from distillation.run.checkpoints import read_checkpoint
 from distillation.run.folders import EXPERIMENTS, chosen_checkpoint, experiment_folder
 from distillation.run.machine import frozen_dtype, resolve_precision
 from evaluation.answer_log import Answer, AnswerLog
-from evaluation.ranks import ALONE, Ranks
 from utils import ROOT, UserError, outputs_root, progress, sha256
 
 
@@ -50,6 +50,20 @@ def load_system(
     refuse_broken_weights(model, origin=path or system["model_id"])
     system |= {"name": args.name or system["name"], **dataclasses.asdict(images)}
     return system, images, model, load_processor(system["model_id"])
+
+
+def planned_system(args: argparse.Namespace) -> tuple[str, ImageSettings, torch.dtype | None]:
+    """The model of the system that the flags mean, what it sees and in which precision a GPU computes it.
+
+    Raises:
+        UserError: there is no such checkpoint, or a flag contradicts it.
+    """
+    path = checkpoint_of_flags(args)
+    if path is None:
+        system, images = stock_system(args)
+    else:
+        system, images = trained_system(args, path, read_checkpoint(path)["hyper_parameters"])
+    return system["model_id"], images, None if args.precision == "32-true" else torch.bfloat16
 
 
 def stock_system(args: argparse.Namespace) -> tuple[dict[str, Any], ImageSettings]:
@@ -198,7 +212,6 @@ def answer_questions(
     args: argparse.Namespace,
     log: AnswerLog,
     degradation: Degradation | None = None,
-    ranks: Ranks = ALONE,
 ) -> dict[str, Answer]:
     """Greedy answers by question id. An image goes through tower and language model once, for all of its questions.
 
@@ -208,12 +221,12 @@ def answer_questions(
     words = spoken(processor)
     batches = ImageBatches(root, rows, images, processor, args.batch_size, degradation)
     waiting = [i for i, groups in enumerate(batches.batches) if any(r.id not in log.answers for g in groups for r in g)]
-    waiting = waiting[ranks.rank :: ranks.world_size]
+    waiting = waiting[log.ranks.rank :: log.ranks.world_size]
     loader = DataLoader(
         batches, batch_size=None, sampler=waiting, num_workers=args.num_workers, worker_init_fn=follow_the_script
     )
     mixed = resolve_precision(args.precision) == "bf16-mixed"
-    shown = progress(loader, total=len(waiting), label="answering, batch") if ranks.is_first else loader
+    shown = progress(loader, total=len(waiting), label="answering, batch") if log.ranks.is_first else loader
     for batch in shown:
         text, pictures = ({k: v.to(model.device) for k, v in batch[part].items()} for part in ("text", "images"))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):

@@ -10,6 +10,7 @@ from dataset.inputs.pictures import ImageSettings
 from distillation import plan
 from distillation.models import MINIATURE_STUDENT, load_model
 from distillation.shapes import StepMemory, peak
+from evaluation.onevisionv3.sunrgbd import evaluate_onevision
 from tests.helpers.updates import SCRIPTS, argv_of, script_of
 from utils import ROOT, UserError, load_script
 
@@ -105,3 +106,10 @@ def test_no_plan_for_what_nobody_knows(nothing_here, monkeypatch):
         script.main(script.parse_args(["--student_name", "nobody/knows", "--dry_run"]))
     with pytest.raises(SystemExit):
         script.parse_args(["--measure"])
+
+
+def test_scoring_has_a_plan(nothing_here, capsys):
+    evaluate_onevision.main(evaluate_onevision.parse_args(["--dry_run", "--pixel_data_type", "depth"]))
+    said = capsys.readouterr().out
+    assert "893,675,552 parameters" in said and "5,050 images" in said and said.count("GiB: fits, ") == 4
+    assert "3,121 tokens, 2,929 of them" in said

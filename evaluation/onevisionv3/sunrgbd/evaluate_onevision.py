@@ -70,6 +70,7 @@ from dataset.questions.rows import (
     read_questions,
 )
 from distillation.export import DTYPES, read_description
+from distillation.plan import say_scoring_plan
 from distillation.run.checkpoints import read_checkpoint
 from distillation.run.claim import claim
 from distillation.run.folders import EXPERIMENTS
@@ -80,7 +81,7 @@ from evaluation.hand_over import check_apart, check_hand_over, hand_over, robust
 from evaluation.metrics import evaluate_rows, question_recording
 from evaluation.predictions import read_predictions
 from evaluation.ranks import Ranks, joined_ranks, start_processes
-from evaluation.system import answer_questions, checkpoint_of_flags, load_system
+from evaluation.system import answer_questions, checkpoint_of_flags, load_system, planned_system
 from evaluation.training_log import exported_training, training_of
 from evaluation.wups import WordSimilarity, wordnet_similarity, wups_scores
 
@@ -166,6 +167,7 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="number format of the computation; auto = bf16 on a GPU that has it",
     )
+    add("--dry_run", action="store_true", help="say what scoring would take, without weights or data; write nothing")
     add("--meteor", action="store_true", help="also compute METEOR, which needs Java")
     add("--output", type=Path, help="folder for the results (evaluation/results/<name>_<run>_<split>)")
 
@@ -231,6 +233,8 @@ def main(args: argparse.Namespace) -> None:
     """Answer all questions of the split, score, write."""
     if args.predictions:
         return score_file(args)
+    if args.dry_run:
+        return say_scoring_plan(*planned_system(args), args)
     if start_processes(args.devices):  # they have done it all
         return
     with joined_ranks() as ranks:
@@ -254,13 +258,13 @@ def evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
             check_apart(args.export, output)
             check_results_room(output, inputs.rows, args.max_new_tokens)
             claim(output, flag="--output")
-        log = AnswerLog(output, asked, inputs.rows, rank=ranks.rank)
+        log = AnswerLog(output, asked, inputs.rows, ranks)
     ranks.wait_for_all()  # until the others have read what is answered, nothing may be added
-    answer_questions(model, processor, inputs.root, inputs.rows, images, args, log, ranks=ranks)
+    answers = answer_questions(model, processor, inputs.root, inputs.rows, images, args, log)
     ranks.wait_for_all()
     if ranks.is_first:
-        log.take_over_others()
-        write_results(args, inputs, system, log.answers, output, started=started)
+        answers |= log.take_over_others()
+        write_results(args, inputs, system, answers, output, started=started)
 
 
 @dataclass(frozen=True)
