@@ -49,6 +49,7 @@ QUESTION, ANSWER = "What is on the left of the brown chair?", "night stand"  # o
 VOCABULARY = 151648  # tokens of the true tokenizer
 CONTEXT_GIB = 0.6  # that CUDA itself takes
 SLACK = 1.05  # what an allocator takes, in units of live tensors
+BITS8_SHARE = (1 + 4 / 256) / 4  # of moments in 8 bits, with a scale for each 256, of what those in 32 take
 NF4_BYTES = 0.5 + 4 / 64  # of a weight: half a byte, and a scale of four bytes for each 64
 # GiB of a card -> TFLOP/s that are assumed: about 40 % of the dense bfloat16 rate of usual cards of that size.
 CARDS = {16: 30, 24: 60, 40: 120, 80: 300}
@@ -64,8 +65,9 @@ ANSWER_TOKENS = 4  # of an answer that is stored, its end included
 SAVINGS = (  # in the order in which they cost something
     {"batch_size": 1},
     {"batch_size": 1, "gradient_checkpointing": True},
-    {"batch_size": 1, "gradient_checkpointing": True, "image_tokens": "two_tile"},
-    {"batch_size": 1, "gradient_checkpointing": True, "image_tokens": "one_tile"},
+    {"batch_size": 1, "gradient_checkpointing": True, "optimizer_bits": 8},
+    {"batch_size": 1, "gradient_checkpointing": True, "optimizer_bits": 8, "image_tokens": "two_tile"},
+    {"batch_size": 1, "gradient_checkpointing": True, "optimizer_bits": 8, "image_tokens": "one_tile"},
 )
 
 
@@ -236,7 +238,7 @@ def stand_in(
     def load(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16):
         return model_of_shapes(configuration(name)[0], dtype)
 
-    script.start_run, script.load_model = start_run, load
+    script.start_run, script.load_model, script.adamw = start_run, load, lambda bits: torch.optim.AdamW
     script.load_processor = lambda name: SimpleNamespace(tokenizer=range(vocabulary))
     script.build_data = lambda *given, **options: None
     script.open_teacher = lambda *given: built["teacher"]
@@ -273,6 +275,7 @@ def _measure(args: argparse.Namespace, built: Mapping[str, Any], processor: Imag
         optimizer.step()
     memory = peak(tracker)
     saved = saved_by_bits(module.student, getattr(args, "base_bits", 16))
+    moments = memory.optimizer if args.optimizer_bits == 32 else round(memory.optimizer * BITS8_SHARE)
     trainable, total = count_parameters(module.student)
     ids = batch["text"]["input_ids"]
     return Cost(
@@ -280,7 +283,7 @@ def _measure(args: argparse.Namespace, built: Mapping[str, Any], processor: Imag
         parameters=total,
         tokens=ids.shape[1],
         image_tokens=int((ids[0] == config.image_token_id).sum()),
-        memory=replace(memory, weights=round(memory.weights - saved)),
+        memory=replace(memory, weights=round(memory.weights - saved), optimizer=moments),
         tflop=counter.get_total_flops() / 1e12,
     )
 

@@ -36,7 +36,7 @@ from distillation.run.flags import add_common_args, add_vision_cache_arg, parse
 from distillation.run.machine import frozen_dtype
 from distillation.run.sharding import FSDP2
 from distillation.run.start import start_run
-from distillation.run.steps import cosine_with_warmup, log_answer_scores, undo_averaging
+from distillation.run.steps import adamw, cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
 
 
@@ -67,7 +67,7 @@ class SupervisedLoRA(pl.LightningModule):
 
     def configure_optimizers(self):
         groups = parameter_groups(self.student, lr=self.args.lr, vision_lr=self.args.vision_lr)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay)
+        optimizer = adamw(self.args.optimizer_bits)(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay)
         return cosine_with_warmup(self.trainer, optimizer, self.args.warmup_share)
 
 

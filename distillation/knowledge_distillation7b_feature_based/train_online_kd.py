@@ -35,7 +35,7 @@ from distillation.models import STUDENT_NAME, load_model, parameter_groups
 from distillation.run.data import build_data
 from distillation.run.flags import add_common_args, add_depth_args, add_teacher_args, parse
 from distillation.run.start import start_run
-from distillation.run.steps import cosine_with_warmup, log_answer_scores, undo_averaging
+from distillation.run.steps import adamw, cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
 from distillation.teacher import open_teacher
 
@@ -88,7 +88,7 @@ class FeatureDistillation(pl.LightningModule):
     def configure_optimizers(self):
         groups = parameter_groups(self.student, lr=self.args.lr, vision_lr=self.args.vision_lr)
         groups += [{"params": self.hidden_map.parameters(), "lr": self.args.map_lr}]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay)
+        optimizer = adamw(self.args.optimizer_bits)(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay)
         return cosine_with_warmup(self.trainer, optimizer, self.args.warmup_share)
 
 

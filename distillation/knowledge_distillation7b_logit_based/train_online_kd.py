@@ -25,7 +25,6 @@ from utils import run_script  # first: loads .env before transformers reads it
 import argparse
 
 import pytorch_lightning as pl
-import torch
 
 from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import load_processor
@@ -35,7 +34,7 @@ from distillation.models import STUDENT_NAME, load_model, parameter_groups
 from distillation.run.data import build_data
 from distillation.run.flags import add_common_args, add_depth_args, add_divergence_args, add_teacher_args, parse
 from distillation.run.start import start_run
-from distillation.run.steps import cosine_with_warmup, log_answer_scores, undo_averaging
+from distillation.run.steps import adamw, cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
 from distillation.teacher import open_teacher
 
@@ -79,7 +78,7 @@ class LogitDistillation(pl.LightningModule):
 
     def configure_optimizers(self):
         groups = parameter_groups(self.student, lr=self.args.lr, vision_lr=self.args.vision_lr)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay)
+        optimizer = adamw(self.args.optimizer_bits)(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay)
         return cosine_with_warmup(self.trainer, optimizer, self.args.warmup_share)
 
 

@@ -37,7 +37,13 @@ from utils import (
 KEPT = 2  # checkpoints: the best one and the last one
 CHECKPOINT_SHARE = 3  # times the weights that train: they and two Adam moments
 # What runs did that are older than a flag.
-ADDED_FLAGS = {"depth_degradation": 0.0, "divergence": "forward_kl", "base_bits": 16, "teacher_bits": 16}
+ADDED_FLAGS = {
+    "depth_degradation": 0.0,
+    "divergence": "forward_kl",
+    "base_bits": 16,
+    "teacher_bits": 16,
+    "optimizer_bits": 32,
+}
 
 
 def read_checkpoint(path: Path, *, need_checksum: bool = False) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def _add_optimization_args(add: Callable[..., None]) -> None:
         default=0.03,
         help="share of the updates in which the learning rate rises",
     )
+    add("--optimizer_bits", type=int, choices=(32, 8), default=32, help="of AdamW's moments; 8 needs bitsandbytes")
     add("--gradient_clip", type=at_least(0.0), default=1.0, help="largest gradient norm; 0 = no clipping")
     add("--seed", type=at_least(0), default=0, help="seed of data order, augmentation, adapters and dropout")
 
@@ -282,6 +283,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **miniatu
     args.export_dtype = args.export_dtype or "float32"
     if args.strategy.startswith("fsdp") and args.strategy != FSDP2:
         parser.error(f"--strategy {args.strategy}: cannot call parts of a model by themselves; use --strategy {FSDP2}")
+    if args.optimizer_bits == 8 and args.strategy == FSDP2:
+        parser.error(f"--optimizer_bits 8: such moments cannot be shared out; leave out --strategy {FSDP2}")
     if args.teacher == "online" and args.num_workers:
         parser.error("--teacher online computes its outputs where the student trains: add --num_workers 0")
     if args.resume not in (None, "auto") and args.load_checkpoint:

@@ -64,6 +64,7 @@ OTHERS: dict[str, tuple[str, Check]] = {
     "lora_rank": _optional((f"a whole number up to {WIDEST}", lambda value: WHOLE[1](value) and value <= WIDEST)),
     "lora_alpha": _optional(WHOLE),
     "base_bits": ("16 or 4", lambda value: value in (16, 4)),
+    "optimizer_bits": ("32 or 8", lambda value: value in (32, 8)),
     "teacher_bits": ("16 or 4", lambda value: value in (16, 4)),
     "batch_size": COUNT,
     "accumulate_grad_batches": COUNT,

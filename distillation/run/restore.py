@@ -112,12 +112,22 @@ def _settings(groups: Any) -> Any:
 
 
 def _fit(moments: Any, weight: Tensor | None) -> bool:
-    """Whether all of an optimizer's tensors for one weight have its shape; counts have one value."""
+    """Whether all of an optimizer's tensors for one weight have its shape; counts have one value.
+
+    Moments in 8 bits come with a table of 256 values, and with a scale for each block of 256 numbers.
+    """
     if weight is None or not isinstance(moments, dict):
         return False
+    inner = [part for part in moments.values() if isinstance(part, dict)]  # what bitsandbytes hides from FSDP
+    values = [value for part in (moments, *inner) for value in part.values() if not isinstance(value, dict)]
+    packed = any(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in values)
+    shapes = {tuple(weight.shape), *({(256,), (-(-weight.numel() // 256),)} if packed else ())}
     return all(
-        isinstance(value, Tensor) and value.is_floating_point() and (value.shape == weight.shape or value.numel() == 1)
-        for value in moments.values()
+        isinstance(value, Tensor)
+        and (value.is_floating_point() or value.dtype == torch.uint8)
+        and (value.numel() == 1 or tuple(value.shape) in shapes)
+        for value in values
+        if type(value) is not int  # a count of steps
     )
 
 

@@ -1,15 +1,18 @@
 """What the training and validation steps of all scripts have in common."""
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import get_cosine_schedule_with_warmup
 
 from distillation.forward import exact_matches
 from distillation.losses import answer_cross_entropy
+from utils import UserError
 
 
 def undo_averaging(trainer: pl.Trainer, batch: Mapping[str, Any]) -> float:
@@ -37,6 +40,24 @@ def log_answer_scores(module: pl.LightningModule, batch: Mapping[str, Any], logi
     weight = 0 if batch["spare"] else module.trainer.world_size
     module.log("val/ce", ce, batch_size=weight * len(targets), sync_dist=True)
     module.log("val/exact_match", right.float().mean(), batch_size=weight * len(right), sync_dist=True)
+
+
+def adamw(bits: int) -> type[Optimizer]:
+    """The class of AdamW whose moments have 32 or 8 bits.
+
+    Source of the latter: Dettmers et al. 2022, https://arxiv.org/abs/2110.02861. Weights of fewer than 4,096 numbers
+    keep 32 bits.
+
+    Raises:
+        UserError: 8 bits without bitsandbytes.
+    """
+    if bits == 32:
+        return torch.optim.AdamW
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--optimizer_bits 8: needs bitsandbytes, which is not installed; see requirements-optional.txt")
+    from bitsandbytes.optim import AdamW8bit  # an optional package
+
+    return AdamW8bit
 
 
 def cosine_with_warmup(

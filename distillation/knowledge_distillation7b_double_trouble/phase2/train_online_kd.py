@@ -27,7 +27,6 @@ from utils import fraction, run_script  # first: loads .env before transformers 
 import argparse
 
 import pytorch_lightning as pl
-import torch
 
 from dataset.inputs.pictures import ImageSettings
 from dataset.inputs.processor import load_processor
@@ -45,7 +44,7 @@ from distillation.run.flags import (
     parse,
 )
 from distillation.run.start import start_run
-from distillation.run.steps import cosine_with_warmup, log_answer_scores, undo_averaging
+from distillation.run.steps import adamw, cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
 from distillation.teacher import open_teacher
 
@@ -99,7 +98,7 @@ class CalibratedDistillation(pl.LightningModule):
 
     def configure_optimizers(self):
         groups = parameter_groups(self.student, lr=self.args.lr)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay)
+        optimizer = adamw(self.args.optimizer_bits)(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay)
         return cosine_with_warmup(self.trainer, optimizer, self.args.warmup_share)
 
 
