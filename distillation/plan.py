@@ -6,14 +6,15 @@ optimizer updates on shapes alone (`distillation.shapes`), where PyTorch's memor
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
@@ -148,16 +149,16 @@ class TeacherShapes:
 
     def head(self) -> Tensor:
         """(V, H)."""
-        return torch.empty(self.vocabulary, self.config.text_config.hidden_size, dtype=self.dtype)
+        return torch.rand(self.vocabulary, self.config.text_config.hidden_size, dtype=self.dtype)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation, (Dv,) each."""
         width = self.config.vision_config.hidden_size
-        return torch.empty(width), torch.empty(width)
+        return torch.rand(width), torch.rand(width)
 
     def memory_bank(self) -> Tensor:
         """(N, Dv)."""
-        return torch.empty(self.n_images, self.config.vision_config.hidden_size)
+        return torch.rand(self.n_images, self.config.vision_config.hidden_size)
 
     def recordings(self) -> Tensor:
         """(N,), each image one of its own."""
@@ -185,9 +186,9 @@ def batch_of_shapes(
     images = {name: value.repeat(n, *[1] * (value.ndim - 1)) for name, value in tiles.items() if name != "pixel_values"}
     shape = (n, tiles["pixel_values"].shape[1])
     if args.vision_cache:
-        images["features"] = torch.empty(*shape, patches, config.vision_config.hidden_size)
+        images["features"] = torch.rand(*shape, patches, config.vision_config.hidden_size)
     else:
-        images["pixel_values"] = torch.empty(*shape, 3, size, size)
+        images["pixel_values"] = torch.rand(*shape, 3, size, size)
     counts = {"gold_tokens": n_answers, "answer_tokens": n_answers, "images": n, "patches": n * patches}
     batch = {"text": text, "student_images": images, "spare": False, "update": counts | {"has_gold": True}}
     batch["image_paths"] = [""] * n
@@ -195,13 +196,61 @@ def batch_of_shapes(
         with real_numbers():  # which patches count decides a shape
             valid_share = torch.ones(n, patches)
         batch["teacher"] = {
-            "hidden": torch.empty(n_answers, teacher.config.text_config.hidden_size, dtype=teacher.dtype),
+            "hidden": torch.rand(n_answers, teacher.config.text_config.hidden_size, dtype=teacher.dtype),
             "gold": torch.ones(n_answers, dtype=torch.bool),
-            "patches": torch.empty(n, patches, teacher.config.vision_config.hidden_size, dtype=teacher.dtype),
+            "patches": torch.rand(n, patches, teacher.config.vision_config.hidden_size, dtype=teacher.dtype),
             "valid_share": valid_share,
             "memory_bank_rows": torch.arange(n),
         }
     return batch
+
+
+@dataclass
+class Built:
+    """What a script makes before it trains, with a batch for its steps."""
+
+    module: pl.LightningModule
+    optimizer: torch.optim.Optimizer
+    batch: dict[str, Any]
+    vocabularies: set[int]  # widths of logits
+
+
+def build(args: argparse.Namespace, script: Path, load: Callable[..., nn.Module]) -> Built:
+    """Call a script's `main` with stand-ins for what needs weights, data or time.
+
+    Args:
+        args: of the script.
+        script: its path.
+        load: in place of `load_model`.
+
+    Raises:
+        UserError: nobody knows the shapes of a model.
+    """
+    code, made = load_script(script.relative_to(ROOT).as_posix()), {}
+    n_images, questions, _ = frames_of(args.miniature, "train", args.subset_percentage)
+    processor = processor_of(args.student_name)
+    vocabulary = len(processor.tokenizer) if processor.num_image_tokens != 729 else VOCABULARY
+    teacher = None
+    if getattr(args, "teacher_name", None):
+        dtype = half_dtype(precision_of(args)) or torch.float32
+        teacher = TeacherShapes(configuration(args.teacher_name)[0], vocabulary, n_images, dtype)
+    code.start_run = lambda args, file, images: made.update(images=images)
+    code.load_model, code.adamw = load, lambda bits: torch.optim.AdamW
+    code.load_processor = lambda name: SimpleNamespace(tokenizer=range(vocabulary))
+    code.build_data = lambda *given, **options: None
+    code.open_teacher = lambda *given: teacher
+    code.train = lambda module, *given, **options: made.update(module=module)
+    code.main(args)
+    module = made["module"]
+    asked = round(questions) + (args.teacher_questions or 0)
+    batch = batch_of_shapes(args, made["images"], module.student.config, processor, teacher, asked)
+    module._trainer = SimpleNamespace(
+        estimated_stepping_batches=100, accumulate_grad_batches=args.accumulate_grad_batches, world_size=1
+    )
+    if args.gradient_checkpointing:
+        module.student.activation_checkpointing_enable({"use_reentrant": False})
+    (optimizer,), _ = module.configure_optimizers()
+    return Built(module, optimizer, batch, {module.student.config.text_config.vocab_size, vocabulary})
 
 
 def cost_of(args: argparse.Namespace, script: Path) -> Cost:
@@ -210,60 +259,25 @@ def cost_of(args: argparse.Namespace, script: Path) -> Cost:
     Raises:
         UserError: nobody knows the shapes of a model.
     """
-    module_of_script, built = load_script(script.relative_to(ROOT).as_posix()), {}
-    n_images, questions, _ = frames_of(args.miniature, "train", args.subset_percentage)
-    processor = processor_of(args.student_name)
-    with shapes_only():
-        stand_in(module_of_script, args, processor, n_images, built)
-        module_of_script.main(args)
-        return _measure(args, built, processor, round(questions) + (args.teacher_questions or 0))
 
-
-def stand_in(
-    script: ModuleType,
-    args: argparse.Namespace,
-    processor: ImageTextProcessor,
-    n_images: int,
-    built: dict[str, Any],
-) -> None:
-    """Replace what a script's `main` calls by what costs nothing; its module ends in `built`."""
-    vocabulary = len(processor.tokenizer) if processor.num_image_tokens != 729 else VOCABULARY
-    if getattr(args, "teacher_name", None):
-        dtype = half_dtype(precision_of(args)) or torch.float32
-        built["teacher"] = TeacherShapes(configuration(args.teacher_name)[0], vocabulary, n_images, dtype)
-
-    def start_run(args: argparse.Namespace, file: str, images: ImageSettings) -> None:
-        built["images"] = images
-
-    def load(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16):
+    def load(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16) -> nn.Module:
         return model_of_shapes(configuration(name)[0], dtype)
 
-    script.start_run, script.load_model, script.adamw = start_run, load, lambda bits: torch.optim.AdamW
-    script.load_processor = lambda name: SimpleNamespace(tokenizer=range(vocabulary))
-    script.build_data = lambda *given, **options: None
-    script.open_teacher = lambda *given: built["teacher"]
-    script.train = lambda module, *given, **options: built.update(module=module)
+    with shapes_only():
+        return _counted(args, build(args, script, load))
 
 
-def _measure(args: argparse.Namespace, built: Mapping[str, Any], processor: ImageTextProcessor, questions: int) -> Cost:
-    module, teacher = built["module"], built.get("teacher")
-    config = module.student.config
-    batch = batch_of_shapes(args, built["images"], config, processor, teacher, questions)
-    module._trainer = SimpleNamespace(
-        estimated_stepping_batches=100, accumulate_grad_batches=args.accumulate_grad_batches, world_size=1
-    )
-    if args.gradient_checkpointing:
-        module.student.activation_checkpointing_enable({"use_reentrant": False})
-    (optimizer,), _ = module.configure_optimizers()
-    tracker = StepMemory({config.text_config.vocab_size, VOCABULARY, len(processor.tokenizer)})
-    tracker.track_external(module)
+def _counted(args: argparse.Namespace, built: Built) -> Cost:
+    """Two micro-batches and updates, counted."""
+    student, optimizer, half = built.module.student, built.optimizer, half_dtype(precision_of(args))
+    tracker = StepMemory(built.vocabularies)
+    tracker.track_external(built.module)
 
     def micro_batch() -> None:
         with torch.autocast("cpu", half, enabled=half is not None):
-            loss = module.training_step(batch, 0)["loss"]
+            loss = built.module.training_step(built.batch, 0)["loss"]
         loss.backward()
 
-    half = half_dtype(precision_of(args))
     with tracker:
         with counted_operations() as counter:
             micro_batch()
@@ -274,15 +288,15 @@ def _measure(args: argparse.Namespace, built: Mapping[str, Any], processor: Imag
         micro_batch()  # with accumulation, beside the gradients of the one before
         optimizer.step()
     memory = peak(tracker)
-    saved = saved_by_bits(module.student, getattr(args, "base_bits", 16))
+    saved = saved_by_bits(student, getattr(args, "base_bits", 16))
     moments = memory.optimizer if args.optimizer_bits == 32 else round(memory.optimizer * BITS8_SHARE)
-    trainable, total = count_parameters(module.student)
-    ids = batch["text"]["input_ids"]
+    trainable, total = count_parameters(student)
+    ids = built.batch["text"]["input_ids"]
     return Cost(
         trainable=trainable,
         parameters=total,
         tokens=ids.shape[1],
-        image_tokens=int((ids[0] == config.image_token_id).sum()),
+        image_tokens=int((ids[0] == student.config.image_token_id).sum()),
         memory=replace(memory, weights=round(memory.weights - saved), optimizer=moments),
         tflop=counter.get_total_flops() / 1e12,
     )

@@ -4,7 +4,7 @@ Weights and what is computed from them are PyTorch's fake tensors, which have a 
 truth values (tokens, masks, positions) are real: the shapes of a packed batch depend on them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -205,8 +205,32 @@ def peak(tracker: MemTracker) -> Memory:
 @contextmanager
 def shapes_only() -> Iterator[FakeTensorMode]:
     """Models and tensors that are made in the block have no values, unless they are whole numbers."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, WholeNumbersAreReal(fake):
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, WholeNumbersAreReal(fake), _parameters_replaced():
         yield fake
+
+
+@contextmanager
+def _parameters_replaced() -> Iterator[None]:
+    """`module.to` puts new parameters in place of the old ones: it would swap them, which fake tensors do not allow."""
+
+    def apply(self: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for child in self.children() if recurse else ():
+            child._apply(convert)
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                with torch.no_grad():
+                    new = convert(parameter)
+                if new is not parameter:
+                    self._parameters[name] = nn.Parameter(new, requires_grad=parameter.requires_grad)
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = None if buffer is None else convert(buffer)
+        return self
+
+    before, nn.Module._apply = nn.Module._apply, apply
+    try:
+        yield
+    finally:
+        nn.Module._apply = before
 
 
 @contextmanager

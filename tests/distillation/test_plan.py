@@ -8,7 +8,7 @@ import torch
 
 from dataset.inputs.pictures import ImageSettings
 from distillation import plan
-from distillation.models import MINIATURE_STUDENT, load_model
+from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, add_lora, load_model
 from distillation.shapes import StepMemory, peak
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
 from tests.helpers.updates import SCRIPTS, argv_of, script_of
@@ -50,6 +50,19 @@ def test_every_script_has_a_plan_without_data_or_weights(name, nothing_here, tin
     assert trains == expected.get(name, plan.count_parameters(model)[0]) and total == plan.count_parameters(model)[1]
     assert "assumed: no question file is here" in said and said.count(" GiB: fits with ") == 4
     assert ("the teacher in 4 bits, once: " in said) == ("--teacher_name" in argv)
+
+
+def test_adapters_are_planned_on_a_frozen_base(nothing_here):
+    """LoRA's own weights, gradients and moments are small; the base is in 16 bits, or in 4."""
+    script = load_script("distillation/baseline_rgb7b/train2.py")
+    given = ["--student_name", MINIATURE_TEACHER, "--image_tokens", "one_tile", "--batch_size", "1", "--dry_run"]
+    whole, four = (
+        plan.cost_of(script.parse_args([*given, *more]), ROOT / "distillation/baseline_rgb7b/train2.py")
+        for more in ([], ["--base_bits", "4"])
+    )
+    model = add_lora(load_model(MINIATURE_TEACHER), rank=16, alpha=32)
+    assert (whole.trainable, whole.parameters) == plan.count_parameters(model)
+    assert whole.memory.optimizer < 8.5 * whole.trainable and four.memory.weights < 0.8 * whole.memory.weights
 
 
 def test_shapes_take_the_memory_of_real_tensors(nothing_here):

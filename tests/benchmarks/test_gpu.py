@@ -1,0 +1,28 @@
+"""The measurement of a GPU, on the miniature's models and this machine's device."""
+
+import json
+
+import pytest
+import torch
+
+from utils import UserError, load_script
+
+
+def test_every_script_is_measured_beside_its_plan(tmp_path, capsys, monkeypatch):
+    gpu = load_script("benchmarks/gpu.py")
+    monkeypatch.setattr(gpu, "STEPS", 1)
+    gpu.main(gpu.parse_args(["--tiny", "--output", str(tmp_path)]))
+    record = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
+    names = [row["what"] for row in record["rows"]]
+    assert set(gpu.SCRIPTS) < set(names) and {"the teacher's pass", "scoring"} < set(names)
+    assert all(row["seconds"] > 0 and row["tflop"] > 0 and row["gib"] > 0 for row in record["rows"])
+    assert record["losses"].keys() == gpu.SCRIPTS.keys() and max(record["losses"].values()) < 1e-4
+    table = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert table.count("\n| ") == len(names) + 2 and table == capsys.readouterr().out[: len(table)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_true_sizes_need_a_gpu(tmp_path):
+    gpu = load_script("benchmarks/gpu.py")
+    with pytest.raises(UserError, match="no CUDA GPU is here; --tiny"):
+        gpu.main(gpu.parse_args(["--output", str(tmp_path)]))
