@@ -261,8 +261,8 @@ def report(rows: Sequence[Row], rate: float, differences: dict[str, float], name
         f"# On {name}",
         "",
         f"{date.today()}, commit {git_commit()}, torch {torch.__version__}; {rate:.1f} TFLOP/s in large products in "
-        "bfloat16. Batches of one picture, two without a backward pass. Without a GPU the peak is that of the process, all "
-        "that it has loaded included.",
+        "bfloat16. Batches of one picture, two without a backward pass. Without a GPU the peak is that of the process, "
+        "with all that it has loaded.",
         "",
         "| | s | TFLOP/s | % of the matrix rate | peak, GiB | planned, GiB | plan against peak |",
         "| --- |" + " ---: |" * 6,
