@@ -227,6 +227,7 @@ def build(args: argparse.Namespace, script: Path, load: Callable[..., nn.Module]
         UserError: nobody knows the shapes of a model.
     """
     code, made = load_script(script.relative_to(ROOT).as_posix()), {}
+    args = argparse.Namespace(**(vars(args) | {"precision": precision_of(args)}))  # frozen weights follow it
     n_images, questions, _ = frames_of(args.miniature, "train", args.subset_percentage)
     processor = processor_of(args.student_name)
     vocabulary = len(processor.tokenizer) if processor.num_image_tokens != 729 else VOCABULARY
@@ -268,23 +269,25 @@ def cost_of(args: argparse.Namespace, script: Path) -> Cost:
 
 
 def _counted(args: argparse.Namespace, built: Built) -> Cost:
-    """Two micro-batches and updates, counted."""
+    """Two micro-batches and updates: the operations of the first one, the memory of the second one.
+
+    One at a time: the counter of operations holds on to what a checkpointed layer would let go.
+    """
     student, optimizer, half = built.module.student, built.optimizer, half_dtype(precision_of(args))
-    tracker = StepMemory(built.vocabularies)
-    tracker.track_external(built.module)
 
     def micro_batch() -> None:
         with torch.autocast("cpu", half, enabled=half is not None):
             loss = built.module.training_step(built.batch, 0)["loss"]
         loss.backward()
 
+    with counted_operations() as counter:
+        micro_batch()
+    optimizer.step()  # from here on there are moments
+    if args.accumulate_grad_batches == 1:
+        optimizer.zero_grad()
+    tracker = StepMemory(built.vocabularies)
+    tracker.track_external(built.module, optimizer)
     with tracker:
-        with counted_operations() as counter:
-            micro_batch()
-        optimizer.step()  # from here on there are moments
-        if args.accumulate_grad_batches == 1:
-            optimizer.zero_grad()
-        tracker.reset_mod_stats()
         micro_batch()  # with accumulation, beside the gradients of the one before
         optimizer.step()
     memory = peak(tracker)
