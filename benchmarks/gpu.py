@@ -32,11 +32,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from transformers import LlavaOnevisionForConditionalGeneration
 
 from dataset.inputs.pictures import ImageSettings
-from distillation.forward import answer_states, use_packed_attention
-from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, STUDENT_NAME, TEACHER_NAME, four_bits
+from distillation.forward import answer_states
+from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, STUDENT_NAME, TEACHER_NAME, new_model
 from distillation.plan import (
     ASKED,
     Built,
@@ -101,23 +100,16 @@ def random_model(
     """
     torch.manual_seed(0)
     config, _ = configuration(name)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with where or device():
-            model = LlavaOnevisionForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.model.vision_tower.post_layernorm.requires_grad_(False)
+    with where or device():
+        model = new_model(config, dtype)
     if bits == 4:
         pack(model, dtype)
-    return use_packed_attention(model).train()
+    return model
 
 
 def pack(model: nn.Module, dtype: torch.dtype) -> None:
     """Put the language model's linear layers into 4 bits, as `four_bits` has `from_pretrained` do it."""
-    four_bits("a model in 4 bits", dtype)  # refuses where bitsandbytes is missing
-    from bitsandbytes.nn import Linear4bit  # an optional package
+    from bitsandbytes.nn import Linear4bit  # an optional package; `rows_of` asks whether it is there
 
     for layer in model.model.language_model.layers:
         for parent in list(layer.modules()):
@@ -218,7 +210,7 @@ def on_device(built: Built) -> Built:
 def pass_row(what: str, name: str, images: ImageSettings, *, bits: int = 16, batch_size: int = 2) -> Row:
     """Pictures and questions through a model, without a backward pass."""
     half = torch.bfloat16
-    cost = reading_cost(name, images, half, batch_size=batch_size, questions=ASKED, bits=bits)
+    cost = reading_cost(name, images, half, batch_size=batch_size, questions=ASKED)[bits]
     fresh_memory()
     model = random_model(name, dtype=half, bits=bits).to(device()).eval()
     flags = argparse.Namespace(batch_size=batch_size, vision_cache=False)

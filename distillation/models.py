@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, LlavaOnevisionForConditionalGeneration
+from transformers import BitsAndBytesConfig, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 from dataset.inputs.model_folder import check_weight_files, model_folder
@@ -58,9 +58,26 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16)
         raise UserError(
             f"{name}: {len(report['missing_keys'])} weights are missing, {sorted(report['missing_keys'])[0]}"
         )
+    return prepared(model)
+
+
+def prepared(model: LlavaOnevisionForConditionalGeneration) -> LlavaOnevisionForConditionalGeneration:
+    """A model as all of this project takes it: for packed prompts, all parameters that take part trainable."""
     # The projector reads the tower before this layer: it never gets a gradient, which DDP would take for an error.
     model.model.vision_tower.post_layernorm.requires_grad_(False)
     return use_packed_attention(model).train()
+
+
+def new_model(config: LlavaOnevisionConfig, dtype: torch.dtype = torch.float32):
+    """A model with random weights, as `load_model` returns one with trained ones."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = LlavaOnevisionForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.tie_weights()
+    return prepared(model)
 
 
 def four_bits(name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -76,8 +93,7 @@ def four_bits(name: str, dtype: torch.dtype) -> dict[str, Any]:
     Raises:
         UserError: bitsandbytes is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{name}: 4 bits need bitsandbytes, which is not installed; see requirements-optional.txt")
+    need_bitsandbytes(f"{name}: 4 bits need")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -86,6 +102,12 @@ def four_bits(name: str, dtype: torch.dtype) -> dict[str, Any]:
         llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
     )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def need_bitsandbytes(what: str) -> None:
+    """Raise UserError where this optional package is not installed; `what` needs it, the verb included."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{what} bitsandbytes, which is not installed; see requirements-optional.txt")
 
 
 def add_lora(model: nn.Module, *, rank: int, alpha: int) -> PeftModel:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaOnevisionConfig
 
 from dataset.inputs.pictures import ImageSettings
@@ -31,7 +33,6 @@ from distillation.run.machine import half_dtype, resolve_precision
 from distillation.shapes import (
     Memory,
     StepMemory,
-    counted_operations,
     model_of_shapes,
     peak,
     real_numbers,
@@ -120,9 +121,15 @@ def frames_of(miniature: bool, split: str, share: float = 1.0) -> tuple[int, flo
     path = root and questions_file(root, split)
     if path is None or not path.is_file():
         return round(FRAMES[split] * share), ASKED, False
+    n_images, n_questions = questions_in(path)
+    return round(n_images * share), n_questions / n_images, True
+
+
+@cache
+def questions_in(path: Path) -> tuple[int, int]:
+    """Images and questions of a question file; a plan asks for them many times."""
     groups = group_by_image(read_questions(path))
-    questions = sum(len(group) for group in groups) / len(groups)
-    return round(len(groups) * share), questions, True
+    return len(groups), sum(len(group) for group in groups)
 
 
 def data_root_or_none(miniature: bool) -> Path | None:
@@ -280,7 +287,7 @@ def _counted(args: argparse.Namespace, built: Built) -> Cost:
             loss = built.module.training_step(built.batch, 0)["loss"]
         loss.backward()
 
-    with counted_operations() as counter:
+    with FlopCounterMode(display=False) as counter:
         micro_batch()
     optimizer.step()  # from here on there are moments
     if args.accumulate_grad_batches == 1:
@@ -310,23 +317,23 @@ def precision_of(args: argparse.Namespace) -> str:
     return "bf16-mixed" if args.precision == "auto" and args.accelerator != "cpu" else resolve_precision(args.precision)
 
 
-def teacher_cost(args: argparse.Namespace, questions: int, bits: int) -> Cost:
+def teacher_costs(args: argparse.Namespace, questions: int) -> dict[int, Cost]:
     """Of a pass of the teacher over the images of one batch, each with its labels and its own answers.
 
     Args:
         args: of a script that distills.
         questions: about an image.
-        bits: of its language model.
+
+    Returns:
+        See `reading_cost`.
     """
     images, half = ImageSettings("rgb", image_tokens=args.image_tokens), half_dtype(precision_of(args))
-    return reading_cost(
-        args.teacher_name, images, half, batch_size=2 * args.batch_size, questions=2 * questions, bits=bits
-    )
+    return reading_cost(args.teacher_name, images, half, batch_size=2 * args.batch_size, questions=2 * questions)
 
 
 def reading_cost(
-    name: str, images: ImageSettings, half: torch.dtype | None, *, batch_size: int, questions: int, bits: int = 16
-) -> Cost:
+    name: str, images: ImageSettings, half: torch.dtype | None, *, batch_size: int, questions: int
+) -> dict[int, Cost]:
     """Of a model that reads pictures with questions, without a backward pass; its operations are per picture.
 
     Args:
@@ -335,7 +342,9 @@ def reading_cost(
         half: precision of weights and computation; None = float32.
         batch_size: pictures at a time.
         questions: about each.
-        bits: of its language model.
+
+    Returns:
+        By the bits of its language model, 16 and 4.
     """
     config, _ = configuration(name)
     processor = processor_of(name)
@@ -345,14 +354,15 @@ def reading_cost(
         batch = batch_of_shapes(flags, images, config, processor, None, questions)
         tracker = StepMemory(set())
         tracker.track_external(model)
-        with tracker, counted_operations() as counter:
+        with tracker, FlopCounterMode(display=False) as counter:
             answer_states(model, batch["text"], batch["student_images"])
     memory = peak(tracker)
-    packed = replace(memory, weights=round(memory.weights - saved_by_bits(model, bits)))
     ids = batch["text"]["input_ids"]
     n_image_tokens = int((ids[0] == config.image_token_id).sum())
     flop = counter.get_total_flops() / 1e12 / batch_size
-    return Cost(0, count_parameters(model)[1], ids.shape[1], n_image_tokens, packed, flop)
+    cost = Cost(0, count_parameters(model)[1], ids.shape[1], n_image_tokens, memory, flop)
+    packed = replace(memory, weights=round(memory.weights - saved_by_bits(model, 4)))
+    return {16: cost, 4: replace(cost, memory=packed)}
 
 
 def say_scoring_plan(name: str, images: ImageSettings, half: torch.dtype | None, args: argparse.Namespace) -> None:
@@ -362,7 +372,7 @@ def say_scoring_plan(name: str, images: ImageSettings, half: torch.dtype | None,
         UserError: nobody knows the shapes of the model.
     """
     n_images, questions, counted = frames_of(args.miniature, args.gts_type)
-    cost = reading_cost(name, images, half, batch_size=args.batch_size, questions=round(questions))
+    cost = reading_cost(name, images, half, batch_size=args.batch_size, questions=round(questions))[16]
     total = cost.tflop * n_images
     print(f"plan of scoring {name}: {cost.parameters:,} parameters")
     print(
@@ -411,8 +421,9 @@ def say_plan(args: argparse.Namespace, script: Path) -> None:
     print(f"peak memory in {precision_of(args)}, GiB: {_by_part(cost.memory)}")
     taught, of_teacher = 0.0, {}
     if getattr(args, "teacher_name", None):
-        for bits in (16, 4) if args.teacher_bits == "auto" else (int(args.teacher_bits),):
-            teacher = teacher_cost(args, asked, bits)
+        for bits, teacher in teacher_costs(args, asked).items():
+            if args.teacher_bits not in ("auto", str(bits)):
+                continue
             taught, of_teacher[bits] = teacher.tflop * n_images, needed_gib(teacher.memory)
             print(
                 f"the teacher in {bits} bits, once: {teacher.parameters:,} parameters, {taught / 1e6:.3g} EFLOP; peak "

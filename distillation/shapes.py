@@ -15,13 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 from transformers.initialization import no_init_weights
 
 from dataset.inputs.processor import FloatImageProcessor, ImageTextProcessor, load_processor
-from distillation.forward import use_packed_attention
-from distillation.models import MINIATURE_STUDENT
+from distillation.models import MINIATURE_STUDENT, new_model
 
 aten = torch.ops.aten
 TOTAL = "Total"  # of a snapshot of `MemTracker`
@@ -72,16 +70,8 @@ def true_processor() -> ImageTextProcessor:
 
 def model_of_shapes(config: LlavaOnevisionConfig, dtype: torch.dtype = torch.float32):
     """A model as `load_model` returns it, without values; call it within `shapes_only`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with no_init_weights():
-            model = LlavaOnevisionForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.tie_weights()
-    model.model.vision_tower.post_layernorm.requires_grad_(False)
-    return use_packed_attention(model).train()
+    with no_init_weights():
+        return new_model(config, dtype)
 
 
 class WholeNumbersAreReal(TorchDispatchMode):
@@ -238,10 +228,3 @@ def real_numbers() -> Iterator[None]:
     """Tensors that are made in this block, within `shapes_only`, have values."""
     with unset_fake_temporarily():
         yield
-
-
-@contextmanager
-def counted_operations() -> Iterator[FlopCounterMode]:
-    """Count the floating point operations of the block."""
-    with FlopCounterMode(display=False) as counter:
-        yield counter

@@ -255,7 +255,7 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
         run.record["teacher_val_exact_match"] = round(scores["all"], 4)
         said = ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items())
         print(printable(f"teacher: {named}; on val: {said}"))
-        compare_widths(scores["all"], len(groups) - n_train, named, key, teacher_key(weights, processor, images, dtype))
+        compare_widths(scores["all"], len(groups) - n_train, named, key, key | {"dtype": str(dtype)})
         warn_unless_above_blind(scores["all"], data)
     data.use_teacher(teacher)
     return teacher

@@ -78,7 +78,6 @@ class StoredOutputs:
     def _get(self, name: str) -> dict[str, Tensor]:
         tensors = self.store.get(name)
         if tensors is None:
-            self.store.remove(name)
             raise UserError(f"{self.store.folder}: {name} is missing or damaged; start again, it is made anew")
         refuse_not_finite(tensors, self.store.path(name), "remove the file, it is made anew")
         return tensors

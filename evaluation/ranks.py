@@ -1,7 +1,7 @@
 """An evaluation on several devices: a process for each, started by torchrun or by --devices, with its share of images.
 
-The first process does all that one alone does; the others only answer. They speak with each other at two points: where
-the first has checked everything, and where all have answered.
+The first process does all that one alone does; the others only answer. They speak with each other where the first has
+checked something that the others would find wrong, too, and where all have come to the same point.
 """
 
 import logging

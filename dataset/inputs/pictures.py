@@ -198,12 +198,9 @@ class PictureCache:
         return picture
 
     def find(self, frame: Frame) -> Picture | None:
-        """The picture of a frame; None when it is missing or damaged, and then it counts as missing from here on."""
-        name = self.name(frame)
-        if tensors := self.store.get(name):
-            return Picture(**tensors)
-        self.store.remove(name)
-        return None
+        """The picture of a frame; None when it is missing or damaged."""
+        tensors = self.store.get(self.name(frame))
+        return Picture(**tensors) if tensors else None
 
     def put(self, frame: Frame, picture: Picture) -> None:
         """Store the picture of a frame."""

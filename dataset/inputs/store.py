@@ -26,23 +26,22 @@ class TensorStore:
         self.folder = folder
 
     def get(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of this name; None when they are missing or damaged."""
+        """The tensors of this name; None when they are missing or damaged, and then they are missing from here on."""
         try:
             data = self.path(name).read_bytes()
         except FileNotFoundError:
             return None
         whole = len(data) > 4 and struct.unpack("<I", data[:4])[0] == zlib.crc32(data[4:])
-        return load(data[4:]) if whole else None
+        if whole:
+            return load(data[4:])
+        self.path(name).unlink(missing_ok=True)  # so that a start, which opens no file, finds it missing
+        return None
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Store these tensors."""
         data = save({key: tensor.contiguous() for key, tensor in tensors.items()})
         with atomic_path(self.path(name), durable=False, size=len(data) + 4) as part:
             part.write_bytes(struct.pack("<I", zlib.crc32(data)) + data)
-
-    def remove(self, name: str) -> None:
-        """Remove what was damaged, so that a start finds it missing."""
-        self.path(name).unlink(missing_ok=True)
 
     def names(self) -> set[str]:
         """All names that are there, damaged ones included: from the folders' listings, without opening a file."""

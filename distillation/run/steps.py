@@ -1,6 +1,5 @@
 """What the training and validation steps of all scripts have in common."""
 
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from distillation.forward import exact_matches
 from distillation.losses import answer_cross_entropy
-from utils import UserError
+from distillation.models import need_bitsandbytes
 
 
 def undo_averaging(trainer: pl.Trainer, batch: Mapping[str, Any]) -> float:
@@ -53,8 +52,7 @@ def adamw(bits: int) -> type[Optimizer]:
     """
     if bits == 32:
         return torch.optim.AdamW
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("--optimizer_bits 8: needs bitsandbytes, which is not installed; see requirements-optional.txt")
+    need_bitsandbytes("--optimizer_bits 8: needs")
     from bitsandbytes.optim import AdamW8bit  # an optional package
 
     return AdamW8bit

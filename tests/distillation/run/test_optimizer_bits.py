@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import torch
 
+from distillation import models
 from distillation.models import MINIATURE_STUDENT, load_model
-from distillation.run import steps
 from distillation.run.checkpoints import read_checkpoint
 from tests.helpers.training import interrupted, train
 from utils import UserError
@@ -45,6 +45,6 @@ def test_8_bits_need_bitsandbytes_and_whole_moments(places, tiny_folder, monkeyp
     with pytest.raises(SystemExit):
         train("baseline_depth", tiny_folder, "--optimizer_bits", "8", "--strategy", "fsdp2")
     assert "--optimizer_bits 8: such moments cannot be shared out" in capsys.readouterr().err
-    monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--optimizer_bits 8: needs bitsandbytes, .* requirements-optional.txt"):
         train("baseline_depth", tiny_folder, "--optimizer_bits", "8")
