@@ -14,6 +14,7 @@ TEACHERS = {
     # Wrong so often that LoCa has something to correct: .58 on val, and LoCa corrects 25 % of the gold tokens (9 % of
     # the stock teacher's).
     "weak_teacher": ("--subset_percentage", "0.05", "--batch_size", "8", "--max_epochs", "1", "--lr", "1e-2"),
+    "teacher_in_4_bits": ("--base_bits", "4"),
 }
 ASK = ("--teacher_questions", "8")
 CONTROL = "label-only"
@@ -121,6 +122,10 @@ FULL_LABEL_VARIANTS = {
     "CE + LoCa, weak teacher": (replace(LOCA, teacher="weak_teacher"),),
     "RGB student": (RGB_STUDENT,),
 }
+# With all labels and one seed, where bitsandbytes is installed.
+FOUR_BITS_VARIANTS = {
+    "double trouble, teacher in 4 bits": tuple(replace(stage, teacher="teacher_in_4_bits") for stage in ASKING_PHASES),
+}
 COMPARISONS = (  # what is compared, the variant with it, the variant without it
     ("LoCa, on CE alone", "CE + LoCa", "CE"),
     ("LoCa, beside all else", "CE + LoCa + InfoNCE + patches", "CE + InfoNCE + patches"),
@@ -159,8 +164,9 @@ COMPARISONS = (  # what is compared, the variant with it, the variant without it
     ("distillation, both twice as long", "double trouble, twice as long", f"{CONTROL}, twice as long"),
     ("twice as long, labels only", f"{CONTROL}, twice as long", CONTROL),
     ("twice as long, in double trouble", "double trouble, twice as long", "double trouble"),
+    ("teacher in 4 bits instead of 16", "double trouble, teacher in 4 bits", "double trouble"),
 )
-ALL_VARIANTS = VARIANTS | DEGRADED_VARIANTS | FULL_LABEL_VARIANTS | LONG_VARIANTS
+ALL_VARIANTS = VARIANTS | DEGRADED_VARIANTS | FULL_LABEL_VARIANTS | LONG_VARIANTS | FOUR_BITS_VARIANTS
 FEW_SEEDS = 3  # of runs with few labels, of FULL_LABEL_VARIANTS and LONG_VARIANTS
 
 

@@ -52,6 +52,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from importlib.util import find_spec
 from statistics import mean, stdev
 from typing import Any
 
@@ -66,6 +67,7 @@ from benchmarks.arms import (
     DEGRADATION,
     DEGRADED_VARIANTS,
     FEW_SEEDS,
+    FOUR_BITS_VARIANTS,
     FRACTIONS,
     FULL_LABEL_VARIANTS,
     LONG_ON_LADDER,
@@ -85,6 +87,7 @@ from dataset.questions.blind import blind_predictions
 from dataset.questions.rows import QUESTION_TYPES, csv_cells
 from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, load_model
 from evaluation.comparison import load_results, short_type
+from evaluation.inputs import load_questions, load_train_questions
 from evaluation.ladder import chosen_rungs, pack, unpack
 
 RATES = ROOT / "benchmarks" / "reproduce" / "rates.json"  # the learning rates of every system, written by rates.py
@@ -256,7 +259,7 @@ def train_stages(job: Job, work: Path) -> Path:
 
 def shared_name(stage: Stage, job: Job) -> str:
     """The name of a run that reads no labels: the same for all variants and shares of labels that need it."""
-    teacher = "all" if job.fraction == 1 else "stock_teacher"
+    teacher = stage.teacher if job.fraction == 1 else "stock_teacher"
     return file_name(" ".join([f"{teacher}_seed{job.seed}_{stage.epochs}_epochs", *stage.flags]))
 
 
@@ -561,7 +564,8 @@ def study(seeds: int) -> list[Job]:
     main = [(variant, 1.0, seed) for seed in range(seeds) for variant in VARIANTS | DEGRADED_VARIANTS]
     labels = [(variant, fraction, seed) for seed in range(few) for fraction in FRACTIONS[1:] for variant in VARIANTS]
     further = [(variant, 1.0, seed) for seed in range(few) for variant in FULL_LABEL_VARIANTS | LONG_VARIANTS]
-    return [Job(*run) for run in main + labels + further]
+    optional = [(variant, 1.0, 0) for variant in FOUR_BITS_VARIANTS if find_spec("bitsandbytes")]
+    return [Job(*run) for run in main + labels + further + optional]
 
 
 def read_record(job: Job, work: Path) -> dict[str, Any] | None:
@@ -593,12 +597,11 @@ def expected_rungs(job: Job) -> list[str]:
 
 def best_blind(metrics: Mapping[str, Any]) -> tuple[float, list[bool]]:
     """The score by depth of the best blind baseline, and for each test question whether it is right."""
-    script = load_script(EVALUATION)
-    args, root = script.parse_args(["--miniature"]), data_root(True)
-    cells = [csv_cells(row) for row in script.load_questions(root, args, {})]
+    args, root = load_script(EVALUATION).parse_args(["--miniature"]), data_root(True)
+    cells = [csv_cells(row) for row in load_questions(root, args, {})]
     by_name = {name: scores(found)["By depth"] for name, found in metrics["blind"].items()}
     name = max(by_name, key=by_name.get)
-    predicted = blind_predictions(script.load_train_questions(root, args), cells)[name]
+    predicted = blind_predictions(load_train_questions(root, args), cells)[name]
     return by_name[name], [exact_match(p, row["Answers"]) for p, row in zip(predicted, cells, strict=True)]
 
 

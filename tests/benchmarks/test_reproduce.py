@@ -181,7 +181,8 @@ def test_a_start_differs_by_seed_and_comes_back(tmp_path):
     assert not torch.equal(starts[0]["lm_head.weight"], starts[1]["lm_head.weight"])
 
 
-def test_the_plan_says_all_variants_and_the_hours(capsys):
+def test_the_plan_says_all_variants_and_the_hours(monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "find_spec", lambda package: object())
     jobs = reproduce.study(5)
     reproduce.print_plan(jobs, jobs[:2], 2)
     *lines, last = capsys.readouterr().out.splitlines()
@@ -190,7 +191,21 @@ def test_the_plan_says_all_variants_and_the_hours(capsys):
     assert reproduce.EPOCH_SECONDS.keys() == {s.system for stages in arms.ALL_VARIANTS.values() for s in stages}
 
 
-def test_phases_without_labels_are_shared_unless_their_flags_differ(tmp_path, monkeypatch):
+def test_a_teacher_in_four_bits_is_studied_where_its_package_is(monkeypatch):
+    """One seed, beside a twin that differs in the teacher alone; everything else does not need bitsandbytes."""
+    studies = {}
+    for installed in (None, object()):
+        monkeypatch.setattr(reproduce, "find_spec", lambda package, installed=installed: installed)
+        studies[bool(installed)] = reproduce.study(5)
+    (job,) = set(studies[True]) - set(studies[False])
+    assert job == Job("double trouble, teacher in 4 bits", 1.0, 0) and studies[False] == studies[True][:-1]
+    twin = [replace(stage, teacher="teacher") for stage in job.stages]
+    assert tuple(twin) == arms.VARIANTS["double trouble"]
+    script = reproduce.training_script("baseline_rgb7b")
+    assert script.parse_args([*arms.TEACHERS[job.stages[0].teacher]]).base_bits == 4
+
+
+def test_phases_without_labels_are_shared_unless_their_flags_or_teachers_differ(tmp_path, monkeypatch):
     trained = []
 
     def train(script, argv, work, *, name):
@@ -202,10 +217,10 @@ def test_phases_without_labels_are_shared_unless_their_flags_differ(tmp_path, mo
     first, *rest = arms.ASKING_PHASES
     monkeypatch.setitem(arms.ALL_VARIANTS, "other", (first.but("--lr", "1"), *rest))
     monkeypatch.setitem(arms.ALL_VARIANTS, "longer", (replace(first, epochs=4), *rest))
-    for variant in ("double trouble", "double trouble, degraded depth", "other", "longer"):
+    for variant in ("double trouble", "double trouble, degraded depth", "other", "longer", *arms.FOUR_BITS_VARIANTS):
         reproduce.train_stages(Job(variant, 1.0, 0), tmp_path)
     names = [name for script, name in trained if script.endswith("phase1")]
-    assert names[0] == names[1] == "all_seed0_2_epochs" and len(set(names)) == 3
+    assert names[0] == names[1] == "teacher_seed0_2_epochs" and len(set(names)) == 4
 
 
 def test_every_command_line_is_one_that_its_script_takes():

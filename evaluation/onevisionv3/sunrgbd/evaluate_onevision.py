@@ -49,41 +49,30 @@ import csv
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
 from dataset.inputs.depth_encodings import ENCODINGS
 from dataset.inputs.pictures import DEPTH_SOURCES, MODALITIES
 from dataset.inputs.processor import IMAGE_TOKENS
-from dataset.miniature.world import ensure_world
 from dataset.questions.answers import exact_match
 from dataset.questions.blind import blind_predictions
-from dataset.questions.daquar import match_frames, read_daquar
-from dataset.questions.manifest import asked_questions
-from dataset.questions.rows import (
-    CAPTION_TYPE,
-    QuestionRow,
-    captions_file,
-    csv_cells,
-    questions_file,
-    read_questions,
-)
-from distillation.export import DTYPES, read_description
+from dataset.questions.rows import CAPTION_TYPE, QuestionRow, csv_cells
+from distillation.export import DTYPES
 from distillation.plan import say_scoring_plan
-from distillation.run.checkpoints import read_checkpoint
 from distillation.run.claim import claim
 from distillation.run.folders import EXPERIMENTS
 from distillation.run.machine import peak_memory_gib, quieten
 from evaluation.answer_log import Answer, AnswerLog, asked_of, check_results_room
 from evaluation.caption_scores import caption_scores
-from evaluation.hand_over import check_apart, check_hand_over, hand_over, robustness_of
+from evaluation.hand_over import check_apart, hand_over
+from evaluation.inputs import Inputs, load_train_questions, read_inputs
 from evaluation.metrics import evaluate_rows, question_recording
 from evaluation.predictions import read_predictions
 from evaluation.ranks import Ranks, joined_ranks, start_processes
-from evaluation.system import answer_questions, checkpoint_of_flags, load_system, planned_system
+from evaluation.system import answer_questions, load_system, planned_system
 from evaluation.training_log import exported_training, training_of
-from evaluation.wups import WordSimilarity, wordnet_similarity, wups_scores
+from evaluation.wups import WordSimilarity, wups_scores
 
 SHOWN_SCORES = {"bleu_1": "BLEU-1", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "cider": "CIDEr", "meteor": "METEOR"}
 
@@ -267,47 +256,6 @@ def evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
         write_results(args, inputs, system, answers, output, started=started)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What an evaluation starts from, read and checked."""
-
-    path: Path | None  # the checkpoint; None = a stock model or an export
-    checkpoint: dict[str, Any] | None
-    root: Path
-    rows: list[QuestionRow]
-    train_rows: list[dict[str, str]]
-    questions: dict[str, Any]  # see `asked_questions`
-    robustness: dict[str, Any] | None
-    similarity: WordSimilarity | None
-    notes: dict[str, str]  # about the data, by what they are about
-
-
-def read_inputs(args: argparse.Namespace) -> Inputs:
-    """Read and check all but the model.
-
-    Raises:
-        UserError: something is missing, damaged or not writable, or flags contradict it.
-    """
-    check_writable(args.output or outputs_root(ROOT / "evaluation") / "results", "--output")
-    path, notes = checkpoint_of_flags(args), {}
-    checkpoint = read_checkpoint(path) if path else None
-    check_hand_over(args, path)
-    robustness = robustness_of(args.robustness, str(path or args.model_id))
-    root = find_data(args, path, checkpoint)
-    rows = load_questions(root, args, notes)
-    return Inputs(
-        path=path,
-        checkpoint=checkpoint,
-        root=root,
-        rows=rows,
-        train_rows=load_train_questions(root, args),
-        questions=asked_questions(root, [row for row in rows if row.type != CAPTION_TYPE]),
-        robustness=robustness,
-        similarity=wordnet_similarity(notes) if args.dataset == "daquar" else None,
-        notes=notes,
-    )
-
-
 def write_results(
     args: argparse.Namespace,
     inputs: Inputs,
@@ -381,26 +329,6 @@ def metrics_of(
     if args.dataset == "daquar":
         metrics |= {"wups": scores.get("wups"), "notes": notes}
     return metrics
-
-
-def find_data(args: argparse.Namespace, path: Path | None, checkpoint: dict[str, Any] | None) -> Path:
-    """The folder with the data, rendered first where it is the built-in world.
-
-    A checkpoint or export of the built-in world sets `args.miniature`.
-
-    Raises:
-        UserError: the data is not there, or DAQUAR is asked of a checkpoint of the built-in world.
-    """
-    exported = read_description(args.model_id) if args.model_id else None
-    args.miniature |= bool((checkpoint["hyper_parameters"] if checkpoint else exported or {}).get("miniature"))
-    if args.miniature and args.dataset == "daquar":
-        raise UserError(
-            f"--dataset daquar: {path or args.model_id} was trained on the built-in world, which is all it knows"
-        )
-    root = data_root(args.miniature)
-    if args.miniature:
-        ensure_world(root)
-    return root
 
 
 def default_output(args: argparse.Namespace, system: dict[str, Any], path: Path | None) -> Path:
@@ -486,39 +414,6 @@ def score_texts(predictions: list[dict[str, Any]], *, meteor: bool) -> dict[str,
         return None
     columns = ([cells[name] for cells in predictions] for name in ("Model_Answer", "Answers", "Image_Path"))
     return caption_scores(*columns, meteor=meteor)
-
-
-def load_questions(root: Path, args: argparse.Namespace, notes: dict[str, str]) -> list[QuestionRow]:
-    """The questions to answer; how many of DAQUAR's have no picture is added to `notes`.
-
-    Raises:
-        UserError: a file is missing or malformed.
-    """
-    if args.dataset == "sunrgbd":
-        rows = read_questions(questions_file(root, args.gts_type), root=root)
-        rows += read_questions(captions_file(root, args.gts_type), root=root) if args.captions else []
-        return rows
-    asked = read_daquar(root, "test")
-    rows, n_missing = match_frames(root, asked)
-    if n_missing:
-        left_out = len(asked) - len(rows)
-        notes["frames"] = f"{n_missing} are not in {root}; {left_out} of {len(asked)} questions are left out"
-    return rows
-
-
-def load_train_questions(root: Path, args: argparse.Namespace) -> list[dict[str, str]]:
-    """Training questions of the same data set, to fit the blind baselines on.
-
-    Raises:
-        UserError: the file is missing or malformed.
-    """
-    if args.dataset == "sunrgbd":
-        return [csv_cells(row) for row in read_questions(questions_file(root, "train"))]
-    columns = {"Questions": "question", "Answers": "answer", "Question_Type": "type"}
-    return [
-        {column: getattr(question, field) for column, field in columns.items()}
-        for question in read_daquar(root, "train")
-    ]
 
 
 def summary(metrics: dict[str, Any]) -> str:
