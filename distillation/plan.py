@@ -188,18 +188,20 @@ def batch_of_shapes(
     text = collate_prompts([prompt] * n, pad_token_id=processor.tokenizer.pad_token_id)
     text["input_ids"][text["input_ids"] == processor.image_token_id] = config.image_token_id
     n_answers = int((text["labels"] != IGNORE).sum())
-    tiles = processor.pixels([np.zeros((height, width, 3), np.uint8)], image_tokens=student.image_tokens)
+    one = processor.pixels([np.zeros((height, width, 3), np.uint8)], image_tokens=student.image_tokens)
+    pixel = one["pixel_values"][0, :, :, :1, :1]  # of each tile
+    images = processor.join([pixel] * n, [one["image_sizes"][0]] * n, image_tokens=student.image_tokens)
+    shape = images.pop("pixel_values").shape[:2]
     patches = (size // config.vision_config.patch_size) ** 2
-    images = {name: value.repeat(n, *[1] * (value.ndim - 1)) for name, value in tiles.items() if name != "pixel_values"}
-    shape = (n, tiles["pixel_values"].shape[1])
     if args.vision_cache:
         images["features"] = torch.rand(*shape, patches, config.vision_config.hidden_size)
     else:
         images["pixel_values"] = torch.rand(*shape, 3, size, size)
-    counts = {"gold_tokens": n_answers, "answer_tokens": n_answers, "images": n, "patches": n * patches}
-    batch = {"text": text, "student_images": images, "spare": False, "update": counts | {"has_gold": True}}
+    update = {"gold_tokens": float(n_answers), "answer_tokens": float(n_answers), "images": float(n), "has_gold": True}
+    batch = {"text": text, "student_images": images, "spare": False, "update": update}
     batch["image_paths"] = [""] * n
     if teacher:
+        update["patches"] = float(n * patches)
         with real_numbers():  # which patches count decides a shape
             valid_share = torch.ones(n, patches)
         batch["teacher"] = {

@@ -9,9 +9,11 @@ import torch
 
 from dataset.inputs.pictures import ImageSettings
 from distillation import plan
-from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, add_lora, load_model
+from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, add_lora, load_model, set_trainable
+from distillation.run.data import use_vision_cache
 from distillation.shapes import StepMemory, peak
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
+from tests.helpers.training import data_module, flags, teacher_of
 from tests.helpers.updates import SCRIPTS, argv_of, script_of
 from utils import ROOT, UserError, load_script
 
@@ -69,6 +71,37 @@ def test_adapters_are_planned_on_a_frozen_base(nothing_here):
     assert whole.memory.optimizer < 8.5 * whole.trainable
     frozen = whole.parameters - whole.trainable  # in bfloat16, as on a GPU, whatever this machine would choose
     assert whole.memory.weights == pytest.approx(2 * frozen + 4 * whole.trainable, rel=0.01)
+
+
+def leaves(batch, name=""):
+    """Name -> what a step sees of each part of a batch that does not depend on which images and questions it has."""
+    if isinstance(batch, dict):
+        return {key: kind for part in sorted(batch) for key, kind in leaves(batch[part], f"{name}/{part}").items()}
+    if not torch.is_tensor(batch):
+        return {name: type(batch)}
+    # (B, T) of texts and the number of answer tokens depend on the questions; all other sizes do not
+    free = batch.ndim if "/text/" in name else 1 if name in ("/teacher/hidden", "/teacher/gold") else 0
+    return {name: (batch.dtype, batch.ndim, tuple(batch.shape[free:]))}
+
+
+@pytest.mark.parametrize("vision_cache", [False, True])
+def test_a_planned_batch_is_one_of_the_loader(vision_cache, places, world, tiny_folder, tiny_teacher):
+    """All that the data module puts into a batch, in the same types and sizes."""
+    data = data_module(world, tiny_folder, teacher_questions=2)
+    data.use_teacher(teacher_of(data, tiny_folder, tiny_teacher))
+    if vision_cache:
+        student = load_model(str(tiny_folder))
+        set_trainable(student, vision=False, projector=True, language=True)
+        script = load_script(script_of("phase2"))
+        use_vision_cache(student, data, script.parse_args(flags(tiny_folder, "--from_stock", "--vision_cache")))
+    batch = next(iter(data.train_dataloader()))
+    config, _ = plan.configuration(str(tiny_folder))
+    teacher, _ = plan.configuration(str(tiny_teacher))
+    shapes = plan.TeacherShapes(teacher, len(data.processor.tokenizer), 24, torch.float32)
+    args = argparse.Namespace(batch_size=data.batch_size, vision_cache=vision_cache)
+    planned = plan.batch_of_shapes(args, data.student, config, plan.processor_of(str(tiny_folder)), shapes, 3)
+    del batch["question_ids"]  # for the answers of a validation
+    assert leaves(planned) == leaves(batch)
 
 
 def test_shapes_take_the_memory_of_real_tensors(nothing_here):
