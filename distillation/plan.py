@@ -29,7 +29,7 @@ from dataset.questions.rows import group_by_image, questions_file, read_question
 from distillation.forward import answer_states, base_model
 from distillation.models import STUDENT_NAME, TEACHER_NAME, count_parameters
 from distillation.run.checkpoints import CHECKPOINT_SHARE, KEPT
-from distillation.run.machine import half_dtype, resolve_precision
+from distillation.run.machine import half_dtype, quieten, resolve_precision
 from distillation.shapes import (
     Memory,
     StepMemory,
@@ -373,6 +373,7 @@ def say_scoring_plan(name: str, images: ImageSettings, half: torch.dtype | None,
     Raises:
         UserError: nobody knows the shapes of the model.
     """
+    quieten()
     n_images, questions, counted = frames_of(args.miniature, args.gts_type)
     cost = reading_cost(name, images, half, batch_size=args.batch_size, questions=round(questions))[16]
     total = cost.tflop * n_images
@@ -402,6 +403,7 @@ def say_plan(args: argparse.Namespace, script: Path) -> None:
     Raises:
         UserError: nobody knows the shapes of a model.
     """
+    quieten()
     n_images, questions, counted = frames_of(args.miniature, "train", args.subset_percentage)
     asked = round(questions) + (args.teacher_questions or 0)
     known = " (built in: it is not on this machine)" if configuration(args.student_name)[1] else ""

@@ -78,6 +78,7 @@ def quieten() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for text in (
         ".*is_gradient_checkpointing.*",
+        ".*data pointer of FakeTensor.*",  # peft copies a module of shapes alone
         ".*LeafSpec.*",
         ".*suggested max number of worker.*",  # waiting processes cost little
         ".*does not have many workers.*",

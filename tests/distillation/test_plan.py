@@ -73,6 +73,13 @@ def test_adapters_are_planned_on_a_frozen_base(nothing_here):
     assert whole.memory.weights == pytest.approx(2 * frozen + 4 * whole.trainable, rel=0.01)
 
 
+def test_a_plan_says_nothing_that_only_libraries_can_mend(nothing_here, recwarn, capsys):
+    """With adapters, peft copies a module that has shapes alone, and asks transformers for an old name."""
+    given = ["--student_name", MINIATURE_TEACHER, "--image_tokens", "one_tile", "--batch_size", "1"]
+    assert "131,328 of 1,565,312 parameters train" in planned("baseline_rgb7b", given, capsys)
+    assert not [str(warning.message) for warning in recwarn]
+
+
 def leaves(batch, name=""):
     """Name -> what a step sees of each part of a batch that does not depend on which images and questions it has."""
     if isinstance(batch, dict):
