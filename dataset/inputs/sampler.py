@@ -90,7 +90,8 @@ class SharedLoader(DataLoader):
     """A DataLoader over a `MicroBatchSampler` that adds to every batch whether it is `spare` and counts nothing."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for step, batch in enumerate(super().__iter__(), self.batch_sampler.start):
+        start = self.batch_sampler.start  # first: a loader with processes begins to fetch at once, which resets it
+        for step, batch in enumerate(super().__iter__(), start):
             yield batch | {"spare": self.batch_sampler.is_spare(step)}
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -60,8 +61,13 @@ class ShardedStrategy(ModelParallelStrategy):
         return {"state": moments, "param_groups": groups}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read it on every rank. Weights are in place before they are sharded, see `put_starting_weights`."""
+        """Read it on every rank, as one process does."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Give every rank its part of all weights that train, those outside of the student included."""
+        options = StateDictOptions(full_state_dict=True, strict=strict)
+        set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give every rank its part of the state."""

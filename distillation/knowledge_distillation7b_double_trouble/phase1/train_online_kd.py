@@ -76,8 +76,8 @@ class VisionAlignment(pl.LightningModule):
         patches = self.teacher.standardize(overview_patches(self.student, batch["student_images"]))
         weights = batch["teacher"]["valid_share"]
         distance = patch_cosine(student=patches, teacher=self.teacher.patches(batch), weights=weights)
-        weight = batch["counts"]["patches"] or 1e-6  # of the batch in the mean: one without depth counts for nothing
-        self.log("val/patch_cosine", 1 - distance / weight, batch_size=weight, sync_dist=True)
+        n = batch["counts"]["patches"] or 1e-6  # a batch without depth counts for nothing in the mean, a spare one too
+        self.log("val/patch_cosine", 1 - distance / n, batch_size=0.0 if batch["spare"] else n, sync_dist=True)
         log_answer_scores(self, batch, *self.forward_student(batch))
 
     def configure_optimizers(self):

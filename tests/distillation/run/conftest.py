@@ -7,7 +7,7 @@ import pytest
 def forty_rooms(tmp_path_factory):
     from dataset.miniature.world import ensure_world
 
-    return ensure_world(tmp_path_factory.mktemp("data") / "world", train=40, val=7, test=2, workers=1)
+    return ensure_world(tmp_path_factory.mktemp("data") / "world", train=40, val=9, test=2, workers=1)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from utils import UserError
 STRATEGIES = ("ddp", "fsdp2")
 CLIPPED = ("--gradient_clip", "0.1")
 LORA = ("--lora_rank", "4", "--lora_alpha", "8")
-MOVING = ["--max_epochs", "3"]  # of five updates of 8 images each
+MOVING = ["--max_epochs", "3"]  # of five updates of 8 images each, or seven of 6
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,10 @@ def ended(forty_rooms, tiny_folder, tiny_teacher, tmp_path_factory):
                 for name in SCRIPTS
                 for given in calls(name, argv[name], 8, 2, strategy)
             ]
-            commands += same_again(moving, strategy)
+            commands += same_again("baseline_depth", moving, strategy, 2, 2)
+            # Its map is no part of the student. The second rank's last micro-batch of an epoch is spare.
+            workers = ["--num_workers", "1"]
+            commands += same_again("feature", [*trained(argv["feature"]), *MOVING, *workers], strategy, 3, 1)
             if strategy == "ddp":  # two ranks, then one, then two again
                 first = [*moving, *cut(4, 1, "moved"), "--strategy", "ddp"]
                 commands.append(Command(script_of("baseline_depth"), first, 2, str(folder / "first")))
@@ -68,7 +71,8 @@ def ended(forty_rooms, tiny_folder, tiny_teacher, tmp_path_factory):
 def trained(argv):
     """With rates above 0, at which weights move."""
     return [
-        "1e-3" if before in ("--lr", "--vision_lr") else text for before, text in zip(["", *argv], argv, strict=False)
+        "1e-3" if before in ("--lr", "--vision_lr", "--map_lr") else text
+        for before, text in zip(["", *argv], argv, strict=False)
     ]
 
 
@@ -77,6 +81,8 @@ def calls(name, argv, batch_size, accumulate, run_name):
     few = [] if name == "phase1" else ["--label_fraction", "0.05"]
     yield [*argv, *few, *cut(batch_size, accumulate, run_name)]
     yield [*drop(trained(argv), "--max_epochs"), "--max_epochs", "2", *cut(batch_size, accumulate, f"{run_name}-moved")]
+    if name == "phase1":
+        yield [*argv, *cut(2, 4 * accumulate, f"{run_name}-small")]
     if name == "baseline_rgb7b":
         for flag in ("--vision_lr", "--vision_lr", "--lora_rank"):
             argv = drop(argv, flag)
@@ -84,11 +90,11 @@ def calls(name, argv, batch_size, accumulate, run_name):
         yield [*argv, *LORA, *cut(batch_size, accumulate, f"{run_name}-half"), "--precision", "bf16-mixed"]
 
 
-def same_again(moving, strategy):
+def same_again(name, moving, strategy, batch_size, accumulate):
     """A run that goes through, and one that is stopped in its second epoch and goes on, both on two ranks."""
     argv = [*moving, *CLIPPED, "--strategy", strategy]
-    script = script_of("baseline_depth")
-    whole, parts = [*argv, *cut(2, 2, f"{strategy}-through")], [*argv, *cut(2, 2, f"{strategy}-parts")]
+    whole, parts = ([*argv, *cut(batch_size, accumulate, f"{strategy}-{kind}")] for kind in ("through", "parts"))
+    script = script_of(name)
     return [Command(script, whole), Command(script, parts, 13), Command(script, [*parts, "--resume", "auto"])]
 
 
@@ -115,10 +121,13 @@ def test_weights_after_four_updates_are_those_of_one_process(name, strategy, end
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_stopped_run_goes_on_bit_by_bit(strategy, ended):
-    """On as many ranks, in its second epoch: weights, moments, schedule and counters at the end."""
-    through, parts = (checkpoint_of(ended.out, "baseline_depth", f"{strategy}-{kind}") for kind in ("through", "parts"))
-    assert parts["global_step"] == 15 and moved_apart(through, parts, ended.start) == 0
+@pytest.mark.parametrize("name, updates", [("baseline_depth", 15), ("feature", 21)])
+def test_a_stopped_run_goes_on_bit_by_bit(name, updates, strategy, ended):
+    """On as many ranks, in its second epoch: all that trains, moments, schedule and counters at the end."""
+    through, parts = (checkpoint_of(ended.out, name, f"{strategy}-{kind}") for kind in ("through", "parts"))
+    assert parts["global_step"] == updates and moved_apart(through, parts, ended.start) == 0
+    assert all(torch.equal(value, parts["state_dict"][key]) for key, value in through["state_dict"].items())
+    assert any(key.startswith("hidden_map") for key in through["state_dict"]) == (name == "feature")
     for i, moments in through["optimizer_states"][0]["state"].items():
         assert all(torch.equal(value, parts["optimizer_states"][0]["state"][i][key]) for key, value in moments.items())
     for key in ("epoch", "lr_schedulers", "position", "loops"):
@@ -150,17 +159,25 @@ def moved_apart(one, other, start):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_clipped_updates_and_shared_validations_are_those_of_one_process(strategy, ended):
-    """Of two validation batches each rank has one; of a single one the second rank has none."""
+    """Three validation batches, of which one rank has two, or two."""
     one, ranks = (checkpoint_of(ended.out, "baseline_depth", f"{kind}-through") for kind in ("one", strategy))
     assert moved_apart(one, ranks, ended.start) < 1e-3
     for kind in ("through", "moved"):
-        alone, shared = (validations(ended.out, f"{run}-{kind}") for run in ("one", strategy))
+        alone, shared = (validations(ended.out, "baseline_depth", f"{run}-{kind}") for run in ("one", strategy))
         assert shared == pytest.approx(alone, rel=1e-5) and len(alone) in (2, 3)
 
 
-def validations(out, run_name):
-    with open(out / "baseline_depth/tensorboard_logs" / run_name / "metrics.csv", encoding="utf-8", newline="") as file:
-        return [float(row["val/ce"]) for row in csv.DictReader(file) if row["val/ce"]]
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_score_that_phase_1_is_chosen_by_is_that_of_one_process(strategy, ended):
+    """Of three validation batches the second rank has one, and one that is spare."""
+    alone, shared = (validations(ended.out, "phase1", f"{run}-small", "val/patch_cosine") for run in ("one", strategy))
+    assert shared == pytest.approx(alone, rel=1e-5) and len(alone) == 1
+
+
+def validations(out, name, run_name, score="val/ce"):
+    logs = out / SCRIPTS[name][0] / "tensorboard_logs" / run_name / "metrics.csv"
+    with open(logs, encoding="utf-8", newline="") as file:
+        return [float(row[score]) for row in csv.DictReader(file) if row[score]]
 
 
 def test_updates_of_another_size_are_refused(places_of_forty, tiny_folder, tiny_teacher):
