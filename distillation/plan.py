@@ -244,7 +244,7 @@ def build(args: argparse.Namespace, script: Path, load: Callable[..., nn.Module]
     if getattr(args, "teacher_name", None):
         dtype = half_dtype(precision_of(args)) or torch.float32
         teacher = TeacherShapes(configuration(args.teacher_name)[0], vocabulary, n_images, dtype)
-    code.start_run = lambda args, file, images: made.update(images=images)
+    code.start_run = lambda args, file, images, **options: made.update(images=images)
     code.load_model, code.adamw = load, lambda bits: torch.optim.AdamW
     code.load_processor = lambda name: SimpleNamespace(tokenizer=range(vocabulary))
     code.build_data = lambda *given, **options: None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LlavaOnevisionConfig
 
 from dataset.datamodule import SUNRGBDDataModule
-from dataset.inputs.model_folder import model_folder
+from dataset.inputs.model_folder import model_folder, stored_weights
 from dataset.inputs.pictures import ImageSettings, picture_key
 from dataset.inputs.processor import ImageTextProcessor, load_processor
 from dataset.inputs.prompts import pack_questions
@@ -28,7 +28,13 @@ from dataset.questions.blind import majority_per_type, question_text
 from dataset.questions.rows import QuestionRow, csv_cells, group_by_image, subset_of_images, unanswered_file
 from dataset.sunrgbd.frames import frame_group
 from distillation.models import load_model, restore_student
-from distillation.run.checkpoints import read_checkpoint
+from distillation.run.checkpoints import (
+    ADDED_FLAGS,
+    check_same_run,
+    check_same_teacher,
+    read_checkpoint,
+    starting_checkpoint,
+)
 from distillation.run.folders import Run, chosen_checkpoint, experiment_folder
 from distillation.run.machine import frozen_dtype, probe, resolve_precision
 from distillation.teacher_cache import (
@@ -230,7 +236,9 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
         raise UserError(
             "--augmentation: the teacher's outputs are of whole pictures, crops would not match; leave it out"
         )
-    named = named_teacher(args)
+    start = starting_checkpoint(run, args)
+    recorded = read_checkpoint(start)["hyper_parameters"] if start else {}
+    named = named_teacher(args, recorded)
     images = ImageSettings("rgb", image_tokens=data.student.image_tokens)
     check_labels(args, named)
     check_images(named, images)
@@ -241,12 +249,16 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
     weights = model_digest(named.name, named.checkpoint)
     dtype = frozen_dtype(args.precision, args.accelerator)
     key = teacher_key(weights, processor, images, dtype, named.bits)
-    teacher = TeacherCache(teacher_outputs(args, named, processor, images, key, groups, data.root), groups, n_train)
     # A run may go on with newer code, as it may at another commit; its teacher is the same, but its outputs are new.
     run.record["teacher_outputs"] = _short_digest({name: value for name, value in key.items() if name != "code"})
     run.record["teacher_checkpoint"] = str(named.checkpoint) if named.checkpoint else None
     run.record["teacher_bits"] = named.bits
     run.record["teacher_weights"] = weights[:16] + (" in 4 bits" if named.bits == 4 else "")
+    if run.resume_from:  # before the teacher computes for hours
+        check_same_run(recorded, run)
+    elif start:
+        check_same_teacher(start, recorded, run)
+    teacher = TeacherCache(teacher_outputs(args, named, processor, images, key, groups, data.root), groups, n_train)
     if not args.dry_run:
         scores = teacher.accuracy(
             [row for rows in groups[n_train:] for row in rows],
@@ -334,10 +346,18 @@ def teacher_outputs(
     return stored
 
 
-def named_teacher(args: argparse.Namespace) -> NamedTeacher:
-    """The teacher that --teacher_name or --teacher_checkpoint means. Raises UserError when there is none."""
+def named_teacher(args: argparse.Namespace, before: Mapping[str, Any]) -> NamedTeacher:
+    """The teacher that --teacher_name or --teacher_checkpoint means.
+
+    Args:
+        args: of a script that distills.
+        before: hyper-parameters of the checkpoint that the run starts from; {} without one.
+
+    Raises:
+        UserError: there is no such teacher.
+    """
     if not args.teacher_checkpoint:
-        return NamedTeacher(args.teacher_name, None, None, bits_of_stock(args))
+        return NamedTeacher(args.teacher_name, None, None, bits_of_stock(args, before))
     path = chosen_checkpoint(args.teacher_checkpoint, experiment_folder("baseline_rgb7b"), miniature=args.miniature)
     recorded = read_checkpoint(path)["hyper_parameters"]
     if recorded["label_fraction"] is None:
@@ -351,15 +371,21 @@ def named_teacher(args: argparse.Namespace) -> NamedTeacher:
     return NamedTeacher(recorded["student_name"], path, recorded, bits)
 
 
-def bits_of_stock(args: argparse.Namespace) -> int:
-    """Bits of a stock teacher: as --teacher_bits says, with `auto` 4 where its weights in 16 do not fit the GPU."""
+def bits_of_stock(args: argparse.Namespace, before: Mapping[str, Any]) -> int:
+    """Bits of a stock teacher, as --teacher_bits says.
+
+    With `auto` those that it had before, in what this run starts from (`before`, see `named_teacher`); else 4 where its
+    weights do not fit the GPU.
+    """
     if args.teacher_bits != "auto":
         return int(args.teacher_bits)
+    if before.get("teacher_name") == args.teacher_name and not before.get("teacher_checkpoint"):
+        return before.get("teacher_bits", ADDED_FLAGS["teacher_bits"])
     device = probe(args).strategy.root_device
     if device.type != "cuda":
         return 16
-    stored = sum(path.stat().st_size for path in model_folder(args.teacher_name).glob(WEIGHTS[0]))
-    return 16 if stored < FITS * torch.cuda.get_device_properties(device).total_memory else 4
+    taken = stored_weights(model_folder(args.teacher_name)) * frozen_dtype(args.precision, args.accelerator).itemsize
+    return 16 if taken < FITS * torch.cuda.get_device_properties(device).total_memory else 4
 
 
 def check_images(named: NamedTeacher, images: ImageSettings) -> None:

@@ -4,12 +4,14 @@ Weights are read from safetensors files alone, since a pickle can run code, and 
 run. Sizes are compared with the weights that are there: config.json alone could ask for any amount of memory.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from transformers import LlavaOnevisionConfig
 
 from utils import UserError, hf_token, model_source, read_json, reason
@@ -109,6 +111,15 @@ def check_weight_files(folder: Path, name: str) -> None:
             f"{name}: config.json describes a model of {needed:.3g} weights or more, and its files hold {stored:.3g} "
             "bytes; download the model again"
         )
+
+
+def stored_weights(folder: Path) -> int:
+    """The number of weights in a folder's safetensors files, by their headers alone."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
 
 
 def _least_weights(config: LlavaOnevisionConfig) -> int:

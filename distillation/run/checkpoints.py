@@ -224,9 +224,19 @@ def resume_batch(position: Mapping[str, int], run: Run, args: argparse.Namespace
     return batch
 
 
-def put_starting_weights(
-    student: torch.nn.Module, run: Run, args: argparse.Namespace, *, builds_on: str | None = None
-) -> dict[str, int] | None:
+def starting_checkpoint(run: Run, args: argparse.Namespace) -> Path | None:
+    """The checkpoint that a run starts from: the resumed run's, or that of --load_checkpoint; None = stock weights.
+
+    Raises:
+        UserError: there is none, or several fit.
+    """
+    if run.resume_from or not args.load_checkpoint:
+        return run.resume_from
+    source = outputs_root(ROOT / "distillation" / run.builds_on) if run.builds_on else run.experiment
+    return chosen_checkpoint(args.load_checkpoint, source, miniature=args.miniature)
+
+
+def put_starting_weights(student: torch.nn.Module, run: Run, args: argparse.Namespace) -> dict[str, int] | None:
     """Give the student the weights that the run starts from: the resumed run's, a checkpoint's, or the stock ones.
 
     The one place that decides it, before anything reads the weights. Lightning restores a resumed run's once more,
@@ -238,8 +248,9 @@ def put_starting_weights(
     Raises:
         UserError: the checkpoint does not fit, or the resumed run had other settings.
     """
+    path = starting_checkpoint(run, args)
     if run.resume_from:
-        checkpoint = read_checkpoint(run.resume_from)
+        checkpoint = read_checkpoint(path)
         check_resumable(checkpoint, run.resume_from)
         recorded = checkpoint["hyper_parameters"]
         check_same_run(recorded, run)
@@ -247,10 +258,8 @@ def put_starting_weights(
         run.record["load_checkpoint"] = recorded["load_checkpoint"]
         load_trained_state(student, student_state(checkpoint), origin=str(run.resume_from))
         return checkpoint["position"] | {"epoch": checkpoint["epoch"], "batch_size": recorded["batch_size"]}
-    if args.load_checkpoint:
-        source = outputs_root(ROOT / "distillation" / builds_on) if builds_on else run.experiment
-        path = chosen_checkpoint(args.load_checkpoint, source, miniature=args.miniature)
-        load_student(student, path, run.record, builds_on=builds_on)
+    if path:
+        load_student(student, path, run)
         run.record["load_checkpoint"] = str(path)
     return None
 
@@ -305,15 +314,40 @@ def check_same_updates(recorded: Mapping[str, Any], world_size: int, run: Run, a
     )
 
 
-def load_student(
-    student: torch.nn.Module, path: Path, record: Mapping[str, Any], *, builds_on: str | None = None
-) -> None:
+def check_same_teacher(path: Path, recorded: Mapping[str, Any], run: Run) -> None:
+    """Refuse to build on a checkpoint that another teacher taught.
+
+    Args:
+        path: of the checkpoint.
+        recorded: its hyper-parameters.
+        run: that starts from it, with its teacher in its record.
+
+    Raises:
+        UserError: names both.
+    """
+    if (
+        not run.builds_on
+        or run.record["any_teacher"]
+        or recorded.get("teacher_weights") == run.record["teacher_weights"]
+    ):
+        return
+    theirs, ours = (
+        f"{record.get('teacher_checkpoint') or record.get('teacher_name')} in {record.get('teacher_bits', 16)} bits"
+        for record in (recorded, run.record)
+    )
+    raise UserError(
+        f"--load_checkpoint {path}: was trained with another teacher ({theirs}; here it is {ours}); give the same one, "
+        "or add --any_teacher if it is meant"
+    )
+
+
+def load_student(student: torch.nn.Module, path: Path, run: Run) -> None:
     """Put a checkpoint's weights into the student.
 
     Raises:
         UserError: it is of another student, of other image settings, or not of the experiment that this one builds on.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint, record, builds_on = read_checkpoint(path), run.record, run.builds_on
     theirs = checkpoint["hyper_parameters"]
     origin = Path(theirs["script"]).parent.relative_to("distillation").as_posix()
     if builds_on and origin != builds_on:
@@ -334,12 +368,7 @@ def load_student(
                     f"--load_checkpoint {path}: trained with {name} {theirs[name]}, this run has {record[name]}; give "
                     "the path of one that was trained on the same labels"
                 )
-    if builds_on and theirs.get("teacher_weights") != record["teacher_weights"] and not record["any_teacher"]:
-        their_teacher = theirs.get("teacher_checkpoint") or theirs.get("teacher_name")
-        raise UserError(
-            f"--load_checkpoint {path}: was trained with another teacher ({their_teacher}); give the same one, or add "
-            "--any_teacher if it is meant"
-        )
+    check_same_teacher(path, theirs, run)
     load_trained_state(student, student_state(checkpoint), origin=str(path))
     print(printable(f"starting from {path}"))
 

@@ -28,6 +28,7 @@ class Run:
     name: str
     record: dict[str, Any]  # plain scalars: what was run, with which settings; goes into every checkpoint
     resume_from: Path | None = None
+    builds_on: str | None = None  # experiment whose checkpoint it starts from, a folder below distillation/; None = own
 
     @property
     def checkpoints(self) -> Path:

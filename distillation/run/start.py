@@ -24,8 +24,14 @@ from utils import ROOT, UserError, check_writable, data_root, git_commit, output
 RUN_NAME_VARIABLE = "RUN_NAME_OF_FIRST_PROCESS"
 
 
-def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> Run:
+def start_run(args: argparse.Namespace, script: str, student: ImageSettings, *, builds_on: str | None = None) -> Run:
     """Choose and claim the folder of a new run, or that of the run to continue.
+
+    Args:
+        args: of the common flags.
+        script: its path.
+        student: what it sees.
+        builds_on: experiment whose checkpoint it starts from (a folder below distillation/); None = its own.
 
     Raises:
         UserError: there is no data, the run's folder is in use, or there is nothing to resume.
@@ -38,7 +44,7 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
     data_root(args.miniature)  # before minutes are spent on loading a model
     path = Path(script).resolve()
     experiment = outputs_root(path.parent)
-    if not args.dry_run:
+    if not args.dry_run and is_first_process():  # the probes of several processes would get into each other's way
         check_places(args, experiment)
     probe(args)
     pl.seed_everything(args.seed, verbose=False)  # before adapters are initialised
@@ -47,7 +53,7 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings) -> 
     last = checkpoint_to_resume(args, experiment, record["script"])
     given = last.parent.name if last else given_name(args)
     name = given or run_folder(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), miniature=args.miniature)
-    run = Run(experiment, name, record | {"run": name}, resume_from=last)
+    run = Run(experiment, name, record | {"run": name}, resume_from=last, builds_on=builds_on)
     if args.dry_run or (last and finished_run(run, args)):  # nothing will be written there
         return run
     if is_first_process():

@@ -56,7 +56,6 @@ def train(
     args: argparse.Namespace,
     *,
     monitor: str = "val/exact_match",
-    builds_on: str | None = None,
 ) -> None:
     """Fit, keep the best and the last checkpoint, write what --export and --save_final_pt ask for.
 
@@ -66,7 +65,6 @@ def train(
         run: folders and record.
         args: of the common flags.
         monitor: logged in validation; the best checkpoint is where it is highest.
-        builds_on: experiment whose checkpoint this one starts from (a folder below distillation/); None = its own.
 
     Raises:
         UserError: bad input; the run's earlier checkpoints stay.
@@ -74,7 +72,7 @@ def train(
     trainable, total = count_parameters(module.student)
     script = run.record["script"]
     print(f"{script}: {trainable:,} of {total:,} parameters train; {data.images_per_epoch} images per epoch")
-    position = put_starting_weights(module.student, run, args, builds_on=builds_on)
+    position = put_starting_weights(module.student, run, args)
     if (finished := finished_run(run, args)) is not None:
         if is_first_process():  # behind torchrun all ranks come here
             print(

@@ -1,12 +1,13 @@
 """A teacher, and a base under adapters, whose language model is frozen in 4 bits (bitsandbytes' CPU code)."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from distillation import models
+from distillation import models, teacher
 from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, count_parameters, load_model, restore_student
 from distillation.run.checkpoints import read_checkpoint
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
@@ -79,6 +80,40 @@ def test_adapters_on_four_bits_are_scored_exported_and_taught_from(places, tmp_p
     assert ".ckpt in 4 bits, tuned on 100 % of the labels; on val" in capsys.readouterr().out
     with pytest.raises(UserError, match="--teacher_bits 16: .*was tuned with 4; .*--base_bits 16"):
         script.main(script.parse_args([*taught, "--run_name", "refused", "--teacher_bits", "16"]))
+
+
+@needs_bitsandbytes
+def test_a_road_and_a_resumed_run_keep_the_bits_that_they_began_with(places):
+    """With `auto`, whatever fits this machine; others are refused before the teacher has computed anything."""
+    pair = (MINIATURE_STUDENT, MINIATURE_TEACHER)
+    distill("phase2", *pair, "--from_stock", "--teacher_bits", "4", "--max_steps", "1")
+    start = ("--load_checkpoint", "t", "--max_steps", "1", "--run_name", "after")
+    with pytest.raises(UserError, match=r"another teacher \(dataset.* in 4 bits; here it is dataset.* in 16 bits\)"):
+        distill("phase3", *pair, *start, "--teacher_bits", "16")
+    with pytest.raises(UserError, match="was started with teacher_bits 4, now it is 16"):
+        distill("phase2", *pair, "--from_stock", "--resume", "t", "--max_steps", "2", "--teacher_bits", "16")
+    distill("phase3", *pair, *start)
+    distill("phase2", *pair, "--from_stock", "--resume", "t", "--max_steps", "2")
+    for phase, name, updates in (("phase2", "t", 2), ("phase3", "after", 1)):
+        path = places / f"knowledge_distillation7b_double_trouble/{phase}/checkpoints/{name}/last.ckpt"
+        checkpoint = read_checkpoint(path)
+        assert (checkpoint["global_step"], checkpoint["hyper_parameters"]["teacher_bits"]) == (updates, 4)
+    assert len([folder for folder in (places / "teacher_outputs").iterdir() if folder.is_dir()]) == 1
+
+
+def test_four_bits_are_chosen_where_weights_do_not_fit(monkeypatch):
+    """As they are loaded: in float32 on a GPU without bfloat16, they take twice as much."""
+    weights = count_parameters(load_model(MINIATURE_TEACHER))[1]
+    gpu = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")))
+    monkeypatch.setattr(teacher, "probe", lambda args: gpu)
+    script = load_script("distillation/knowledge_distillation7b_logit_based/train_online_kd.py")
+    for precision, bytes_each in (("bf16-mixed", 2), ("32-true", 4)):
+        given = ("--teacher_name", MINIATURE_TEACHER, "--precision", precision)
+        args = script.parse_args(flags(MINIATURE_STUDENT, *given))
+        for share, bits in ((0.8, 16), (0.9, 4)):
+            card = SimpleNamespace(total_memory=weights * bytes_each / share)
+            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+            assert teacher.named_teacher(args, {}).bits == bits
 
 
 def test_four_bits_need_bitsandbytes_and_adapters(places, tiny_folder, monkeypatch, capsys):

@@ -150,12 +150,12 @@ def parse_args(argv=None):
 
 def main(args):
     images = ImageSettings("depth", args.depth_encoding, args.depth_source, args.image_tokens)
-    run = start_run(args, __file__, images)
+    run = start_run(args, __file__, images, builds_on=BUILDS_ON)
     processor = load_processor(args.student_name)
     data = build_data(args, processor, student=images)
     teacher = open_teacher(args, data, run)
     module = JointDistillation(args, teacher, vocab_size=len(processor.tokenizer))
-    train(module, data, run, args, builds_on=BUILDS_ON)
+    train(module, data, run, args)
 
 
 if __name__ == "__main__":
