@@ -367,15 +367,17 @@ def reading_cost(
     return {16: cost, 4: replace(cost, memory=packed)}
 
 
-def say_scoring_plan(name: str, images: ImageSettings, half: torch.dtype | None, args: argparse.Namespace) -> None:
-    """Print what scoring a model would take; `args` are the evaluation's.
+def say_scoring_plan(
+    name: str, images: ImageSettings, half: torch.dtype | None, bits: int, args: argparse.Namespace
+) -> None:
+    """Print what scoring a model would take; arguments as of `evaluation.system.planned_system`.
 
     Raises:
         UserError: nobody knows the shapes of the model.
     """
     quieten()
     n_images, questions, counted = frames_of(args.miniature, args.gts_type)
-    cost = reading_cost(name, images, half, batch_size=args.batch_size, questions=round(questions))[16]
+    cost = reading_cost(name, images, half, batch_size=args.batch_size, questions=round(questions))[bits]
     total = cost.tflop * n_images
     print(f"plan of scoring {name}: {cost.parameters:,} parameters")
     print(

@@ -16,10 +16,9 @@ from dataset.questions.rows import (
     questions_file,
     read_questions,
 )
-from distillation.export import read_description
 from distillation.run.checkpoints import read_checkpoint
 from evaluation.hand_over import check_hand_over, robustness_of
-from evaluation.system import checkpoint_of_flags
+from evaluation.system import checkpoint_of_flags, knows_miniature_only
 from evaluation.wups import WordSimilarity, wordnet_similarity
 from utils import ROOT, UserError, check_writable, data_root, outputs_root
 
@@ -43,12 +42,10 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     """Read and check all but the model.
 
     Raises:
-        UserError: something is missing, damaged or not writable, or flags contradict it.
+        UserError: something is missing or damaged, or flags contradict it.
     """
-    check_writable(args.output or outputs_root(ROOT / "evaluation") / "results", "--output")
     path, notes = checkpoint_of_flags(args), {}
     checkpoint = read_checkpoint(path) if path else None
-    check_hand_over(args, path)
     robustness = robustness_of(args.robustness, str(path or args.model_id))
     root = find_data(args, path, checkpoint)
     rows = load_questions(root, args, notes)
@@ -65,6 +62,20 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     )
 
 
+def check_places(args: argparse.Namespace, path: Path | None) -> None:
+    """Look at where results go, and what was scored; for one process, whose probes others would get in the way of.
+
+    Args:
+        args: flags of the evaluation script.
+        path: the checkpoint that is scored; None = a model.
+
+    Raises:
+        UserError: one of them is not writable, or there would be nothing to hand over.
+    """
+    check_writable(args.output or outputs_root(ROOT / "evaluation") / "results", "--output")
+    check_hand_over(args, path)
+
+
 def find_data(args: argparse.Namespace, path: Path | None, checkpoint: dict[str, Any] | None) -> Path:
     """The folder with the data, rendered first where it is the built-in world.
 
@@ -73,8 +84,7 @@ def find_data(args: argparse.Namespace, path: Path | None, checkpoint: dict[str,
     Raises:
         UserError: the data is not there, or DAQUAR is asked of a checkpoint of the built-in world.
     """
-    exported = read_description(args.model_id) if args.model_id else None
-    args.miniature |= bool((checkpoint["hyper_parameters"] if checkpoint else exported or {}).get("miniature"))
+    args.miniature |= knows_miniature_only(args, checkpoint["hyper_parameters"] if checkpoint else {})
     if args.miniature and args.dataset == "daquar":
         raise UserError(
             f"--dataset daquar: {path or args.model_id} was trained on the built-in world, which is all it knows"

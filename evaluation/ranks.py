@@ -17,6 +17,7 @@ from datetime import timedelta
 
 import torch
 from torch import distributed
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -58,6 +59,26 @@ class Ranks:
             raise
         if self.is_first:
             self._tell_others(True)
+
+    @contextmanager
+    def one_error(self) -> Iterator[None]:
+        """All processes do the same in the block. Where it fails with a UserError, that is raised in the first alone.
+
+        The others leave without a word.
+        """
+        error = None
+        try:
+            yield
+        except UserError as raised:
+            error = raised
+        said = [None] * self.world_size
+        if self.world_size > 1:
+            with _others_may_fail():
+                distributed.all_gather_object(said, error and str(error))
+        if not self.is_first and any(said):
+            raise SystemExit(2)
+        if error or any(said):
+            raise error or UserError(next(filter(None, said)))
 
     def wait_for_all(self) -> None:
         """Return when all processes have come here."""
@@ -105,11 +126,15 @@ def start_processes(devices: int | None) -> bool:
     if devices > there:
         what = "GPU(s)" if torch.cuda.is_available() else "CPU core(s)"
         raise UserError(f"--devices {devices}: there are {there} {what} here; give at most as many")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process itself says what is wrong
+    logging.disable(logging.ERROR)  # the processes themselves say what is wrong
     here = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=devices, max_restarts=0, **here)
+    if not torch.cuda.is_available():  # as torchrun does it: each would use all cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(there // devices))
     try:
         elastic_launch(config, sys.executable)(*sys.argv)
+    except SignalException as stopped:  # by which the first process was, too, and has said so
+        raise SystemExit(128 + stopped.sigval) from None
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         if -signal.SIGKILL in codes:
@@ -129,7 +154,8 @@ def joined_ranks() -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
     if rank > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from the launcher, where another process has said what is wrong
+        for number in (signal.SIGTERM, signal.SIGINT):  # another process says why
+            signal.signal(number, signal.SIG_DFL)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +52,24 @@ def load_system(
     return system, images, model, load_processor(system["model_id"])
 
 
-def planned_system(args: argparse.Namespace) -> tuple[str, ImageSettings, torch.dtype | None]:
-    """The model of the system that the flags mean, what it sees and in which precision a GPU computes it.
+def planned_system(args: argparse.Namespace) -> tuple[str, ImageSettings, torch.dtype | None, int]:
+    """Of the system that the flags mean: its model, what it sees, the precision of a GPU, bits of the language model.
 
     Raises:
         UserError: there is no such checkpoint, or a flag contradicts it.
     """
     path = checkpoint_of_flags(args)
-    if path is None:
-        system, images = stock_system(args)
-    else:
-        system, images = trained_system(args, path, read_checkpoint(path)["hyper_parameters"])
-    return system["model_id"], images, None if args.precision == "32-true" else torch.bfloat16
+    recorded = read_checkpoint(path)["hyper_parameters"] if path else {}
+    args.miniature |= knows_miniature_only(args, recorded)
+    system, images = trained_system(args, path, recorded) if path else stock_system(args)
+    half = None if args.precision == "32-true" else torch.bfloat16
+    return system["model_id"], images, half, recorded.get("base_bits", 16)
+
+
+def knows_miniature_only(args: argparse.Namespace, recorded: Mapping[str, Any]) -> bool:
+    """Whether a system was trained on the built-in world; `recorded`: a checkpoint's hyper-parameters, {} for a model."""
+    exported = read_description(args.model_id) if args.model_id else None
+    return bool((recorded or exported or {}).get("miniature"))
 
 
 def stock_system(args: argparse.Namespace) -> tuple[dict[str, Any], ImageSettings]:

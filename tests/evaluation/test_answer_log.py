@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -157,8 +158,21 @@ def test_processes_end_with_the_one_that_started_them(tiny_folder, places, tmp_p
             time.sleep(0.1)
 
 
+@pytest.mark.parametrize("number, group", [(signal.SIGTERM, False), (signal.SIGINT, True)], ids=["kill", "Ctrl-C"])
+def test_a_signal_ends_all_processes_with_one_line(number, group, tiny_folder, places, tmp_path):
+    script = faulty(tmp_path, SCRIPT, in_loading(1, "import time; time.sleep(600)"))
+    command = argv(tiny_folder, tmp_path / "answers", "--devices", "2")
+    with Started(script, command, tmp_path / "process", env=ONE_CORE_EACH) as started:
+        started.wait_until(lambda: list((tmp_path / "answers").glob("answers.1.jsonl")))
+        started.send(number, group=group)
+        assert started.ends() == 128 + number, started.stderr
+        started.leaves_nothing()
+    said = [line for line in started.stderr.splitlines() if not line.startswith("answering, batch")]
+    assert said == [f"stopped by {number.name}"]
+
+
 def test_what_processes_find_wrong_is_said_once(finished, world, tiny_folder, tmp_path, monkeypatch):
-    """More devices than there are; a folder with other answers; a damaged picture in the second one's share."""
+    """More devices than there are; a folder with other answers; flags that contradict the model; a damaged picture."""
     shutil.copytree(finished, tmp_path / "others", ignore=shutil.ignore_patterns("owner-*"))  # this process holds it
     broken = tmp_path / "broken"
     shutil.copytree(world, broken)
@@ -167,6 +181,12 @@ def test_what_processes_find_wrong_is_said_once(finished, world, tiny_folder, tm
     for root, more, folder, message in (
         (world, ["--devices", "4096"], "new", "error: --devices 4096: there are "),
         (world, ["--devices", "2", "--max_new_tokens", "5"], "others", "holds answers of another evaluation"),
+        (
+            world,
+            ["--devices", "2", "--pixel_data_type", "rgb", "--depth_encoding", "turbo"],
+            "none",
+            "--depth_encoding turbo: goes with",
+        ),
         (broken, ["--devices", "2", "--batch_size", "1"], "broken_answers", Path(last.depth_path).name),
     ):
         monkeypatch.setenv("ROOT_DATA_DIR", str(root))

@@ -66,7 +66,7 @@ from distillation.run.machine import peak_memory_gib, quieten
 from evaluation.answer_log import Answer, AnswerLog, asked_of, check_results_room
 from evaluation.caption_scores import caption_scores
 from evaluation.hand_over import check_apart, hand_over
-from evaluation.inputs import Inputs, load_train_questions, read_inputs
+from evaluation.inputs import Inputs, check_places, load_train_questions, read_inputs
 from evaluation.metrics import evaluate_rows, question_recording
 from evaluation.predictions import read_predictions
 from evaluation.ranks import Ranks, joined_ranks, start_processes
@@ -191,6 +191,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         given = [name for name in sorted(vars(args).keys() - free) if getattr(args, name) != parser.get_default(name)]
         if given:
             parser.error(f"--{given[0]}: --predictions asks no system anything; leave it out")
+    if args.dry_run and (args.captions or args.dataset == "daquar"):
+        parser.error("--dry_run plans the questions of SUN RGB-D; leave --captions and --dataset out")
     for name in ("export", "push_to_hub", "robustness"):  # an unset variable of a shell
         if str(getattr(args, name)) in ("", "."):
             parser.error(f"--{name} is empty; give it a value, or leave it out")
@@ -236,7 +238,10 @@ def evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
     quieten()
     with ranks.first_before_others():
         inputs = read_inputs(args)
-    system, images, model, processor = load_system(args, inputs.path, inputs.checkpoint)
+        if ranks.is_first:
+            check_places(args, inputs.path)
+    with ranks.one_error():
+        system, images, model, processor = load_system(args, inputs.path, inputs.checkpoint)
     split = args.gts_type if args.dataset == "sunrgbd" else f"{args.dataset} {args.gts_type}"
     system |= {"miniature": args.miniature, "split": split}
     asked = asked_of(model.to(ranks.device).eval(), processor, inputs.rows, images, args, root=inputs.root, split=split)
