@@ -34,9 +34,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from dataset.inputs.pictures import ImageSettings
-from distillation.forward import answer_states
-from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, STUDENT_NAME, TEACHER_NAME, new_model
-from distillation.plan import (
+from distillation.cost import (
     ASKED,
     Built,
     batch_of_shapes,
@@ -46,6 +44,8 @@ from distillation.plan import (
     processor_of,
     reading_cost,
 )
+from distillation.decoding import prefill
+from distillation.models import MINIATURE_STUDENT, MINIATURE_TEACHER, STUDENT_NAME, TEACHER_NAME, new_model
 from distillation.run.machine import half_dtype, quieten
 
 TROUBLE = "distillation/knowledge_distillation7b_double_trouble"
@@ -216,7 +216,7 @@ def pass_row(what: str, name: str, images: ImageSettings, *, bits: int = 16, bat
     flags = argparse.Namespace(batch_size=batch_size, vision_cache=False)
     batch = moved(batch_of_shapes(flags, images, model.config, processor_of(name), None, ASKED))
     with torch.no_grad(), torch.autocast(device().type, half):
-        seconds = timed(lambda: answer_states(model, batch["text"], batch["student_images"]))
+        seconds = timed(lambda: prefill(model, batch["text"], batch["student_images"]))
     return Row(what, seconds, cost.tflop * batch_size, taken_gib(), cost.memory.total / 2**30)
 
 

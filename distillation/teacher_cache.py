@@ -222,7 +222,7 @@ def stored_outputs(
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with locked(folder, shared=world_size > 1):  # another run with this teacher waits and finds its outputs
-        own = missing()[rank::world_size]
+        own = [i for i in missing() if i % world_size == rank]  # whatever the others have stored by now
         if own or store.get(HEAD) is None:
             write_json(folder / "teacher.json", record)
             compute_and_store(store, [(names[i], groups[i]) for i in own], live(), batch_size=batch_size)

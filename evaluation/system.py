@@ -67,7 +67,7 @@ def planned_system(args: argparse.Namespace) -> tuple[str, ImageSettings, torch.
 
 
 def knows_miniature_only(args: argparse.Namespace, recorded: Mapping[str, Any]) -> bool:
-    """Whether a system was trained on the built-in world; `recorded`: a checkpoint's hyper-parameters, {} for a model."""
+    """Whether a system was trained on the built-in world; `recorded`: hyper-parameters of its checkpoint, or {}."""
     exported = read_description(args.model_id) if args.model_id else None
     return bool((recorded or exported or {}).get("miniature"))
 

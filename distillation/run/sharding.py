@@ -1,8 +1,9 @@
 """`--strategy fsdp2`: weights, gradients and optimizer states shared out over the ranks (PyTorch's FSDP2).
 
 Every rank computes its own images with whole layers, which it puts together from all ranks for as long as it needs
-them. So a rank holds 1/N of weights, gradients and moments of N ranks, and one layer more. To get there it holds the
-whole model in main memory once, since scripts build their models as on one device.
+them. So a rank holds 1/N of weights, gradients and moments of N ranks. Whole it holds one layer at a time, and through
+a step all that is no such layer: embedding, output layer, the last decoder layer, the projector. To get there it holds
+the whole model in main memory once, since scripts build their models as on one device.
 
 Checkpoints are those of one process, also in their order: runs go on with another strategy.
 """
@@ -93,16 +94,21 @@ def shard_in(module: pl.LightningModule, args: argparse.Namespace) -> None:
         module.configure_model = partial(shard, module)
 
 
-def shard(module: pl.LightningModule) -> None:
-    """Share out a script's module: every layer that is called as a whole, and all the rest together.
+def sharded_layers(student: nn.Module) -> tuple[nn.Module, ...]:
+    """The layers that are put together only for as long as they compute.
 
     The last decoder layer belongs to the rest: `distillation.forward.states_at` calls its parts one by one.
     """
+    core = base_model(student).model
+    return (*core.language_model.layers[:-1], *core.vision_tower.encoder.layers)
+
+
+def shard(module: pl.LightningModule) -> None:
+    """Share out a script's module: every layer that is called as a whole, and all the rest together."""
     if isinstance(module, FSDPModule):  # a validation after training
         return
     mesh = module.device_mesh["data_parallel"]
-    core = base_model(module.student).model
-    for layer in (*core.language_model.layers[:-1], *core.vision_tower.encoder.layers):
+    for layer in sharded_layers(module.student):
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)
     for step in ("training_step", "validation_step"):

@@ -141,20 +141,20 @@ def test_the_teacher_computes_once(places, world, tiny_folder, tiny_teacher, mon
 
 
 def test_processes_side_by_side_share_the_images(places, world, tiny_folder, tiny_teacher, monkeypatch):
-    data, computed, compute = data_module(world, tiny_folder), [], teacher_cache.LiveTeacher.compute
-    monkeypatch.setattr(
-        teacher_cache.LiveTeacher, "compute", lambda self, groups: computed.extend(groups) or compute(self, groups)
-    )
+    data, shares, compute = data_module(world, tiny_folder), [], teacher_cache.compute_and_store
+
+    def counting(store, missing, *args, **options):
+        shares.append(len(missing))
+        compute(store, missing, *args, **options)
+
+    monkeypatch.setattr(teacher_cache, "compute_and_store", counting)
     rows = [group for group in (*data.train.images, *data.val.images)]
     live = live_teacher(data, tiny_teacher, rows)
-    shares = []
-    for rank in (1, 0):  # one after the other: the first finds that the other's share is missing and does it as well
+    for rank in (1, 0):  # one after the other: the first does its half, finds that the other is missing, and does it
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        computed.clear()
         teacher_cache.stored_outputs(places / "t", rows, lambda: live, {}, root=world, batch_size=4)
-        shares.append(len(computed))
-    assert shares == [len(rows), 0]
+    assert shares == [len(rows) // 2, len(rows) - len(rows) // 2]
 
 
 def test_two_files_may_number_their_questions_alike(world, tiny_folder, tiny_teacher):

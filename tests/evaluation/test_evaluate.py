@@ -1,6 +1,7 @@
 """The evaluation script: every kind of system, batched answers equal single ones, contradictions and damage refused."""
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from dataset.inputs.processor import load_processor
 from dataset.inputs.prompts import pack_questions
 from dataset.questions.rows import read_questions
 from dataset.sunrgbd.frames import read_frame
-from distillation.models import load_model
+from distillation.models import STUDENT_NAME, load_model
 from distillation.run.checkpoints import read_checkpoint
 from evaluation.answer_log import Answer
 from evaluation.metrics import recording
@@ -199,6 +200,8 @@ def test_weights_of_another_model_are_refused(places, tmp_path):
         ["--batch_size", "0"],
         ["--num_workers", "-1"],
         ["--max_new_tokens", "0.5"],
+        ["--dry_run", "--captions"],
+        ["--dry_run", "--dataset", "daquar"],
     ],
 )
 def test_bad_flags(argv, capsys):
@@ -269,6 +272,22 @@ def test_empty_answers_are_warned_about(places, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_onevision, "answer_questions", lambda m, p, r, rows, *_: {q.id: empty for q in rows})
     evaluate(tmp_path / "a", "--ckpt_path", str(best(places, "baseline_depth")))
     assert "answers of baseline_depth are empty; check" in capsys.readouterr().err
+
+
+def test_a_plan_takes_world_and_bits_from_the_record(places, tmp_path, capsys):
+    """Of a student of the built-in world, which needs no --miniature, on a base in 4 bits: half a byte a weight."""
+    checkpoint = read_checkpoint(best(places, "baseline_rgb7b"))
+    checkpoint["hyper_parameters"] |= {"student_name": STUDENT_NAME, "miniature": True}
+    weights = []
+    for bits in (16, 4):
+        checkpoint["hyper_parameters"]["base_bits"] = bits
+        torch.save(checkpoint, tmp_path / "run.ckpt")
+        given = ["--dry_run", "--ckpt_path", str(tmp_path / "run.ckpt"), "--precision", "32-true"]
+        evaluate_onevision.main(evaluate_onevision.parse_args(given))
+        said = capsys.readouterr().out
+        assert f"plan of scoring {STUDENT_NAME}" in said
+        weights.append(float(re.search(r"weights (\d+\.\d+)", said).group(1)))
+    assert weights[1] < 0.7 * weights[0]
 
 
 def test_weights_that_are_nan_are_named(places, tmp_path):
