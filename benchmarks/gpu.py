@@ -15,7 +15,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, git_commit, load_script, peak_memory, run_script, write_json  # first: loads .env
+from utils import (  # first: loads .env
+    UserError,
+    check_writable,
+    git_commit,
+    load_script,
+    peak_memory,
+    run_script,
+    write_json,
+)
 
 # isort: split
 import argparse
@@ -23,7 +31,7 @@ import dataclasses
 import gc
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -67,13 +75,15 @@ class Row:
     """A line of the table."""
 
     what: str
-    seconds: float  # of a micro-batch with its update, or of a pass
     tflop: float
-    gib: float  # peak
     planned_gib: float
+    seconds: float | None = None  # of a micro-batch with its update, or of a pass; None = it does not fit the card
+    gib: float | None = None  # peak
 
     def cells(self, rate: float) -> str:
         """As a row of a Markdown table; `rate`: the card's matrix rate in TFLOP/s."""
+        if self.seconds is None:
+            return f"| {self.what} | out of memory | | | | {self.planned_gib:.2f} | |"
         share = 100 * self.tflop / self.seconds / rate
         differs = 100 * (self.planned_gib / self.gib - 1)
         return (
@@ -185,19 +195,30 @@ def step_row(name: str, args: argparse.Namespace, *more: str) -> Row:
     """A training step of a script."""
     flags, path = flags_of(name, args, *more)
     cost = cost_of(flags, path)
-    fresh_memory()
-    built = on_device(build(flags, path, random_model))
     half = half_dtype(flags.precision if flags.precision != "auto" else "bf16-mixed")
 
-    def step() -> None:
-        with torch.autocast(device().type, half, enabled=half is not None):
-            loss = built.module.training_step(built.batch, 0)["loss"]
-        loss.backward()
-        built.optimizer.step()
-        built.optimizer.zero_grad()
+    def steps() -> float:
+        built = on_device(build(flags, path, random_model))
 
-    seconds = timed(step)
-    return Row(" ".join([name, *more]), seconds, cost.tflop, taken_gib(), cost.memory.total / 2**30)
+        def step() -> None:
+            with torch.autocast(device().type, half, enabled=half is not None):
+                loss = built.module.training_step(built.batch, 0)["loss"]
+            loss.backward()
+            built.optimizer.step()
+            built.optimizer.zero_grad()
+
+        return timed(step)
+
+    return measured(Row(" ".join([name, *more]), cost.tflop, cost.memory.total / 2**30), steps)
+
+
+def measured(row: Row, call: Callable[[], float]) -> Row:
+    """The row with the seconds that `call` returns and the memory that it takes, where the card has as much."""
+    fresh_memory()
+    try:
+        return dataclasses.replace(row, seconds=call(), gib=taken_gib())
+    except torch.OutOfMemoryError:
+        return row
 
 
 def on_device(built: Built) -> Built:
@@ -211,44 +232,53 @@ def pass_row(what: str, name: str, images: ImageSettings, *, bits: int = 16, bat
     """Pictures and questions through a model, without a backward pass."""
     half = torch.bfloat16
     cost = reading_cost(name, images, half, batch_size=batch_size, questions=ASKED)[bits]
+
+    def passes() -> float:
+        model = random_model(name, dtype=half, bits=bits).to(device()).eval()
+        flags = argparse.Namespace(batch_size=batch_size, vision_cache=False)
+        batch = moved(batch_of_shapes(flags, images, model.config, processor_of(name), None, ASKED))
+        with torch.no_grad(), torch.autocast(device().type, half):
+            return timed(lambda: prefill(model, batch["text"], batch["student_images"]))
+
+    return measured(Row(what, cost.tflop * batch_size, cost.memory.total / 2**30), passes)
+
+
+def loss_difference(name: str, args: argparse.Namespace) -> float | None:
+    """By how much of it a script's loss in float32 differs between the device and the CPU; None = it does not fit."""
     fresh_memory()
-    model = random_model(name, dtype=half, bits=bits).to(device()).eval()
-    flags = argparse.Namespace(batch_size=batch_size, vision_cache=False)
-    batch = moved(batch_of_shapes(flags, images, model.config, processor_of(name), None, ASKED))
-    with torch.no_grad(), torch.autocast(device().type, half):
-        seconds = timed(lambda: prefill(model, batch["text"], batch["student_images"]))
-    return Row(what, seconds, cost.tflop * batch_size, taken_gib(), cost.memory.total / 2**30)
-
-
-def loss_difference(name: str, args: argparse.Namespace) -> float:
-    """By how much of it a script's loss in float32 differs between the device and the CPU."""
     flags, path = flags_of(name, args, "--precision", "32-true")
     built = build(flags, path, partial(random_model, where=torch.device("cpu")))
     with torch.no_grad():
         on_cpu = float(built.module.training_step(built.batch, 0)["loss"])
-        there = on_device(built)
-        return abs(float(there.module.training_step(there.batch, 0)["loss"]) / on_cpu - 1)
+        try:
+            there = on_device(built)
+            return abs(float(there.module.training_step(there.batch, 0)["loss"]) / on_cpu - 1)
+        except torch.OutOfMemoryError:
+            return None
 
 
-def rows_of(args: argparse.Namespace) -> list[Row]:
-    """All that is measured."""
-    rows = [step_row(name, args) for name in SCRIPTS]
-    rows.append(step_row("baseline_depth", args, "--precision", "32-true"))
+def rows_of(args: argparse.Namespace) -> Iterator[Row]:
+    """All that is measured, one after the other."""
+    yield from (step_row(name, args) for name in SCRIPTS)
+    yield step_row("baseline_depth", args, "--precision", "32-true")
     rgb = ImageSettings("rgb", image_tokens="one_tile" if args.tiny else "anyres")
     teacher = MINIATURE_TEACHER if args.tiny else TEACHER_NAME
-    rows.append(pass_row("the teacher's pass", teacher, rgb))
+    yield pass_row("the teacher's pass", teacher, rgb)
     if importlib.util.find_spec("bitsandbytes"):
-        rows.append(step_row("baseline_rgb7b", args, "--base_bits", "4"))
-        rows.append(pass_row("the teacher's pass in 4 bits", teacher, rgb, bits=4))
+        yield step_row("baseline_rgb7b", args, "--base_bits", "4")
+        yield pass_row("the teacher's pass in 4 bits", teacher, rgb, bits=4)
     else:
         print("bitsandbytes is not installed: nothing is measured in 4 bits", file=sys.stderr)
     student = MINIATURE_STUDENT if args.tiny else STUDENT_NAME
-    rows.append(pass_row("scoring", student, dataclasses.replace(rgb, modality="depth")))
-    return rows
+    yield pass_row("scoring", student, dataclasses.replace(rgb, modality="depth"))
 
 
-def report(rows: Sequence[Row], rate: float, differences: dict[str, float], name: str) -> str:
+def report(rows: Sequence[Row], rate: float, differences: dict[str, float | None], name: str) -> str:
     """The table, and what it says about losses."""
+    losses = (
+        f"{script} {'out of memory' if difference is None else f'{difference:.1e}'}"
+        for script, difference in differences.items()
+    )
     lines = [
         f"# On {name}",
         "",
@@ -260,8 +290,7 @@ def report(rows: Sequence[Row], rate: float, differences: dict[str, float], name
         "| --- |" + " ---: |" * 6,
         *(row.cells(rate) for row in rows),
         "",
-        "Losses in float32, here against the CPU's: "
-        + ", ".join(f"{script} {difference:.1e}" for script, difference in differences.items()),
+        f"Losses in float32, here against the CPU's: {', '.join(losses) or 'not compared yet'}",
     ]
     return "\n".join([*lines, ""])
 
@@ -281,15 +310,25 @@ def main(args: argparse.Namespace) -> None:
     quieten()
     if not args.tiny and not torch.cuda.is_available():
         raise UserError("no CUDA GPU is here; --tiny runs small models on this CPU, to see that it works")
-    rate, rows = matrix_rate(), rows_of(args)
-    differences = {name: loss_difference(name, args) for name in SCRIPTS if args.tiny or name != "baseline_rgb7b"}
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
-    text = report(rows, rate, differences, name)
+    check_writable(args.output, "--output")
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "README.md").write_text(text, encoding="utf-8")
+    rate, rows, differences = matrix_rate(), [], {}
+    for row in rows_of(args):
+        rows.append(row)
+        write(args.output, rows, rate, differences)
+    for name in SCRIPTS:
+        if args.tiny or name != "baseline_rgb7b":  # in float32 that is more than most machines have
+            differences[name] = loss_difference(name, args)
+            write(args.output, rows, rate, differences)
+    print((args.output / "README.md").read_text(encoding="utf-8"))
+
+
+def write(output: Path, rows: Sequence[Row], rate: float, differences: dict[str, float | None]) -> None:
+    """Write table and record of what is measured so far."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+    (output / "README.md").write_text(report(rows, rate, differences, name), encoding="utf-8")
     record = {"device": name, "rate_tflops": rate, "rows": [vars(row) for row in rows], "losses": differences}
-    write_json(args.output / "record.json", record)
-    print(text)
+    write_json(output / "record.json", record)
 
 
 if __name__ == "__main__":

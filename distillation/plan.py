@@ -122,7 +122,7 @@ def say_plan(args: argparse.Namespace, script: Path) -> None:
     for gib, verdict in verdicts(args, script, cost):
         bits = next((bits for bits, teacher in teachers.items() if needed_gib(teacher.memory) <= gib), None)
         with_teacher = f", the teacher in {bits} bits" if bits else ", the teacher does not" if teachers else ""
-        print(f"{gib} GiB: {verdict}{with_teacher}; {_hours(total + taught, CARDS[gib] * ranks)}")
+        print(f"{gib} GiB: {verdict}{with_teacher}; {_hours(total + taught, CARDS[gib], ranks)}")
 
 
 def updates_of(args: argparse.Namespace, n_images: int, ranks: int) -> tuple[int, int]:
@@ -193,5 +193,6 @@ def verdicts(args: argparse.Namespace, script: Path, cost: Cost) -> Iterator[tup
             yield gib, f"fits with {needed:.1f}" + (f" and {flags}" if flags else "")
 
 
-def _hours(tflop: float, rate: float) -> str:
-    return f"{duration(tflop / rate)} at {rate} TFLOP/s"
+def _hours(tflop: float, rate: float, ranks: int = 1) -> str:
+    times = "" if ranks == 1 else f"{ranks} x "
+    return f"{duration(tflop / rate / ranks)} at {times}{rate} TFLOP/s"

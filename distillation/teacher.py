@@ -36,7 +36,7 @@ from distillation.run.checkpoints import (
     starting_checkpoint,
 )
 from distillation.run.folders import Run, chosen_checkpoint, experiment_folder
-from distillation.run.machine import frozen_dtype, probe, resolve_precision
+from distillation.run.machine import frozen_dtype, is_first_process, probe, resolve_precision
 from distillation.teacher_cache import (
     MAX_ANSWER_TOKENS,
     Group,
@@ -224,9 +224,9 @@ class NamedTeacher:
 def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) -> TeacherCache:
     """The outputs of the teacher that the flags name, for all training and validation images.
 
-    Missing ones are computed, and the data module adds all of them to its batches from here on. Says how well the
-    teacher answers the validation questions, and notes it in the run's record. With --dry_run two batches are computed,
-    in a folder that is removed at the end.
+    Missing ones are computed, and the data module adds all of them to its batches from here on. The first process says
+    how well the teacher answers the validation questions, and notes it in the run's record. With --dry_run two batches
+    are computed, in a folder that is removed at the end.
 
     Raises:
         UserError: there is no such teacher, it does not see RGB, or its tokenizer or image patches are not the
@@ -259,7 +259,7 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
     elif start:
         check_same_teacher(start, recorded, run)
     teacher = TeacherCache(teacher_outputs(args, named, processor, images, key, groups, data.root), groups, n_train)
-    if not args.dry_run:
+    if is_first_process() and not args.dry_run:
         scores = teacher.accuracy(
             [row for rows in groups[n_train:] for row in rows],
             partial(processor.tokenizer.decode, skip_special_tokens=True),

@@ -17,7 +17,8 @@ Each gold question has two answers, the gold one (teacher forcing) and the teach
 a gold answer has the teacher's own. An image's name is the digest of the picture's bytes and of its questions, the
 folder's name that of the teacher's weights and settings: whatever changes leads to another file, never to a wrong one.
 
-A start lists the folder and opens no file of an image. What does not match its checksum where it is read is removed,
+A start lists the folder; it opens the files of validation images, to say how often the teacher is right, and no others.
+What does not match its checksum where it is read is removed,
 and the next start computes it again.
 """
 

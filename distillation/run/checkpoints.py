@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from dataset.inputs.processor import ImageTextProcessor
 from distillation.export import DTYPES, describe_student, export_model
-from distillation.models import load_trained_state, restore_student, student_state, trained_state
+from distillation.models import count_parameters, load_trained_state, restore_student, student_state, trained_state
 from distillation.run.data import check_disk
 from distillation.run.folders import Run, chosen_checkpoint
 from distillation.run.machine import frozen_dtype, probe
@@ -392,7 +392,7 @@ def check_room(student: torch.nn.Module, run: Run, args: argparse.Namespace) -> 
         wanted.append(("--save_final_pt", args.save_final_pt.parent, tensor_bytes(trained_state(student))))
     if args.export:
         bytes_each = DTYPES[args.export_dtype].itemsize
-        wanted.append(("--export", args.export.parent, bytes_each * sum(w.numel() for w in student.parameters())))
+        wanted.append(("--export", args.export.parent, bytes_each * count_parameters(student)[1]))
     disks: dict[int, float] = {}
     for what, folder, needed in wanted:
         disk = existing_folder(folder).stat().st_dev

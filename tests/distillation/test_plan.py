@@ -83,6 +83,7 @@ def test_a_plan_follows_the_flags_that_change_a_run(nothing_here, tiny_folder, c
         ([], f"{3 * 1184:,} updates in 3 epochs"),
         (["--devices", "8", "--num_nodes", "2"], "on 16 device(s)"),
         (["--devices", "8", "--num_nodes", "2"], f"{3 * 74:,} updates in 3 epochs"),
+        (["--devices", "8", "--num_nodes", "2"], "at 16 x 300 TFLOP/s"),
         (["--devices", "0,1"], "on 2 device(s)"),
         (["--max_steps", "100"], "100 updates in 0.0845 epochs"),
         (["--questions_per_image", "2"], "with 2 in a row"),
