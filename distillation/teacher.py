@@ -31,7 +31,7 @@ from distillation.models import load_model, restore_student
 from distillation.run.checkpoints import (
     ADDED_FLAGS,
     check_same_run,
-    check_same_teacher,
+    check_start,
     read_checkpoint,
     starting_checkpoint,
 )
@@ -257,7 +257,7 @@ def open_teacher(args: argparse.Namespace, data: SUNRGBDDataModule, run: Run) ->
     if run.resume_from:  # before the teacher computes for hours
         check_same_run(recorded, run)
     elif start:
-        check_same_teacher(start, recorded, run)
+        check_start(start, recorded, run)
     teacher = TeacherCache(teacher_outputs(args, named, processor, images, key, groups, data.root), groups, n_train)
     if is_first_process() and not args.dry_run:
         scores = teacher.accuracy(

@@ -314,41 +314,19 @@ def check_same_updates(recorded: Mapping[str, Any], world_size: int, run: Run, a
     )
 
 
-def check_same_teacher(path: Path, recorded: Mapping[str, Any], run: Run) -> None:
-    """Refuse to build on a checkpoint that another teacher taught.
+def check_start(path: Path, theirs: Mapping[str, Any], run: Run) -> None:
+    """Refuse to start from a checkpoint that this run cannot build on.
 
     Args:
         path: of the checkpoint.
-        recorded: its hyper-parameters.
-        run: that starts from it, with its teacher in its record.
+        theirs: its hyper-parameters.
+        run: that starts from it; where it has a teacher, that is in its record.
 
     Raises:
-        UserError: names both.
+        UserError: it is not of the experiment that this one builds on, or is of another student, of other image
+            settings, labels or teacher.
     """
-    if (
-        not run.builds_on
-        or run.record["any_teacher"]
-        or recorded.get("teacher_weights") == run.record["teacher_weights"]
-    ):
-        return
-    theirs, ours = (
-        f"{record.get('teacher_checkpoint') or record.get('teacher_name')} in {record.get('teacher_bits', 16)} bits"
-        for record in (recorded, run.record)
-    )
-    raise UserError(
-        f"--load_checkpoint {path}: was trained with another teacher ({theirs}; here it is {ours}); give the same one, "
-        "or add --any_teacher if it is meant"
-    )
-
-
-def load_student(student: torch.nn.Module, path: Path, run: Run) -> None:
-    """Put a checkpoint's weights into the student.
-
-    Raises:
-        UserError: it is of another student, of other image settings, or not of the experiment that this one builds on.
-    """
-    checkpoint, record, builds_on = read_checkpoint(path), run.record, run.builds_on
-    theirs = checkpoint["hyper_parameters"]
+    record, builds_on = run.record, run.builds_on
     origin = Path(theirs["script"]).parent.relative_to("distillation").as_posix()
     if builds_on and origin != builds_on:
         raise UserError(f"--load_checkpoint {path}: is of {origin}; this script builds on {builds_on}")
@@ -368,7 +346,25 @@ def load_student(student: torch.nn.Module, path: Path, run: Run) -> None:
                     f"--load_checkpoint {path}: trained with {name} {theirs[name]}, this run has {record[name]}; give "
                     "the path of one that was trained on the same labels"
                 )
-    check_same_teacher(path, theirs, run)
+    if builds_on and theirs.get("teacher_weights") != record["teacher_weights"] and not record["any_teacher"]:
+        their_teacher, own = (
+            f"{known.get('teacher_checkpoint') or known.get('teacher_name')} in {known.get('teacher_bits', 16)} bits"
+            for known in (theirs, record)
+        )
+        raise UserError(
+            f"--load_checkpoint {path}: was trained with another teacher ({their_teacher}; here it is {own}); give the "
+            "same one, or add --any_teacher if it is meant"
+        )
+
+
+def load_student(student: torch.nn.Module, path: Path, run: Run) -> None:
+    """Put a checkpoint's weights into the student.
+
+    Raises:
+        UserError: see `check_start`.
+    """
+    checkpoint = read_checkpoint(path)
+    check_start(path, checkpoint["hyper_parameters"], run)
     load_trained_state(student, student_state(checkpoint), origin=str(path))
     print(printable(f"starting from {path}"))
 

@@ -16,6 +16,7 @@ from dataset.questions.rows import read_questions
 from dataset.sunrgbd.frames import read_frame
 from distillation.models import STUDENT_NAME, load_model
 from distillation.run.checkpoints import read_checkpoint
+from evaluation import inputs
 from evaluation.answer_log import Answer
 from evaluation.metrics import recording
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
@@ -164,8 +165,8 @@ def test_rooms_of_the_built_in_world_are_recordings_of_their_own(places, world, 
     stock = ("--model_id", str(tiny_folder), "--pixel_data_type", "depth", "--image_tokens", "one_tile")
     rows, metrics = evaluate(tmp_path / "a", *stock)
     assert {row["Recording"] for row in rows} == {recording(row["Image_Path"]) for row in rows}
-    monkeypatch.setattr(evaluate_onevision, "data_root", lambda miniature: world)
-    monkeypatch.setattr(evaluate_onevision, "ensure_world", lambda root: root)
+    monkeypatch.setattr(inputs, "data_root", lambda miniature: world)
+    monkeypatch.setattr(inputs, "ensure_world", lambda root: root)
     rows, miniature = evaluate(tmp_path / "b", *stock, "--miniature")
     n_images = miniature["overall"]["n_images"]
     assert len({row["Recording"] for row in rows}) == miniature["overall"]["n_recordings"] == n_images == 8

@@ -16,6 +16,7 @@ from scipy.io import savemat
 from dataset.questions.answers import exact_match, normalise_answer
 from dataset.questions.daquar import match_frames, read_daquar
 from dataset.sunrgbd.frames import official_split
+from evaluation import inputs
 from evaluation.comparison import comparison_table, load_results
 from evaluation.onevisionv3.sunrgbd import evaluate_onevision
 from utils import ROOT, UserError
@@ -252,7 +253,7 @@ def test_flags_that_do_not_go_with_it(capsys, more, complaint):
 
 
 def test_a_miniature_checkpoint_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_onevision, "read_checkpoint", lambda path: {"hyper_parameters": {"miniature": True}})
+    monkeypatch.setattr(inputs, "read_checkpoint", lambda path: {"hyper_parameters": {"miniature": True}})
     (tmp_path / "a.ckpt").touch()
     with pytest.raises(UserError, match="--dataset daquar: .*a.ckpt was trained on the built-in world"):
         evaluate_onevision.main(
