@@ -132,8 +132,9 @@ def questions_of_image(args: argparse.Namespace, counted: float) -> int:
 
 def ranks_of(args: argparse.Namespace) -> int:
     """Devices of a run, on all machines: as many as the flags name, whether they are here or not; auto = those here."""
-    named = [part for part in str(args.devices).split(",") if part.strip()]
-    each = named[0] if len(named) == 1 and "," not in str(args.devices) else str(len(named))
+    each = str(args.devices)
+    if "," in each:  # their numbers, as Lightning takes them
+        each = str(sum(bool(number.strip()) for number in each.split(",")))
     return int(each) * args.num_nodes if each.isdigit() else probe(args).world_size
 
 

@@ -171,7 +171,7 @@ def test_a_signal_ends_all_processes_with_one_line(tiny_folder, places, tmp_path
     assert said == ["stopped by SIGINT"]
 
 
-def test_no_more_processes_than_devices(finished, tiny_folder, tmp_path):
+def test_no_more_processes_than_devices(places, tiny_folder, tmp_path):
     with pytest.raises(UserError, match="--devices 4096: there are "):
         evaluate(tiny_folder, tmp_path / "new", "--devices", "4096")
 
