@@ -322,14 +322,19 @@ def test_the_process_of_a_variant_is_pinned_before_it_counts_its_cores(tmp_path,
         (["--jobs", "0"], "argument --jobs: 0: give at least 1"),
         (["--seeds", "0"], "argument --seeds: 0: give at least 1"),
         (["--seed", "-1"], "argument --seed: -1: give at least 0"),
-        (["--seed", "2"], "name its variant with --variant"),
         (["--variant", "CE + LoCa", "--fraction", "0.1"], "with all labels only"),
     ],
 )
-def test_flags_that_would_do_nothing_are_refused(argv, message):
-    script = [sys.executable, "benchmarks/reproduce.py", *argv]
+def test_flags_that_would_do_nothing_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        reproduce.parse_args(argv)
+    assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_command_refuses_a_seed_of_no_variant():
+    script = [sys.executable, "benchmarks/reproduce.py", "--seed", "2"]
     found = subprocess.run(script, cwd=reproduce.ROOT, capture_output=True, text=True)
-    assert found.returncode == 2 and message in found.stderr
+    assert found.returncode == 2 and "name its variant with --variant" in found.stderr
 
 
 def test_finished_variants_are_kept_and_other_flags_are_refused(tmp_path, monkeypatch):
