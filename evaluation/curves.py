@@ -7,13 +7,8 @@ from typing import Any
 import numpy as np
 
 from evaluation.figures import BLIND_COLOR, COLORS, MARKERS, save_figure
-from evaluation.ladder import CLEAN, Asked, Climb, crossings
+from evaluation.ladder import CLEAN, Asked, Climb, crossings, exposure_name
 from utils import printable
-
-
-def _exposure(share: float) -> str:
-    return f"1/{1 / share:.0f}" if share < 1 else "1"
-
 
 TITLES = {  # kind -> title of its panel, how a severity is written
     "holes": ("Round holes", lambda s: f"{100 * s:.0f} %"),
@@ -29,8 +24,8 @@ TITLES = {  # kind -> title of its panel, how a severity is written
     "tilt": ("Tilt misjudged", lambda s: f"{s:g} deg"),
     "scale": ("Scale misjudged", lambda s: f"{100 * s:.0f} %"),
     "no_depth": ("No depth at all", lambda s: "none"),
-    "light": ("Less light", _exposure),
-    "light_gain": ("Less light, with gain", _exposure),
+    "light": ("Less light", exposure_name),
+    "light_gain": ("Less light, with gain", exposure_name),
 }
 PANELS_PER_ROW = 4
 
@@ -60,7 +55,7 @@ def draw_curves(climbs: Sequence[Climb], asked: Asked, blind: float, path: Path)
         axes.set_axis_off()
     for axes in panels[:, 0]:
         axes.set_ylabel(f"Right answers (%), {asked.main_column.lower()}")
-    _legend(figure, panels.flat[0], len(climbs) + 1)
+    _legend(figure, panels.flat, columns=3)
     save_figure(FigureCanvasAgg(figure), path)
 
 
@@ -127,12 +122,8 @@ def draw_light(climbs: Sequence[Climb], asked: Asked, blind: float, path: Path) 
             label = f"{climb.name}, {names[kind]}"
             _line(axes, stops, climb, own, number, asked, label=label, linestyle=styles[kind])
     axes.axhline(100 * blind, color=BLIND_COLOR, linestyle=(0, (1, 3)), label="best without an image")
-    for number, exposure, value in _crossing_points(climbs, asked):
-        axes.plot(-np.log2(exposure), 100 * value, marker="o", markersize=11, mfc="none", mec="black", mew=1.3)
-        place = {"xytext": (8, 6)} if number % 2 == 0 else {"xytext": (-8, -14), "ha": "right"}
-        point = (-np.log2(exposure), 100 * value)
-        axes.annotate(f"1/{1 / exposure:.3g}", point, textcoords="offset points", **place)
-    axes.set_xticks(stops, [_exposure(rung.severity) for rung in rungs])
+    _mark_crossings(axes, climbs, asked)
+    axes.set_xticks(stops, [exposure_name(rung.severity) for rung in rungs])
     axes.set(
         xlabel="Exposure",
         ylabel=f"Right answers (%), {asked.main_column.lower()}",
@@ -140,8 +131,24 @@ def draw_light(climbs: Sequence[Climb], asked: Asked, blind: float, path: Path) 
     )
     axes.set_title("As the light fades")
     _tidy(axes)
-    _legend(figure, axes, 2 * len(climbs) + 1)
+    _legend(figure, [axes], columns=2)
     save_figure(FigureCanvasAgg(figure), path)
+
+
+def _mark_crossings(axes: Any, climbs: Sequence[Climb], asked: Asked) -> None:
+    """A circle where the line of an RGB system crosses that of a depth system, with the exposure beside it.
+
+    Where systems are so alike that two numbers would lie on each other, the second one is left out.
+    """
+    named: list[tuple[int, float, float]] = []
+    for number, exposure, value in _crossing_points(climbs, asked):
+        side, stop, percent = number % 2, -np.log2(exposure), 100 * value
+        axes.plot(stop, percent, marker="o", markersize=11, mfc="none", mec="black", mew=1.3)
+        if any(side == s and abs(stop - x) < 1 and abs(percent - y) < 5 for s, x, y in named):
+            continue
+        named.append((side, stop, percent))
+        place = {"xytext": (-8, -14), "ha": "right"} if side else {"xytext": (8, 6)}
+        axes.annotate(exposure_name(exposure), (stop, percent), textcoords="offset points", **place)
 
 
 def _crossing_points(climbs: Sequence[Climb], asked: Asked) -> list[tuple[int, float, float]]:
@@ -165,6 +172,11 @@ def _tidy(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(figure: Any, axes: Any, entries: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, entries), frameon=False)
+def _legend(figure: Any, panels: Sequence[Any], columns: int) -> None:
+    """One legend of all panels; a system that stands still in some has the line of a panel where it moves."""
+    shown: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            if label not in shown or (handle.get_marker() and not shown[label].get_marker()):
+                shown[label] = handle
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, frameon=False)

@@ -105,6 +105,13 @@ class Climb:
         return [rung for rung in self.right if is_counted(rung.kind, rung.severity)]
 
 
+def exposure_name(share: float) -> str:
+    """An exposure as a share of the right one, as people write it: 1, 1/2.54, 1/1024."""
+    if share >= 1:
+        return "1"
+    return f"1/{1 / share:.0f}" if share < 0.01 else f"1/{1 / share:.3g}"
+
+
 def chosen_rungs(modality: str, kinds: Sequence[str] | None) -> list[Degradation]:
     """The rungs of a system with this modality, CLEAN first; `kinds`: only these (None: all)."""
     ladder = LADDERS[modality]

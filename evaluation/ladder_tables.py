@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluation.comparison import aligned, markdown, short_type
+from evaluation.ladder import exposure_name
 from utils import printable
 
 HEADINGS = {"depth": "Depth gets worse", "rgb": "The light fades"}
@@ -47,7 +48,7 @@ def _lines(systems: Sequence[Mapping[str, Any]], record: Mapping[str, Any], colu
     for number, rung in enumerate(systems[0]["rungs"][1:], 1):
         own, differences = ([s["rungs"][number]["accuracy"][column] for s in group] for group in (systems, compared))
         severity = rung["severity"]
-        written = f"1/{1 / severity:.0f}" if systems[0]["modality"] == "rgb" and severity < 1 else f"{severity:g}"
+        written = exposure_name(severity) if systems[0]["modality"] == "rgb" else f"{severity:g}"
         title = f"{rung['kind']} {written}"
         lines.append([title, *map(_accuracy, own), *map(_difference, differences)])
     blind = record["blind"]
@@ -87,4 +88,4 @@ def _crossing(found: Mapping[str, Any]) -> str:
 def _below(exposure: float | None) -> str:
     if exposure is None:
         return "at no exposure of the ladder"
-    return "at every exposure of the ladder" if exposure >= 1 else f"below an exposure of 1/{1 / exposure:.3g}"
+    return "at every exposure of the ladder" if exposure >= 1 else f"below an exposure of {exposure_name(exposure)}"

@@ -13,7 +13,7 @@ from dataset.questions.rows import questions_file, read_questions
 from distillation.models import MINIATURE_STUDENT
 from evaluation import robustness
 from evaluation.intervals import cluster_bootstrap_ci
-from evaluation.ladder import CLEAN, Asked, Climb, crossings, mean_difference, summarise
+from evaluation.ladder import CLEAN, Asked, Climb, crossings, exposure_name, mean_difference, summarise
 from tests.helpers.evaluation import evaluate
 from tests.helpers.training import train
 from utils import UserError
@@ -253,3 +253,8 @@ def test_a_checkpoint_says_that_it_was_trained_with_degraded_depth(places, depth
     (path,) = (places / "baseline_depth/checkpoints/t").glob("best*.ckpt")
     recorded = torch.load(path, weights_only=True)["hyper_parameters"]
     assert recorded["depth_degradation"] == 0.5
+
+
+def test_exposures_are_written_as_people_write_them():
+    exposures = (1, 1 / 1.34, 1 / 4, 1 / 350.4, 1 / 1024)
+    assert [exposure_name(share) for share in exposures] == ["1", "1/1.34", "1/4", "1/350", "1/1024"]
