@@ -7,7 +7,7 @@ Reads   the pretrained 0.5B model; the teacher's outputs (computed once); SUNRGB
 Writes  checkpoints/<run>/ (best by validation exact match, and last), tensorboard_logs/<run>/
 Rates   as in baseline_depth; the map starts from random weights and has its own
 Cost    of the miniature, half of its images, 5 epochs on one core, beside other work: 4:28 minutes
-Result  miniature, val: 56.1 %; labels only: 47.2 % (half of the images, benchmarks/reproduce/rates.md)
+Result  miniature, test: 67.2 % by depth; labels only: 56.1 % (make reproduce, benchmarks/reproduce)
 
     python distillation/knowledge_distillation7b_feature_based/train_online_kd.py --teacher_checkpoint --batch_size 2
     On a laptop: --miniature in place of --batch_size 2
