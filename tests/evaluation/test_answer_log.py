@@ -158,17 +158,18 @@ def test_processes_end_with_the_one_that_started_them(tiny_folder, places, tmp_p
             time.sleep(0.1)
 
 
-def test_a_signal_ends_all_processes_with_one_line(tiny_folder, places, tmp_path):
-    """Ctrl-C reaches all of them at once."""
+@pytest.mark.parametrize("number, group", [(signal.SIGTERM, False), (signal.SIGINT, True)], ids=["kill", "Ctrl-C"])
+def test_a_signal_ends_all_processes_with_one_line(number, group, tiny_folder, places, tmp_path):
+    """SIGTERM goes to the first process alone, Ctrl-C to all of them at once."""
     script = faulty(tmp_path, SCRIPT, in_loading(1, "import time; time.sleep(600)"))
     command = argv(tiny_folder, tmp_path / "answers", "--devices", "2")
     with Started(script, command, tmp_path / "process", env=ONE_CORE_EACH) as started:
         started.wait_until(lambda: list((tmp_path / "answers").glob("answers.1.jsonl")))
-        started.send(signal.SIGINT, group=True)
-        assert started.ends() == 128 + signal.SIGINT, started.stderr
+        started.send(number, group=group)
+        assert started.ends() == 128 + number, started.stderr
         started.leaves_nothing()
     said = [line for line in started.stderr.splitlines() if not line.startswith("answering, batch")]
-    assert said == ["stopped by SIGINT"]
+    assert said == [f"stopped by {number.name}"]
 
 
 def test_no_more_processes_than_devices(places, tiny_folder, tmp_path):

@@ -53,8 +53,7 @@ def ended(forty_rooms, tiny_folder, tiny_teacher, tmp_path_factory):
             commands += same_again("baseline_depth", moving, strategy, 2, 2)
             # Its map is no part of the student. The second rank's last micro-batch of an epoch is spare.
             workers = ["--num_workers", "1"]
-            if strategy == "fsdp2":
-                commands += same_again("feature", [*trained(argv["feature"]), *MOVING, *workers], strategy, 3, 1)
+            commands += same_again("feature", [*trained(argv["feature"]), *MOVING, *workers], strategy, 3, 1)
             if strategy == "ddp":  # two ranks, then one, then two again
                 first = [*moving, *cut(4, 1, "moved"), "--strategy", "ddp"]
                 commands.append(Command(script_of("baseline_depth"), first, 2, str(folder / "first")))
@@ -121,10 +120,8 @@ def test_weights_after_four_updates_are_those_of_one_process(name, strategy, end
     assert moved_apart(one, ranks, ended.start) < 1e-3
 
 
-@pytest.mark.parametrize(
-    "strategy, name, updates",
-    [("ddp", "baseline_depth", 15), ("fsdp2", "baseline_depth", 15), ("fsdp2", "feature", 21)],
-)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name, updates", [("baseline_depth", 15), ("feature", 21)])
 def test_a_stopped_run_goes_on_bit_by_bit(name, updates, strategy, ended):
     """On as many ranks, in its second epoch: all that trains, moments, schedule and counters at the end."""
     through, parts = (checkpoint_of(ended.out, name, f"{strategy}-{kind}") for kind in ("through", "parts"))
