@@ -52,6 +52,7 @@ NOT_WRITABLE = {
 FAILED_WRITE = re.compile(
     r"PytorchStreamWriter failed|unexpected pos \d+ vs|iostream error|encoder error -2|\(os error (\d+)\)"
 )
+FIRST_SAYS_IT_S = 3
 ABANDONED_S = 24 * 3600  # no write of one file pauses for so long
 # Control characters (C0, delete, C1), marks and overrides of the writing direction, line separators, and the halves of
 # characters that stand for bytes of a file's name that are no text.
@@ -75,7 +76,7 @@ def run_script(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> No
     cleaned up on the way.
     """
     for number in STOP_SIGNALS:
-        if signal.getsignal(number) == signal.SIG_DFL:  # not where nohup ignores it
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not where nohup ignores it
             signal.signal(number, _leave)
     threading.excepthook = _thread_failed
     try:
@@ -83,8 +84,6 @@ def run_script(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> No
             main(parse_args())
     except UserError as error:
         sys.exit(_fail(str(error)))
-    except KeyboardInterrupt:
-        _leave(signal.SIGINT)
     except Exception as error:
         if (advice := _memory_advice(error)) is None:
             raise
@@ -113,6 +112,8 @@ def load_script(path: str) -> ModuleType:
 
 
 def _fail(message: str, *, code: int = 2) -> int:
+    if not is_first_process():
+        time.sleep(FIRST_SAYS_IT_S)  # where the first fails alike, it says so and this one is ended
     # A data loading process hands its error over inside a traceback; the user's words stand at its end.
     message = " ".join(message.rsplit("utils.UserError: ", 1)[-1].split())
     message = message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} ..."
@@ -149,6 +150,28 @@ def end_children() -> None:
     for child in children:
         child.join(1)
     signal.signal(signal.SIGCHLD, handler)
+
+
+def is_first_process() -> bool:
+    """Whether no other process of this run comes before this one. Those of torchrun and srun know their rank."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return int(next(filter(None, ranks), 0)) == 0
+
+
+def end_with_parent(end: Callable[[], None] | None = None, *, parent: int | None = None) -> None:
+    """End as soon as the process that has started this one is gone, also where this one hangs.
+
+    Args:
+        end: what a thread does then; None = leave at once.
+        parent: number of that process, which may be gone already; None = by the system, at this time.
+    """
+    threading.Thread(target=_follow, args=(parent or os.getppid(), end), daemon=True).start()
+
+
+def _follow(parent: int, end: Callable[[], None]) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1) if end is None else end()
 
 
 def printable(text: object) -> str:

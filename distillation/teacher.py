@@ -36,7 +36,7 @@ from distillation.run.checkpoints import (
     starting_checkpoint,
 )
 from distillation.run.folders import Run, chosen_checkpoint, experiment_folder
-from distillation.run.machine import frozen_dtype, is_first_process, probe, resolve_precision
+from distillation.run.machine import frozen_dtype, probe, resolve_precision
 from distillation.teacher_cache import (
     MAX_ANSWER_TOKENS,
     Group,
@@ -45,7 +45,17 @@ from distillation.teacher_cache import (
     asked_answers,
     stored_outputs,
 )
-from utils import ROOT, UserError, outputs_root, printable, read_json, sha256, source_digest, write_json
+from utils import (
+    ROOT,
+    UserError,
+    is_first_process,
+    outputs_root,
+    printable,
+    read_json,
+    sha256,
+    source_digest,
+    write_json,
+)
 
 WEIGHTS = ("*.safetensors", "*.json")
 FORMAT = 2  # of what is stored; another number makes all old files unused

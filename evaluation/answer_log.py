@@ -107,7 +107,7 @@ class AnswerLog:
             self.path = folder / OF_OTHERS.replace("*", str(ranks.rank))
             self._begin()
             return
-        if self.path.exists() and self.path.read_bytes().count(b"\n") > 1:  # there is an answer to keep
+        if _has_answers(self.path):
             self.answers = self._read(self.path)
         else:
             refuse_unlogged(folder)
@@ -129,7 +129,7 @@ class AnswerLog:
         """
         taken: dict[str, Answer] = {}
         for path in sorted(self.path.parent.glob(OF_OTHERS)):
-            found = self._read(path)
+            found = self._read(path) if _has_answers(path) else {}
             self.add(found)
             path.unlink()
             taken |= found
@@ -188,6 +188,11 @@ def refuse_unlogged(folder: Path) -> None:
             raise UserError(
                 f"{folder / name}: is of an evaluation that kept no {NAME}; give another --output, or delete it"
             )
+
+
+def _has_answers(path: Path) -> bool:
+    """Whether there is an answer to keep; the first line says what is asked."""
+    return path.exists() and path.read_bytes().count(b"\n") > 1
 
 
 def _line(value: Mapping[str, Any]) -> str:

@@ -8,8 +8,6 @@ import logging
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from utils import UserError, available_cores
+from utils import UserError, available_cores, end_with_parent
 
 LONGEST_WAIT = timedelta(days=7)  # of a process that has answered for the slowest one
 
@@ -152,7 +150,7 @@ def joined_ranks() -> Iterator[Ranks]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()  # nobody else would, and it would hold its device for hours
     if rank > 0:
         for number in (signal.SIGTERM, signal.SIGINT):  # another process says why
             signal.signal(number, signal.SIG_DFL)
@@ -162,10 +160,3 @@ def joined_ranks() -> Iterator[Ranks]:
         yield Ranks(rank, world_size)
     finally:
         distributed.destroy_process_group()
-
-
-def _end_with_launcher(launcher: int) -> None:
-    """Leave when the launcher was killed: nobody else ends this process, which would hold its device for hours."""
-    while os.getppid() == launcher:
-        time.sleep(1)
-    os._exit(1)

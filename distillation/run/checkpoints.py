@@ -184,6 +184,14 @@ class BestCheckpoint(ModelCheckpoint):
         if before and before != str(path) and Path(before).resolve().parent == Path(self.dirpath).resolve():
             trainer.strategy.remove_checkpoint(before)
 
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Save; and where a better one was saved, remove the one that the run goes on from, which Lightning keeps."""
+        super().on_validation_end(trainer, module)
+        resumed = Path(trainer.ckpt_path or "")
+        ours = resumed.name.startswith("best-") and resumed.resolve().parent == Path(self.dirpath).resolve()
+        if ours and self.best_model_path and resumed.resolve() != Path(self.best_model_path).resolve():
+            trainer.strategy.remove_checkpoint(resumed)
+
     def state_dict(self) -> dict[str, Any]:
         """Lightning's, and the cross-entropy."""
         return super().state_dict() | {"best_ce": self.best_ce}

@@ -24,6 +24,7 @@ TOKEN_VARIABLE = "TOKEN_OF_FIRST_PROCESS"
 # What torchrun, or else Slurm's srun, tells all processes of one start, and no other start's.
 LAUNCH_VARIABLES = (("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"), ("SLURM_JOB_ID", "SLURM_STEP_ID"))
 WAIT_FOR_FIRST_S = 300  # its start may be slow where many processes read the same disk
+_held: list[tuple[Path, "Owner", tuple[Path, ...]]] = []  # by this process
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def claim(folder: Path, *, flag: str, made: tuple[Path, ...] = ()) -> None:
     for older in folder.glob("owner-*.json"):
         if _number(older) < _number(path):
             older.unlink(missing_ok=True)
-    atexit.register(_release, path, me, made)
+    _held.append((path, me, made))
 
 
 def refuse_claimed(folder: Path, *, flag: str) -> tuple[Path | None, Owner | None]:
@@ -148,8 +149,15 @@ def _write_once(path: Path, owner: Owner) -> bool:
     return True
 
 
+@atexit.register
+def release_claims() -> None:
+    """Let go of all that this process has claimed, which happens at its end anyway."""
+    while _held:
+        _release(*_held.pop())
+
+
 def _release(path: Path, owner: Owner, made: tuple[Path, ...]) -> None:
-    """At the end of the owner: remove what it made if there is no checkpoint in it, and let go of the rest."""
+    """Remove what the owner made if there is no checkpoint in it, and let go of the rest."""
     if os.getpid() != owner.pid or not path.is_file():  # a forked process; a folder that the user has deleted
         return
     with suppress(OSError, UserError):  # a full disk: the claim of a process that is gone can be taken over anyway

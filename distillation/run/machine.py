@@ -57,12 +57,6 @@ def own_checkpoints_only() -> dict[str, Any]:
     return options
 
 
-def is_first_process() -> bool:
-    """Whether no other process of this run comes before this one. Those of torchrun and srun know their rank."""
-    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    return int(next(filter(None, ranks), 0)) == 0
-
-
 def frozen_dtype(precision: str, accelerator: str = "auto") -> torch.dtype:
     """Of weights that stay frozen: that in which the step computes anyway, which may halve their memory."""
     return half_dtype(resolve_precision(precision, accelerator)) or torch.float32
@@ -75,7 +69,8 @@ def half_dtype(precision: str) -> torch.dtype | None:
 
 def quieten() -> None:
     """Leave out what libraries say about each other: hints, and deprecations that only they can mend."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for library in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     for text in (
         ".*is_gradient_checkpointing.*",
         ".*data pointer of FakeTensor.*",  # peft copies a module of shapes alone

@@ -11,6 +11,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from distillation.run.record import difference
+from distillation.run.signals import is_lost_rank
 from utils import UserError, reason
 
 # What Lightning and torch raise for a state of another shape.
@@ -76,7 +77,14 @@ class RestoredState(Callback):
             progress[name] = {count: value + added for count, value in counts.items()}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """From here on errors are not the checkpoint's."""
+        """Take the rate from the schedule; from here on errors are not the checkpoint's.
+
+        The checkpoint has the rate of a schedule that may have ended, while this run has more updates.
+        """
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+            groups = scheduler.optimizer.param_groups
+            for group, base, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                group["lr"] = base * share(scheduler.last_epoch)
         self.started = True
 
     def _other_moments(self, trainer: pl.Trainer) -> str | None:
@@ -141,7 +149,7 @@ def fit_from(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightning
     try:
         trainer.fit(module, datamodule=data, ckpt_path=path)
     except MISFITS as error:
-        if path is None or state.started or isinstance(error, torch.OutOfMemoryError):
+        if path is None or state.started or is_lost_rank(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(
             f"--resume {path}: its state cannot be taken over ({reason(error)}); start from its weights instead: "

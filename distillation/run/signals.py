@@ -1,7 +1,9 @@
 """Signals that ask a run to stop: what is saved then, and where it goes on."""
 
+import math
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +14,16 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.profilers import Profiler
+from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.trainer.states import TrainerFn
+from torch import distributed
 
 from distillation.run.callbacks import ends_update
 from utils import STOP_SIGNALS, end_children
+
+WAIT_FOR_DATA_S = 20  # of a rank, after a signal: torchrun kills 30 s after one, and a checkpoint takes its time
+# Of gloo, of TCP, of NCCL: what the others are told when a rank has ended.
+LOST_RANK = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 @contextmanager
@@ -45,13 +53,17 @@ class StopOnSignal(Callback):
 
     Whether one has come is asked after every micro-batch of training and of validation. The resumed run does the
     micro-batches of an unfinished update again, with the same random numbers (see `KeyedRandomness`), and a whole
-    validation. With several ranks each question costs a sum over one number. A single process leaves while it waits for
-    data too, which a disk may never deliver.
+    validation. With several ranks each question costs a sum over one number.
+
+    A single process leaves while it waits for data too, which a disk may never deliver. One of several ranks does so
+    after `WAIT_FOR_DATA_S` seconds; the first one, if it is another, is told by PyTorch that this one has ended.
     """
 
     def __init__(self, last: Path) -> None:
         self.last, self.received = last, 0
         self.fetching = Fetching()  # for the Trainer
+        self.listens = False
+        self.agreed = False  # all ranks leave
         self.interrupted = False  # while it waited for data
         self.finished: dict[str, Any] | None = None  # Lightning's counters at the end of the last finished update
         self.saved: dict[str, Any] | None = None  # those that the checkpoint gets instead of the present ones
@@ -69,21 +81,45 @@ class StopOnSignal(Callback):
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, self._receive)
+        self.listens = True
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # which a rank may have been started with
 
     def _receive(self, number: int, stack: Any) -> None:
         self.received = number  # only a flag: saving here could interrupt a save
-        if self.fetching.now and self.alone:
+        if self.alone:
+            self._leave_waiting(0)
+        else:
+            signal.signal(signal.SIGALRM, lambda *_: self._leave_waiting(WAIT_FOR_DATA_S))
+            signal.setitimer(signal.ITIMER_REAL, 1, 1)
+
+    def _leave_waiting(self, seconds: float) -> None:
+        """Leave where a batch has not come for so long."""
+        if not self.interrupted and self.fetching.waited() >= seconds:
             self.interrupted = True
-            raise SystemExit(128 + number)
+            raise SystemExit(128 + self.received)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Save where no batch has come; and wait for no loading process, whatever has happened."""
-        if self.interrupted and trainer.state.fn == TrainerFn.FITTING:
-            counters = self.finished
-            if trainer.validating:
-                counters = validation_ahead(trainer.fit_loop.state_dict())
-            self._save(trainer, counters)
+        """Save where no batch has come, here or in another rank; wait for no loading process, whatever has happened."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if trainer.state.fn == TrainerFn.FITTING and (self.interrupted or (self.received and is_lost_rank(exception))):
+            self._save_alone(trainer)
         end_children()
+
+    def _save_alone(self, trainer: pl.Trainer) -> None:
+        """Save without the other ranks. All that they do together lies before an optimizer step, or after its count."""
+        if distributed.is_initialized():
+            distributed.destroy_process_group()  # from here on nothing waits for the others, who are told
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            if trainer.is_global_zero:
+                print(
+                    "stopped by a signal while a process waited for data; each has a part of the weights, so only what "
+                    "was saved before stays",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return
+        validates = trainer.validating
+        self._save(trainer, validation_ahead(trainer.fit_loop.state_dict()) if validates else self.finished)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """A resumed run's last finished update is that of its checkpoint."""
@@ -153,6 +189,8 @@ class StopOnSignal(Callback):
             print(said, file=sys.stderr, flush=True)
 
     def _exit(self, trainer: pl.Trainer) -> None:
+        self.agreed = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
         number = torch.tensor(self.received, device=trainer.strategy.root_device)  # which not all ranks have received
         code = 128 + int(trainer.strategy.reduce(number, reduce_op="max"))
         if trainer.local_rank > 0 and isinstance(trainer.strategy.cluster_environment, LightningEnvironment):
@@ -160,20 +198,31 @@ class StopOnSignal(Callback):
         raise SystemExit(code)
 
 
-class Fetching(Profiler):
-    """Tells whether Lightning waits for a batch: it reports that to its profiler, in training and validation."""
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether PyTorch says by this error that another rank has ended."""
+    if isinstance(error, (distributed.DistBackendError, distributed.DistNetworkError, distributed.DistStoreError)):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in LOST_RANK)
 
-    now = False
+
+class Fetching(Profiler):
+    """Tells how long Lightning waits for a batch: it reports that to its profiler, in training and validation."""
+
+    since = math.inf
 
     def start(self, action_name: str) -> None:
         """A `..._next` fetches a batch."""
         if action_name.endswith("_next"):
-            self.now = True
+            self.since = time.monotonic()
 
     def stop(self, action_name: str) -> None:
         """It has come, or failed to."""
         if action_name.endswith("_next"):
-            self.now = False
+            self.since = math.inf
+
+    def waited(self) -> float:
+        """For how many seconds; less than 0 where it does not wait."""
+        return time.monotonic() - self.since
 
 
 def validation_ahead(counters: dict[str, Any]) -> dict[str, Any]:

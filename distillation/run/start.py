@@ -18,8 +18,9 @@ from distillation.plan import say_plan
 from distillation.run.checkpoints import read_checkpoint
 from distillation.run.claim import claim, join, refuse_claimed
 from distillation.run.folders import Run, finished_run, run_folder, run_folders
-from distillation.run.machine import is_first_process, probe
-from utils import ROOT, UserError, check_writable, data_root, git_commit, outputs_root, printable
+from distillation.run.machine import probe
+from distillation.run.ranks import join_launcher
+from utils import ROOT, UserError, check_writable, data_root, git_commit, is_first_process, outputs_root, printable
 
 RUN_NAME_VARIABLE = "RUN_NAME_OF_FIRST_PROCESS"
 
@@ -37,6 +38,7 @@ def start_run(args: argparse.Namespace, script: str, student: ImageSettings, *, 
         UserError: there is no data, the run's folder is in use, or there is nothing to resume.
         SystemExit: after --dry_run has said what the run would cost, unless it is to --measure it, too.
     """
+    join_launcher()
     if args.dry_run:
         say_plan(args, Path(script).resolve())
         if not args.measure:
@@ -180,7 +182,7 @@ def newest_good(run: Path) -> Path:
         except UserError as error:
             faults.append(str(error))
             continue
-        for fault in faults:
+        for fault in faults if is_first_process() else ():
             print(printable(f"warning: passed over {fault}"), file=sys.stderr)
         return path
     raise UserError(f"--resume: no good checkpoint in {run}: {'; '.join(faults)}; start again under another --run_name")

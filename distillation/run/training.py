@@ -5,10 +5,7 @@ Models, losses, optimizer and schedule are not here: they are the experiment, an
 
 import argparse
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -33,18 +30,18 @@ from distillation.run.data import use_vision_cache, usual_camera
 from distillation.run.folders import Run, finished_run
 from distillation.run.machine import (
     allow_open_files,
-    is_first_process,
     own_checkpoints_only,
     peak_memory_gib,
     probe,
     quieten,
     resolve_precision,
 )
+from distillation.run.ranks import ending_together
 from distillation.run.restore import RestoredState, fit_from
 from distillation.run.samples import AnswerSamples
 from distillation.run.sharding import shard_in, strategy_of
 from distillation.run.signals import StopOnSignal, signals_given_back
-from utils import amount, disk_errors, duration, printable, write_json
+from utils import amount, disk_errors, duration, is_first_process, printable, write_json
 
 FEWEST_POINTS = 10  # of a curve: shorter runs log more often than every tenth update
 
@@ -108,25 +105,9 @@ def fit(
     shard_in(module, args)
     if trainer.is_global_zero:
         write_json(run.logs / "run.json", run.record)
-    with disk_errors(run.logs), nothing_left_running(trainer), signals_given_back():  # checkpoints name themselves
+    with disk_errors(run.logs), ending_together(trainer), signals_given_back():  # checkpoints name themselves
         fit_from(trainer, module, data, run.resume_from)
     return trainer
-
-
-@contextmanager
-def nothing_left_running(trainer: pl.Trainer) -> Iterator[None]:
-    """End what the trainer has started with the block: loading processes, and after an error the further ranks.
-
-    Where a validation fails, Lightning ends the loading processes of the validation only.
-    """
-    try:
-        yield
-    except Exception:
-        if trainer.strategy.launcher is not None:  # ranks that it has started would wait for this one
-            trainer.strategy.launcher.kill(signal.SIGKILL)
-        raise
-    finally:
-        trainer.fit_loop.teardown()
 
 
 def finish(
@@ -165,7 +146,7 @@ def best_of_run(
     validated = [callback.validated_step for callback in trainer.callbacks if isinstance(callback, Progress)]
     if validated != [trainer.global_step]:
         epoch = trainer.fit_loop.epoch_progress.current.started - 1  # counted from 0
-        with signals_given_back():
+        with ending_together(trainer), signals_given_back():
             (metrics,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
         if kept.improves(metrics):
             name = f"best-epoch{epoch:02d}-score{metrics[monitor]:.4f}.ckpt"

@@ -130,17 +130,22 @@ ONE_CORE_EACH = {"OMP_NUM_THREADS": "1"}
 
 @pytest.mark.parametrize("start", [(SCRIPT, "--devices", "2"), TORCHRUN], ids=["devices", "torchrun"])
 def test_processes_share_the_images_and_change_no_answer(finished, tiny_folder, tmp_path, start):
-    """They go on where others were killed that had written two files, the second one with half a line at its end."""
+    """They go on where others were killed that had written two files, the second one with half a line at its end.
+
+    Two more were cut off before their first answer.
+    """
     folder = tmp_path / "shared"
     folder.mkdir()
     header, *lines = (finished / "answers.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "answers.jsonl").write_bytes(b"".join([header, *lines[:9]]))
     (folder / "answers.1.jsonl").write_bytes(b"".join([header, *lines[20:25], lines[25][:-3]]))
+    (folder / "answers.2.jsonl").write_bytes(b"")
+    (folder / "answers.3.jsonl").write_bytes(header[:-9])
     command = [*start[1:], *argv(tiny_folder, folder, "--batch_size", "1")]
     with Started(start[0], command, tmp_path / "process", env=ONE_CORE_EACH) as started:
         assert started.ends() == 0, started.stderr
     assert words(folder) == words(finished) and scores(folder) == scores(finished)
-    assert sorted(ids(folder)) == sorted(ids(finished)) and not list(folder.glob("answers.1*"))
+    assert sorted(ids(folder)) == sorted(ids(finished)) and not list(folder.glob("answers.?.jsonl"))
     assert "14 of 59 questions are answered" in started.stdout and started.stdout.count("questions in ") == 1
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.helpers.faulty import faulty, slow_steps
+from tests.helpers.faulty import faulty, slow_steps, stuck_where
 from tests.helpers.processes import Started
 from tests.helpers.training import BASELINES, STRATEGIES, assert_same_end, flags, train
 from utils import ROOT, STOP_SIGNALS
@@ -49,21 +49,6 @@ def test_signals_at_any_moment(workers, group, places, tiny_folder, tmp_path, fa
                 stopped(process, number, group=group)
             train("baseline_depth", tiny_folder, *WINDOWS, "--run_name", name, "--resume", "auto")
             assert_same_end(places, name)
-
-
-def stuck_where(condition):
-    """Pictures that never come, as from a network disk that is gone: `self` is their data set, `key` (epoch, index)."""
-    return f"""
-import time
-from dataset.datamodule import SUNRGBDDataset
-get = SUNRGBDDataset.__getitem__
-def get_or_wait(self, key):
-    if {condition}:
-        print("<stuck>", file=sys.stderr, flush=True)
-        time.sleep(1000)
-    return get(self, key)
-SUNRGBDDataset.__getitem__ = get_or_wait
-"""
 
 
 @pytest.mark.parametrize("workers", ["0", "1", "2"])

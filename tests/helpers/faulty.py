@@ -19,6 +19,7 @@ import multiprocessing, time
 max(multiprocessing.active_children(), key=lambda child: child.pid).kill()
 time.sleep(1)
 """
+WAIT_3_S = "import distillation.run.signals as signals\nsignals.WAIT_FOR_DATA_S = 3\n"
 KILL_ITSELF = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 
 
@@ -78,6 +79,27 @@ def with_fault(*args, **options):
 {_indented(lines)}
     return open_picture(*args, **options)
 Image.open = with_fault
+"""
+
+
+def in_rank(rank: int, lines: str) -> str:
+    """Lines that run in one of the processes that Lightning or torchrun has started on this machine."""
+    body = "".join(f"    {line}\n" for line in lines.strip("\n").splitlines())
+    return f'import os\nif os.environ.get("LOCAL_RANK", "0") == "{rank}":\n{body}'
+
+
+def stuck_where(condition: str) -> str:
+    """Pictures that never come, as from a network disk that is gone: `self` is their data set, `key` (epoch, index)."""
+    return f"""
+import time
+from dataset.datamodule import SUNRGBDDataset
+get = SUNRGBDDataset.__getitem__
+def get_or_wait(self, key):
+    if {condition}:
+        print("<stuck>", file=sys.stderr, flush=True)
+        time.sleep(1000)
+    return get(self, key)
+SUNRGBDDataset.__getitem__ = get_or_wait
 """
 
 

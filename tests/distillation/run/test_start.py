@@ -199,6 +199,7 @@ def test_resume_auto_falls_back_to_the_best_checkpoint(places, tiny_folder, caps
     assert f"continuing {folder}/best-epoch00" in said.out
     resumed = read_checkpoint(folder / "last.ckpt")["state_dict"]
     assert all(torch.equal(resumed[name], weights) for name, weights in done.items())
+    assert [path.name[:12] for path in folder.glob("best-*.ckpt")] == ["best-epoch01"]  # a better one
     for path in folder.glob("*.ckpt"):
         damage(path)
     with pytest.raises(UserError, match=f"no good checkpoint in {folder}: .*last.ckpt.*best-epoch.*{complaint}"):

@@ -150,8 +150,23 @@ def test_resuming_a_finished_run_changes_nothing(places, tiny_folder, capsys):
     assert "is finished (12 updates)" in capsys.readouterr().out and (places / "export/config.json").is_file()
     shutil.rmtree(places / "export")
     assert before == {path: path.read_bytes() for path in places.rglob("*") if path.is_file()}
-    train("baseline_depth", tiny_folder, "--max_epochs", "3", "--resume", "auto")
+
+
+def test_a_finished_run_goes_on_with_the_rates_of_a_longer_one(places, tiny_folder, monkeypatch):
+    """The checkpoint at its end has a rate of 0."""
+    rates = []
+    monkeypatch.setattr(
+        callbacks.FiniteGuard, "on_before_optimizer_step", lambda *args: rates.append(rates_of(args[-1]))
+    )
+    for epochs, run_name in (("2", "t"), ("3", "t"), ("3", "longer")):
+        train("baseline_depth", tiny_folder, "--max_epochs", epochs, "--run_name", run_name, "--resume", "auto")
     assert json.loads((places / "baseline_depth/tensorboard_logs/t/run.json").read_text())["optimizer_steps"] == 18
+    short, more, longer = rates[:12], rates[12:18], rates[18:]
+    assert len(longer) == 18 and more == longer[12:] and short != longer[:12] and all(map(all, more))
+
+
+def rates_of(optimizer):
+    return [group["lr"] for group in optimizer.param_groups]
 
 
 def test_equal_scores_are_told_apart_by_cross_entropy(places, tiny_folder):

@@ -1,0 +1,164 @@
+"""The processes of a run on several devices: none outlives the others, and what is the same for all is said once."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import pytorch_lightning as pl
+from pytorch_lightning.plugins.environments import LightningEnvironment
+
+from distillation.run.claim import release_claims
+from distillation.run.signals import StopOnSignal, is_lost_rank
+from utils import STOP_SIGNALS, UserError, end_with_parent, is_first_process
+
+FIRST_PROCESS_VARIABLE = "PID_OF_FIRST_PROCESS"
+LOST = (
+    "another process of this run has ended; if it has not said why, it was killed, perhaps for lack of memory. What is "
+    "saved stays: continue with --resume auto"
+)
+HANDLERS_S = 5  # for those of Python, where the main thread gets to them
+FIRST_LEAVES_S = 60  # and may save before
+LOOK_EVERY_S = 0.5
+
+
+@cache  # tests call several scripts in a process
+def join_launcher() -> None:
+    """Where torchrun or Lightning has started this process, end with it; one that is not the first says errors only.
+
+    Until it trains, a signal ends it at once: waiting for other processes, PyTorch lets no handler of Python's run.
+    """
+    if is_first_process():
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent(_ask_to_stop)
+        else:
+            os.environ[FIRST_PROCESS_VARIABLE] = str(os.getpid())  # for those that Lightning starts
+        return
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(_ask_to_stop)
+    else:  # without the first rank nothing can be saved
+        end_with_parent(parent=int(os.environ.get(FIRST_PROCESS_VARIABLE, "0")))
+
+
+def _ask_to_stop() -> None:
+    """All ranks save and leave together, as after a signal."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def ending_together(trainer: pl.Trainer) -> Iterator[None]:
+    """End what the trainer has started with the block: loading processes, and after an error the further ranks.
+
+    Where a validation fails, Lightning ends the loading processes of the validation only.
+
+    Raises:
+        UserError: in the first rank, another one has ended.
+        SystemExit: in another one; or after a signal that has come while one of them waited for data.
+    """
+    (stop,) = [callback for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]
+    started: list[subprocess.Popen] = []  # further ranks
+    try:
+        with _watched(trainer, stop, started):
+            yield
+    except BaseException as error:
+        if not stop.agreed:
+            _kill(started)
+        if stop.interrupted and not trainer.is_global_zero and _started_by_lightning(trainer):
+            threading.Event().wait(FIRST_LEAVES_S)  # the first one may be saving, and then ends this one
+        if not is_lost_rank(error):
+            raise
+        if stop.received:
+            raise SystemExit(128 + stop.received) from None
+        if not trainer.is_global_zero:
+            raise SystemExit(2) from None
+        raise UserError(LOST) from None
+    finally:
+        trainer.fit_loop.teardown()
+
+
+def _started_by_lightning(trainer: pl.Trainer) -> bool:
+    return isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
+
+
+def _kill(started: list[subprocess.Popen]) -> None:
+    for rank in started:
+        rank.kill()
+        rank.wait()
+
+
+@contextmanager
+def _watched(trainer: pl.Trainer, stop: StopOnSignal, started: list[subprocess.Popen]) -> Iterator[None]:
+    """Let a thread of the first rank see signals and ranks that end: its main thread may wait inside PyTorch for ever.
+
+    The ranks that Lightning starts inherit that signals wait. They get them when `stop` listens.
+    """
+    if trainer.world_size == 1 or not is_first_process():
+        yield
+        return
+    seen, sent = socket.socketpair()
+    seen.settimeout(LOOK_EVERY_S)
+    sent.setblocking(False)
+    left = threading.Event()
+    threading.Thread(target=_watch, args=(seen, left, started, trainer, stop), daemon=True).start()
+    before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        left.set()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.set_wakeup_fd(before)
+        sent.close()
+
+
+def _watch(
+    seen: socket.socket,
+    left: threading.Event,
+    started: list[subprocess.Popen],
+    trainer: pl.Trainer,
+    stop: StopOnSignal,
+) -> None:
+    """Hand signals on to the ranks that this one has started: one of them may be the one that all wait for.
+
+    Leave in the place of the main thread where it hangs: before all ranks are there, or because one has failed.
+    """
+    with seen:
+        while (number := _next_signal(seen)) is not None:
+            if launcher := trainer.strategy.launcher:
+                while launcher.procs:  # Lightning would kill this process as soon as one fails, also while it saves
+                    started.append(launcher.procs.pop())
+            if number in STOP_SIGNALS and stop.listens:
+                for rank in started:
+                    rank.send_signal(number)
+            elif number in STOP_SIGNALS:
+                _leave_after(HANDLERS_S, left, started, f"stopped by {signal.Signals(number).name}", 128 + number)
+            elif any(rank.poll() for rank in started):
+                _leave_after(FIRST_LEAVES_S if stop.listens else 0, left, started, f"error: {LOST}", 2)
+
+
+def _next_signal(seen: socket.socket) -> int | None:
+    """The number of the next signal; 0 where none comes for a while, None at the end of the run."""
+    try:
+        received = seen.recv(1)
+    except TimeoutError:
+        return 0
+    return received[0] if received else None
+
+
+def _leave_after(seconds: float, left: threading.Event, started: list[subprocess.Popen], said: str, code: int) -> None:
+    """Leave, unless the main thread does so within this time."""
+    if left.wait(seconds):
+        return
+    print(said, file=sys.stderr, flush=True)
+    _kill(started)
+    release_claims()
+    os._exit(code)
