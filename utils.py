@@ -259,7 +259,7 @@ def hf_token() -> str | None:
 
 
 class ProgressLine:
-    """Says how far a long job is and how long it will take.
+    """Says how far a long job is and how long it will take; of several processes, the first one.
 
     A terminal gets one line that is redrawn; anything else (a log file, a pipe) gets a plain line every `every_s`
     seconds.
@@ -267,6 +267,7 @@ class ProgressLine:
 
     def __init__(self, label: str, *, total: int, done: int = 0, every_s: float = 10.0) -> None:
         self.label, self.total, self.first = printable(label), total, done
+        self.silent = not is_first_process()
         self.live = sys.stderr.isatty()
         self.every_s = 0.2 if self.live else every_s
         self.start = self.last = time.monotonic()
@@ -277,7 +278,7 @@ class ProgressLine:
         It is called only when a line is written: reading a loss makes a GPU wait.
         """
         now = time.monotonic()
-        if done != self.total and now - self.last < self.every_s:
+        if self.silent or (done != self.total and now - self.last < self.every_s):
             return
         self.last = now
         rate = max(done - self.first, 1) / max(now - self.start, 1e-9)
@@ -298,6 +299,9 @@ def progress(items: Iterable[T], *, total: int, label: str) -> Iterator[T]:
 @contextmanager
 def announced(what: str, *, after_s: float = 1.0) -> Iterator[None]:
     """Say on stderr what is going on when the block takes longer than `after_s` seconds."""
+    if not is_first_process():
+        yield
+        return
     timer = threading.Timer(after_s, partial(print, f"{printable(what)} ...", file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()

@@ -28,6 +28,7 @@ from utils import (
     checksum_path,
     checksummed_path,
     existing_folder,
+    is_first_process,
     matches_checksum,
     outputs_root,
     printable,
@@ -65,7 +66,8 @@ def read_checkpoint(path: Path, *, need_checksum: bool = False) -> dict[str, Any
         unverified = f"{path}: has no checksum beside it ({checksum_path(path).name}), so damage would go unnoticed"
         if need_checksum:
             raise UserError(unverified)
-        print(printable(f"warning: {unverified}"), file=sys.stderr)
+        if is_first_process():
+            print(printable(f"warning: {unverified}"), file=sys.stderr)
     try:
         # Memory-mapped: an evaluation reads the weights and leaves the optimizer's moments on disk.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

