@@ -53,6 +53,7 @@ FAILED_WRITE = re.compile(
     r"PytorchStreamWriter failed|unexpected pos \d+ vs|iostream error|encoder error -2|\(os error (\d+)\)"
 )
 FIRST_SAYS_IT_S = 3
+_wait_before_error_s = 0
 ABANDONED_S = 24 * 3600  # no write of one file pauses for so long
 # Control characters (C0, delete, C1), marks and overrides of the writing direction, line separators, and the halves of
 # characters that stand for bytes of a file's name that are no text.
@@ -112,13 +113,18 @@ def load_script(path: str) -> ModuleType:
 
 
 def _fail(message: str, *, code: int = 2) -> int:
-    if not is_first_process():
-        time.sleep(FIRST_SAYS_IT_S)  # where the first fails alike, it says so and this one is ended
+    time.sleep(_wait_before_error_s)
     # A data loading process hands its error over inside a traceback; the user's words stand at its end.
     message = " ".join(message.rsplit("utils.UserError: ", 1)[-1].split())
     message = message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} ..."
     print(f"error: {printable(message)}", file=sys.stderr)
     return code
+
+
+def let_first_say_errors() -> None:
+    """From now on wait before saying an error: where the first process fails alike, it says so, and ends this one."""
+    global _wait_before_error_s
+    _wait_before_error_s = FIRST_SAYS_IT_S
 
 
 def _memory_advice(error: Exception) -> str | None:

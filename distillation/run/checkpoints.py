@@ -159,6 +159,7 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(self, **options: Any) -> None:
         super().__init__(mode="max", **options)
         self.best_ce = math.inf
+        self.goes_on_here = False
 
     def improves(self, metrics: Mapping[str, Any]) -> bool:
         """Whether these metrics of a validation are better than those of the best checkpoint so far."""
@@ -191,7 +192,12 @@ class BestCheckpoint(ModelCheckpoint):
         super().on_validation_end(trainer, module)
         resumed = Path(trainer.ckpt_path or "")
         ours = resumed.name.startswith("best-") and resumed.resolve().parent == Path(self.dirpath).resolve()
-        if ours and self.best_model_path and resumed.resolve() != Path(self.best_model_path).resolve():
+        if (
+            ours
+            and self.goes_on_here
+            and self.best_model_path
+            and resumed.resolve() != Path(self.best_model_path).resolve()
+        ):
             trainer.strategy.remove_checkpoint(resumed)
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,6 +208,7 @@ class BestCheckpoint(ModelCheckpoint):
         """Counterpart of `state_dict`."""
         super().load_state_dict(state)
         self.best_ce = state["best_ce"]
+        self.goes_on_here = state.get("dirpath") == self.dirpath  # in a folder that was moved Lightning knows no score
 
 
 def resume_batch(position: Mapping[str, int], run: Run, args: argparse.Namespace) -> int:

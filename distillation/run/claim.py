@@ -98,7 +98,9 @@ def join(folder: Path) -> None:
     Raises:
         UserError: it has not within `WAIT_FOR_FIRST_S` seconds.
     """
-    token, deadline = os.environ.get(TOKEN_VARIABLE) or _token_of_launcher(), time.monotonic() + WAIT_FOR_FIRST_S
+    # Torchrun may have been started by a process that had a run of its own, and inherits that one's token.
+    inherited = None if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get(TOKEN_VARIABLE)
+    token, deadline = inherited or _token_of_launcher(), time.monotonic() + WAIT_FOR_FIRST_S
     while True:
         _, owner = newest_owner(folder)
         if owner and owner.token == token:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import pytorch_lightning as pl
@@ -15,15 +15,15 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from distillation.run.claim import release_claims
 from distillation.run.signals import StopOnSignal, is_lost_rank
-from utils import STOP_SIGNALS, UserError, end_with_parent, is_first_process
+from utils import STOP_SIGNALS, UserError, end_with_parent, is_first_process, let_first_say_errors, reason
 
 FIRST_PROCESS_VARIABLE = "PID_OF_FIRST_PROCESS"
 LOST = (
     "another process of this run has ended; if it has not said why, it was killed, perhaps for lack of memory. What is "
     "saved stays: continue with --resume auto"
 )
-HANDLERS_S = 5  # for those of Python, where the main thread gets to them
-FIRST_LEAVES_S = 60  # and may save before
+HANDLERS_S = 5  # for the main thread to get to a handler of Python's
+FIRST_LEAVES_S = 600  # for the first rank to save and leave
 LOOK_EVERY_S = 0.5
 
 
@@ -31,7 +31,8 @@ LOOK_EVERY_S = 0.5
 def join_launcher() -> None:
     """Where torchrun or Lightning has started this process, end with it; one that is not the first says errors only.
 
-    Until it trains, a signal ends it at once: waiting for other processes, PyTorch lets no handler of Python's run.
+    Until it trains, a signal ends one of torchrun's at once: while PyTorch waits for other processes, no handler of
+    Python's runs. For those of Lightning's signals wait, see `_watched`.
     """
     if is_first_process():
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -40,13 +41,15 @@ def join_launcher() -> None:
             os.environ[FIRST_PROCESS_VARIABLE] = str(os.getpid())  # for those that Lightning starts
         return
     sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    let_first_say_errors()
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(_ask_to_stop)
     else:  # without the first rank nothing can be saved
-        end_with_parent(parent=int(os.environ.get(FIRST_PROCESS_VARIABLE, "0")))
+        by_lightning = "LOCAL_RANK" in os.environ
+        end_with_parent(parent=int(os.environ[FIRST_PROCESS_VARIABLE]) if by_lightning else None)
 
 
 def _ask_to_stop() -> None:
@@ -61,27 +64,25 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
     Where a validation fails, Lightning ends the loading processes of the validation only.
 
     Raises:
-        UserError: in the first rank, another one has ended.
-        SystemExit: in another one; or after a signal that has come while one of them waited for data.
+        UserError: another rank has ended.
+        SystemExit: the same after a signal, which has come while one of them waited for data.
     """
     (stop,) = [callback for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]
-    started: list[subprocess.Popen] = []  # further ranks
     try:
-        with _watched(trainer, stop, started):
+        with _watched(trainer, stop):
             yield
     except BaseException as error:
         if not stop.agreed:
-            _kill(started)
+            _kill(stop.started)
         if stop.interrupted and not trainer.is_global_zero and _started_by_lightning(trainer):
             threading.Event().wait(FIRST_LEAVES_S)  # the first one may be saving, and then ends this one
-        if not is_lost_rank(error):
+        if trainer.world_size == 1 or not is_lost_rank(error):
             raise
         if stop.received:
             raise SystemExit(128 + stop.received) from None
-        if not trainer.is_global_zero:
-            raise SystemExit(2) from None
-        raise UserError(LOST) from None
+        raise UserError(f"{LOST} ({reason(error)})") from error
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         trainer.fit_loop.teardown()
 
 
@@ -92,11 +93,13 @@ def _started_by_lightning(trainer: pl.Trainer) -> bool:
 def _kill(started: list[subprocess.Popen]) -> None:
     for rank in started:
         rank.kill()
-        rank.wait()
+    for rank in started:
+        with suppress(subprocess.TimeoutExpired):  # on a disk that does not answer
+            rank.wait(5)
 
 
 @contextmanager
-def _watched(trainer: pl.Trainer, stop: StopOnSignal, started: list[subprocess.Popen]) -> Iterator[None]:
+def _watched(trainer: pl.Trainer, stop: StopOnSignal) -> Iterator[None]:
     """Let a thread of the first rank see signals and ranks that end: its main thread may wait inside PyTorch for ever.
 
     The ranks that Lightning starts inherit that signals wait. They get them when `stop` listens.
@@ -108,7 +111,7 @@ def _watched(trainer: pl.Trainer, stop: StopOnSignal, started: list[subprocess.P
     seen.settimeout(LOOK_EVERY_S)
     sent.setblocking(False)
     left = threading.Event()
-    threading.Thread(target=_watch, args=(seen, left, started, trainer, stop), daemon=True).start()
+    threading.Thread(target=_watch, args=(seen, left, trainer, stop), daemon=True).start()
     before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -120,13 +123,7 @@ def _watched(trainer: pl.Trainer, stop: StopOnSignal, started: list[subprocess.P
         sent.close()
 
 
-def _watch(
-    seen: socket.socket,
-    left: threading.Event,
-    started: list[subprocess.Popen],
-    trainer: pl.Trainer,
-    stop: StopOnSignal,
-) -> None:
+def _watch(seen: socket.socket, left: threading.Event, trainer: pl.Trainer, stop: StopOnSignal) -> None:
     """Hand signals on to the ranks that this one has started: one of them may be the one that all wait for.
 
     Leave in the place of the main thread where it hangs: before all ranks are there, or because one has failed.
@@ -135,14 +132,14 @@ def _watch(
         while (number := _next_signal(seen)) is not None:
             if launcher := trainer.strategy.launcher:
                 while launcher.procs:  # Lightning would kill this process as soon as one fails, also while it saves
-                    started.append(launcher.procs.pop())
+                    stop.started.append(launcher.procs.pop())
             if number in STOP_SIGNALS and stop.listens:
-                for rank in started:
+                for rank in stop.started:
                     rank.send_signal(number)
             elif number in STOP_SIGNALS:
-                _leave_after(HANDLERS_S, left, started, f"stopped by {signal.Signals(number).name}", 128 + number)
-            elif any(rank.poll() for rank in started):
-                _leave_after(FIRST_LEAVES_S if stop.listens else 0, left, started, f"error: {LOST}", 2)
+                _leave_after(HANDLERS_S, left, stop, f"stopped by {signal.Signals(number).name}", 128 + number)
+            elif any(rank.poll() for rank in stop.started):
+                _leave_after(FIRST_LEAVES_S if stop.listens else 0, left, stop, f"error: {LOST}", 2)
 
 
 def _next_signal(seen: socket.socket) -> int | None:
@@ -154,11 +151,12 @@ def _next_signal(seen: socket.socket) -> int | None:
     return received[0] if received else None
 
 
-def _leave_after(seconds: float, left: threading.Event, started: list[subprocess.Popen], said: str, code: int) -> None:
+def _leave_after(seconds: float, left: threading.Event, stop: StopOnSignal, said: str, code: int) -> None:
     """Leave, unless the main thread does so within this time."""
     if left.wait(seconds):
         return
     print(said, file=sys.stderr, flush=True)
-    _kill(started)
+    sys.stdout.flush()
+    _kill(stop.started)
     release_claims()
     os._exit(code)

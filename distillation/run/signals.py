@@ -2,6 +2,7 @@
 
 import math
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,8 +23,7 @@ from distillation.run.callbacks import ends_update
 from utils import STOP_SIGNALS, end_children
 
 WAIT_FOR_DATA_S = 20  # of a rank, after a signal: torchrun kills 30 s after one, and a checkpoint takes its time
-# Of gloo, of TCP, of NCCL: what the others are told when a rank has ended.
-LOST_RANK = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+LOST_RANK = ("gloo/", "Connection closed by peer", "Connection reset by peer")  # what gloo says to the others
 
 
 @contextmanager
@@ -56,74 +56,72 @@ class StopOnSignal(Callback):
     validation. With several ranks each question costs a sum over one number.
 
     A single process leaves while it waits for data too, which a disk may never deliver. One of several ranks does so
-    after `WAIT_FOR_DATA_S` seconds; the first one, if it is another, is told by PyTorch that this one has ended.
+    after `WAIT_FOR_DATA_S` seconds; the first one, if it is another, then hears from gloo that this one has ended.
     """
 
     def __init__(self, last: Path) -> None:
-        self.last, self.received = last, 0
+        self.last, self.received, self.received_at = last, 0, math.inf
         self.fetching = Fetching()  # for the Trainer
-        self.listens = False
+        self.alone, self.listens = True, False  # until `setup`
         self.agreed = False  # all ranks leave
         self.interrupted = False  # while it waited for data
+        self.started: list[subprocess.Popen] = []  # further ranks, by this one
         self.finished: dict[str, Any] | None = None  # Lightning's counters at the end of the last finished update
+        self.finished_updates = 0  # at that time
         self.saved: dict[str, Any] | None = None  # those that the checkpoint gets instead of the present ones
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Listen from here on, the loading of a checkpoint included."""
         self.alone = trainer.world_size == 1
-        self._listen()
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Lightning has put a handler of its own in front, which talks to other ranks at any time."""
+        # Lightning's own handler of SIGTERM talks to other ranks at any time, in the middle of what they do together.
+        trainer._signal_connector.register_signal_handlers = lambda: None
         self._listen()
 
     def _listen(self) -> None:
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, self._receive)
+        signal.signal(signal.SIGALRM, lambda *_: self._leave_waiting(WAIT_FOR_DATA_S))
         self.listens = True
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # which a rank may have been started with
 
     def _receive(self, number: int, stack: Any) -> None:
         self.received = number  # only a flag: saving here could interrupt a save
+        self.received_at = min(self.received_at, time.monotonic())
         if self.alone:
             self._leave_waiting(0)
         else:
-            signal.signal(signal.SIGALRM, lambda *_: self._leave_waiting(WAIT_FOR_DATA_S))
             signal.setitimer(signal.ITIMER_REAL, 1, 1)
 
     def _leave_waiting(self, seconds: float) -> None:
-        """Leave where a batch has not come for so long."""
-        if not self.interrupted and self.fetching.waited() >= seconds:
+        """Leave where a batch has not come for so long since the signal."""
+        if not self.interrupted and time.monotonic() - max(self.fetching.since, self.received_at) >= seconds:
             self.interrupted = True
             raise SystemExit(128 + self.received)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Save where no batch has come, here or in another rank; wait for no loading process, whatever has happened."""
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if trainer.state.fn == TrainerFn.FITTING and (self.interrupted or (self.received and is_lost_rank(exception))):
+        lost = not self.alone and is_lost_rank(exception)
+        if trainer.state.fn == TrainerFn.FITTING and (self.interrupted or (self.received and lost)):
             self._save_alone(trainer)
         end_children()
 
     def _save_alone(self, trainer: pl.Trainer) -> None:
-        """Save without the other ranks. All that they do together lies before an optimizer step, or after its count."""
+        """Save without the other ranks, who may be anywhere: also between an update and its count."""
         if distributed.is_initialized():
-            distributed.destroy_process_group()  # from here on nothing waits for the others, who are told
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            if trainer.is_global_zero:
-                print(
-                    "stopped by a signal while a process waited for data; each has a part of the weights, so only what "
-                    "was saved before stays",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            return
-        validates = trainer.validating
-        self._save(trainer, validation_ahead(trainer.fit_loop.state_dict()) if validates else self.finished)
+            distributed.destroy_process_group()  # from here on nothing waits for the others
+        counted = trainer.validating or trainer.global_step == self.finished_updates
+        if counted and not isinstance(trainer.strategy, ModelParallelStrategy):
+            validates = trainer.validating
+            self._save(trainer, validation_ahead(trainer.fit_loop.state_dict()) if validates else self.finished)
+        elif trainer.is_global_zero:
+            said = "stopped by a signal while a process waited for data; what was saved before stays"
+            print(said, file=sys.stderr, flush=True)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """A resumed run's last finished update is that of its checkpoint."""
-        self.finished = checkpoint["loops"]["fit_loop"]
+        self.finished, self.finished_updates = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the counters of the last finished update; weights and optimizer are still as they were then."""
@@ -139,7 +137,7 @@ class StopOnSignal(Callback):
         if batch_idx + 1 == trainer.num_training_batches:
             return
         if ends_update(trainer, batch_idx):
-            self.finished = trainer.fit_loop.state_dict()
+            self.finished, self.finished_updates = trainer.fit_loop.state_dict(), trainer.global_step
         if self._asked(trainer):
             self._leave(trainer, self.finished)
 
@@ -147,7 +145,6 @@ class StopOnSignal(Callback):
         """Leave before the validation."""
         if trainer.state.fn == TrainerFn.FITTING:
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()  # see `validation_ahead`
-        self._listen()
         self._leave_validation(trainer)
 
     def on_validation_batch_end(
@@ -166,7 +163,7 @@ class StopOnSignal(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Leave with the epoch validated and its best checkpoint written."""
-        self.finished = trainer.fit_loop.state_dict()
+        self.finished, self.finished_updates = trainer.fit_loop.state_dict(), trainer.global_step
         if self._asked(trainer):
             self._leave(trainer, None)
 
@@ -206,9 +203,9 @@ def is_lost_rank(error: BaseException) -> bool:
 
 
 class Fetching(Profiler):
-    """Tells how long Lightning waits for a batch: it reports that to its profiler, in training and validation."""
+    """Tells since when Lightning waits for a batch: it reports that to its profiler, in training and validation."""
 
-    since = math.inf
+    since = math.inf  # by `time.monotonic`; it does not wait
 
     def start(self, action_name: str) -> None:
         """A `..._next` fetches a batch."""
@@ -219,10 +216,6 @@ class Fetching(Profiler):
         """It has come, or failed to."""
         if action_name.endswith("_next"):
             self.since = math.inf
-
-    def waited(self) -> float:
-        """For how many seconds; less than 0 where it does not wait."""
-        return time.monotonic() - self.since
 
 
 def validation_ahead(counters: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,8 @@ def given_name(args: argparse.Namespace) -> str | None:
         UserError: a launcher has started several processes, and no name is given.
     """
     # Lightning starts this script once more for each further device; those processes join the run of the first.
-    joined = None if is_first_process() else os.environ.get(RUN_NAME_VARIABLE)
+    own = is_first_process() or "TORCHELASTIC_RUN_ID" in os.environ
+    joined = None if own else os.environ.get(RUN_NAME_VARIABLE)
     sizes = (os.environ.get(name) or "1" for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))  # of torchrun, of srun
     launched = max(map(int, sizes)) > 1 and not joined
     if launched and not args.run_name:
