@@ -121,6 +121,14 @@ def _fail(message: str, *, code: int = 2) -> int:
     return code
 
 
+def let_first_speak() -> None:
+    """In a process that is not the first: print nothing but errors, and end at a signal without a word."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def let_first_say_errors() -> None:
     """From now on wait before saying an error: where the first process fails alike, it says so, and ends this one."""
     global _wait_before_error_s

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from utils import UserError, available_cores, end_with_parent
+from utils import UserError, available_cores, end_with_parent, let_first_speak
 
 LONGEST_WAIT = timedelta(days=7)  # of a process that has answered for the slowest one
 
@@ -152,9 +152,7 @@ def joined_ranks() -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     end_with_parent()  # nobody else would, and it would hold its device for hours
     if rank > 0:
-        for number in (signal.SIGTERM, signal.SIGINT):  # another process says why
-            signal.signal(number, signal.SIG_DFL)
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        let_first_speak()
     distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
         yield Ranks(rank, world_size)

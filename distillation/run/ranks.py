@@ -11,11 +11,18 @@ from contextlib import contextmanager, suppress
 from functools import cache
 
 import pytorch_lightning as pl
-from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from distillation.run.claim import release_claims
-from distillation.run.signals import StopOnSignal, is_lost_rank
-from utils import STOP_SIGNALS, UserError, end_with_parent, is_first_process, let_first_say_errors, reason
+from distillation.run.signals import StopOnSignal, is_lost_rank, started_by_lightning
+from utils import (
+    STOP_SIGNALS,
+    UserError,
+    end_with_parent,
+    is_first_process,
+    let_first_say_errors,
+    let_first_speak,
+    reason,
+)
 
 FIRST_PROCESS_VARIABLE = "PID_OF_FIRST_PROCESS"
 LOST = (
@@ -40,11 +47,8 @@ def join_launcher() -> None:
         else:
             os.environ[FIRST_PROCESS_VARIABLE] = str(os.getpid())  # for those that Lightning starts
         return
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    let_first_speak()
     let_first_say_errors()
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(_ask_to_stop)
     else:  # without the first rank nothing can be saved
@@ -74,7 +78,7 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
     except BaseException as error:
         if not stop.agreed:
             _kill(stop.started)
-        if stop.interrupted and not trainer.is_global_zero and _started_by_lightning(trainer):
+        if stop.interrupted and started_by_lightning(trainer):
             threading.Event().wait(FIRST_LEAVES_S)  # the first one may be saving, and then ends this one
         if trainer.world_size == 1 or not is_lost_rank(error):
             raise
@@ -84,10 +88,6 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         trainer.fit_loop.teardown()
-
-
-def _started_by_lightning(trainer: pl.Trainer) -> bool:
-    return isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
 
 
 def _kill(started: list[subprocess.Popen]) -> None:

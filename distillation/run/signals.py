@@ -113,8 +113,8 @@ class StopOnSignal(Callback):
             distributed.destroy_process_group()  # from here on nothing waits for the others
         counted = trainer.validating or trainer.global_step == self.finished_updates
         if counted and not isinstance(trainer.strategy, ModelParallelStrategy):
-            validates = trainer.validating
-            self._save(trainer, validation_ahead(trainer.fit_loop.state_dict()) if validates else self.finished)
+            ahead = validation_ahead(trainer.fit_loop.state_dict()) if trainer.validating else self.finished
+            self._save(trainer, ahead)
         elif trainer.is_global_zero:
             said = "stopped by a signal while a process waited for data; what was saved before stays"
             print(said, file=sys.stderr, flush=True)
@@ -190,9 +190,13 @@ class StopOnSignal(Callback):
         signal.setitimer(signal.ITIMER_REAL, 0)
         number = torch.tensor(self.received, device=trainer.strategy.root_device)  # which not all ranks have received
         code = 128 + int(trainer.strategy.reduce(number, reduce_op="max"))
-        if trainer.local_rank > 0 and isinstance(trainer.strategy.cluster_environment, LightningEnvironment):
-            code = 0  # Lightning has started this process, and would kill the first one for any other code
-        raise SystemExit(code)
+        # Lightning would kill the first process for any other code.
+        raise SystemExit(0 if started_by_lightning(trainer) else code)
+
+
+def started_by_lightning(trainer: pl.Trainer) -> bool:
+    """Whether this is a further process, which Lightning has started."""
+    return trainer.local_rank > 0 and isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
 
 
 def is_lost_rank(error: BaseException) -> bool:
