@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
@@ -49,6 +50,14 @@ def test_no_file_is_called_like_a_package():
     }
     taken = sys.stdlib_module_names | packages_distributions().keys()
     assert not (names - {"__init__"}) & taken and find_spec("utils").origin == str(ROOT / "utils.py")
+
+
+def test_no_link_is_committed():
+    """A link to an environment elsewhere, once committed, breaks the first `make` of every clone."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git clone")
+    files = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "utils.py" in files and not [line for line in files.splitlines() if line.startswith("120000")]
 
 
 def test_nothing_imports_a_training_script():
