@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from dataset.inputs.depth_encodings import ENCODINGS, GRADIENT_SCALE, HEIGHT_RANGE_M
@@ -16,6 +15,7 @@ from dataset.inputs.processor import IMAGE_TOKENS, ImageTextProcessor, save_proc
 from dataset.inputs.prompts import render_question
 from dataset.sunrgbd.depth import MAX_DEPTH_M, MIN_DEPTH_M
 from distillation.card import model_card, short_path
+from distillation.forward import has_lora
 from utils import UserError, disk_errors, git_commit, model_source, part_path, read_json, remove_leftovers, write_json
 
 DESCRIPTION = "student.json"  # in the exported folder
@@ -85,7 +85,7 @@ def export_model(
     part = part_path(folder)
     remove_leftovers(folder.parent)
     try:
-        if isinstance(model, PeftModel):
+        if has_lora(model):
             model = model.merge_and_unload()
         model.to(dtype)
         with disk_errors(folder, part=part, size=sum(weight.nbytes for weight in model.parameters())):

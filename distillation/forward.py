@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -92,7 +91,12 @@ def vision_tower(model: nn.Module) -> nn.Module:
 
 def base_model(model: nn.Module) -> LlavaOnevisionForConditionalGeneration:
     """The model itself, out of what LoRA may have put around it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model if isinstance(model, LlavaOnevisionForConditionalGeneration) else model.get_base_model()
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether LoRA is around the model. Asked without peft, which takes a second to import beside bitsandbytes."""
+    return base_model(model) is not model
 
 
 def answer_states(model: nn.Module, text: Mapping[str, Tensor], images: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

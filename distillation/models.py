@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 from dataset.inputs.model_folder import check_weight_files, model_folder
-from distillation.forward import base_model, use_packed_attention, vision_tower
+from distillation.forward import base_model, has_lora, use_packed_attention, vision_tower
 from utils import UserError, reason
 
 STUDENT_NAME = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
@@ -110,7 +109,7 @@ def need_bitsandbytes(what: str) -> None:
         raise UserError(f"{what} bitsandbytes, which is not installed; see requirements-optional.txt")
 
 
-def add_lora(model: nn.Module, *, rank: int, alpha: int) -> PeftModel:
+def add_lora(model: nn.Module, *, rank: int, alpha: int) -> nn.Module:
     """Freeze the model and put trainable low-rank adapters on every linear layer of its language model.
 
     The projector is trained in full: it is small, and it is where the pictures enter the language model. What trains is
@@ -122,6 +121,8 @@ def add_lora(model: nn.Module, *, rank: int, alpha: int) -> PeftModel:
     Raises:
         UserError: a rank beyond the language model's width, at which adapters can express every update already.
     """
+    from peft import LoraConfig, get_peft_model  # not at the top: see has_lora
+
     width = model.config.text_config.hidden_size
     if rank > width:
         raise UserError(f"lora_rank {rank}: the language model is {width} wide, a rank beyond that adds nothing")
@@ -190,7 +191,7 @@ def _count(parameter: nn.Parameter) -> int:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint has to hold: everything, or with LoRA the adapters and the other trained weights only."""
     state = model.state_dict()
-    if not isinstance(model, PeftModel):
+    if not has_lora(model):
         return state
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: value for name, value in state.items() if name in trained}
