@@ -268,7 +268,7 @@ def cost_of(args: argparse.Namespace, script: Path) -> Cost:
         UserError: nobody knows the shapes of a model.
     """
 
-    def load(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16) -> nn.Module:
+    def load(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16, shapes_alone: bool = False) -> nn.Module:
         return model_of_shapes(configuration(name)[0], dtype)
 
     with shapes_only():

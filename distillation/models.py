@@ -21,7 +21,7 @@ MINIATURE_STUDENT = "dataset/miniature/student"
 MINIATURE_TEACHER = "dataset/miniature/teacher"
 
 
-def load_model(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16):
+def load_model(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16, shapes_alone: bool = False):
     """LlavaOnevisionForConditionalGeneration in train() mode, all parameters that take part trainable.
 
     The stock model, but for attention that takes the masks of packed prompts.
@@ -31,6 +31,7 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16)
         dtype: of the weights. The checkpoints store float16, in which AdamW would round most updates away; bfloat16
             halves the memory of weights that stay frozen.
         bits: 4 = the language model's linear layers are frozen in 4 bits (see `four_bits`); 16 = nothing is.
+        shapes_alone: no weights are read: all tensors are on the meta device, until another process gives theirs.
 
     Raises:
         UserError: nothing loadable there (see `model_folder`), weights are missing, its language model is another one,
@@ -41,6 +42,9 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16)
         disable_progress_bar()  # a log file would hold every redrawing of it
     folder = model_folder(name)
     check_weight_files(folder, name)
+    if shapes_alone:
+        with torch.device("meta"):
+            return new_model(LlavaOnevisionConfig.from_pretrained(folder, attn_implementation="sdpa"), dtype)
     try:
         model, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
             folder,
@@ -200,6 +204,8 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 def load_trained_state(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) -> None:
     """Put the weights of `trained_state` into a model built with the same settings.
 
+    One of shapes alone stays as it is, after the same checks.
+
     Raises:
         UserError: the checkpoint has too few, too many or differently shaped weights.
     """
@@ -210,18 +216,17 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Tensor], *, origin:
                 f"{origin}: the weights do not fit the model; {name} is {tuple(value.shape)} there and "
                 f"{tuple(own[name].shape)} here"
             )
-    try:
-        report = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{origin}: the weights do not fit the model ({reason(error)})") from error
-    missing = set(report.missing_keys) & set(trained_state(model))
+    missing, unknown = trained_state(model).keys() - state.keys(), state.keys() - own.keys()
     # A tied output layer is one tensor under two names and may be stored under either.
     missing -= {"lm_head.weight"} if base_model(model).config.tie_word_embeddings else set()
-    if missing or report.unexpected_keys:
-        raise UserError(
-            f"{origin}: the weights are of another model ({len(missing)} missing, "
-            f"{len(report.unexpected_keys)} unknown)"
-        )
+    if missing or unknown:
+        raise UserError(f"{origin}: the weights are of another model ({len(missing)} missing, {len(unknown)} unknown)")
+    if any(weight.is_meta for weight in own.values()):
+        return
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{origin}: the weights do not fit the model ({reason(error)})") from error
 
 
 def restore_student(

@@ -34,6 +34,7 @@ from distillation.losses import answer_cross_entropy
 from distillation.models import STUDENT_NAME, load_model, parameter_groups
 from distillation.run.data import build_data
 from distillation.run.flags import add_common_args, add_depth_args, parse
+from distillation.run.sharding import comes_later
 from distillation.run.start import start_run
 from distillation.run.steps import adamw, cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
@@ -47,7 +48,7 @@ class SupervisedStudent(pl.LightningModule):
     def __init__(self, args, *, vocab_size):
         super().__init__()
         self.args, self.vocab_size = args, vocab_size
-        self.student = load_model(args.student_name)
+        self.student = load_model(args.student_name, shapes_alone=comes_later(args))
 
     def forward_student(self, batch):
         """-> logits (n, V) that predict the n answer tokens, and those tokens (n,)."""

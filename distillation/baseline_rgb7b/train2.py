@@ -34,7 +34,7 @@ from distillation.models import MINIATURE_TEACHER, TEACHER_NAME, add_lora, load_
 from distillation.run.data import build_data
 from distillation.run.flags import add_common_args, add_vision_cache_arg, parse
 from distillation.run.machine import frozen_dtype
-from distillation.run.sharding import FSDP2
+from distillation.run.sharding import FSDP2, comes_later
 from distillation.run.start import start_run
 from distillation.run.steps import adamw, cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
@@ -49,7 +49,7 @@ class SupervisedLoRA(pl.LightningModule):
         super().__init__()
         self.args, self.vocab_size = args, vocab_size
         frozen = frozen_dtype(args.precision, args.accelerator) if args.lora_rank else torch.float32
-        self.student = load_model(args.student_name, dtype=frozen, bits=args.base_bits)
+        self.student = load_model(args.student_name, dtype=frozen, bits=args.base_bits, shapes_alone=comes_later(args))
         if args.lora_rank:
             self.student = add_lora(self.student, rank=args.lora_rank, alpha=args.lora_alpha)
 

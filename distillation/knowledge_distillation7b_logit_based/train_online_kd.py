@@ -33,6 +33,7 @@ from distillation.losses import DIVERGENCES, answer_cross_entropy, answer_diagno
 from distillation.models import STUDENT_NAME, load_model, parameter_groups
 from distillation.run.data import build_data
 from distillation.run.flags import add_common_args, add_depth_args, add_divergence_args, add_teacher_args, parse
+from distillation.run.sharding import comes_later
 from distillation.run.start import start_run
 from distillation.run.steps import adamw, cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
@@ -47,7 +48,7 @@ class LogitDistillation(pl.LightningModule):
     def __init__(self, args, teacher, *, vocab_size):
         super().__init__()
         self.args, self.vocab_size = args, vocab_size
-        self.student = load_model(args.student_name)
+        self.student = load_model(args.student_name, shapes_alone=comes_later(args))
         self.teacher = teacher.constants(output_layer=True)
 
     def forward_student(self, batch):

@@ -2,8 +2,9 @@
 
 Every rank computes its own images with whole layers, which it puts together from all ranks for as long as it needs
 them. So a rank holds 1/N of weights, gradients and moments of N ranks. Whole it holds one layer at a time, and through
-a step all that is no such layer: embedding, output layer, the last decoder layer, the projector. To get there it holds
-the whole model in main memory once, since scripts build their models as on one device.
+a step all that is no such layer: embedding, output layer, the last decoder layer, the projector. The first rank reads
+the whole student into main memory. The others build it of shapes alone, and get a layer at a time, each to be shared
+out before the next one comes.
 
 Checkpoints are those of one process, also in their order: runs go on with another strategy.
 """
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
-from torch import nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -26,9 +28,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from distillation.forward import base_model
+from utils import is_first_process
 
 FSDP2 = "fsdp2"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -91,7 +95,17 @@ def strategy_of(args: argparse.Namespace) -> Strategy | str:
 def shard_in(module: pl.LightningModule, args: argparse.Namespace) -> None:
     """Let Lightning shard the module where --strategy asks for it, as soon as it knows the devices."""
     if args.strategy == FSDP2:
-        module.configure_model = partial(shard, module)
+        module.configure_model = partial(shard, module, from_first_rank=first_rank_reads(args))
+
+
+def first_rank_reads(args: argparse.Namespace) -> bool:
+    """Whether the first rank alone reads the student's weights. Each needs them for tower features and a trial step."""
+    return args.strategy == FSDP2 and not (args.vision_cache or args.dry_run)
+
+
+def comes_later(args: argparse.Namespace) -> bool:
+    """Whether this process gets the student's weights from the first rank, when Lightning has the module sharded."""
+    return first_rank_reads(args) and not is_first_process()
 
 
 def sharded_layers(student: nn.Module) -> tuple[nn.Module, ...]:
@@ -103,16 +117,49 @@ def sharded_layers(student: nn.Module) -> tuple[nn.Module, ...]:
     return (*core.language_model.layers[:-1], *core.vision_tower.encoder.layers)
 
 
-def shard(module: pl.LightningModule) -> None:
-    """Share out a script's module: every layer that is called as a whole, and all the rest together."""
+def shard(module: pl.LightningModule, *, from_first_rank: bool) -> None:
+    """Share out a script's module: every layer that is called as a whole, and all the rest together.
+
+    Args:
+        module: has the student as `student`.
+        from_first_rank: only that one has the student's weights.
+    """
     if isinstance(module, FSDPModule):  # a validation after training
         return
     mesh = module.device_mesh["data_parallel"]
-    for layer in sharded_layers(module.student):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    for part in (*sharded_layers(module.student), module):
+        if from_first_rank:
+            fetch_weights(part, module.trainer.strategy.root_device)
+        fully_shard(part, mesh=mesh)
     for step in ("training_step", "validation_step"):
         register_fsdp_forward_method(module, step)
+
+
+def fetch_weights(module: nn.Module, device: torch.device) -> None:
+    """Give all ranks the first one's weights of a module, and its buffers, but for what is sharded by now.
+
+    Args:
+        module: has values on the first rank; on the others it may have shapes alone.
+        device: that the ranks exchange tensors on; weights that had no values are there afterwards.
+    """
+    filled: dict[int, Tensor] = {}  # a tied output layer stays the embedding's tensor
+    for owner in module.modules():
+        for tensors in (owner._parameters, owner._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if id(tensor) not in filled:
+                    filled[id(tensor)] = fetched(tensor, device)
+                tensors[name] = filled[id(tensor)]
+
+
+def fetched(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor with the first rank's values; where it had values, it is the same one."""
+    values = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+    distributed.broadcast(values, src=0)
+    if not tensor.is_meta:
+        return tensor
+    return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
 @contextmanager

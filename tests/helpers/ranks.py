@@ -54,6 +54,11 @@ def images_seen(seen: Path, n_ranks: int = 2) -> list[str]:
     return [image for rank in range(n_ranks) for image in json.loads(Path(f"{seen}.{rank}").read_text("utf-8"))]
 
 
+def models_read(folder: Path, n_ranks: int = 2) -> list[int]:
+    """How often each rank has read the weights of a model, of what `on_ranks` was given this folder for."""
+    return [int((folder / f"read.{rank}").read_text("utf-8")) for rank in range(n_ranks)]
+
+
 def call(command: Command, rank: int) -> None:
     """What a rank does with a command."""
     import pytest
@@ -76,7 +81,18 @@ def call(command: Command, rank: int) -> None:
         Path(f"{command.seen}.{rank}").write_text(json.dumps(images_of(seen)), encoding="utf-8")
 
 
+def main(path: Path, rank: int) -> None:
+    """Do all commands of a file, and write beside it how often this rank has read the weights of a model."""
+    from unittest import mock
+
+    from transformers import LlavaOnevisionForConditionalGeneration as Model
+
+    with mock.patch.object(Model, "from_pretrained", side_effect=Model.from_pretrained) as read:
+        for fields in json.loads(path.read_text(encoding="utf-8")):
+            call(Command(**fields), rank)
+    path.with_name(f"read.{rank}").write_text(str(read.call_count), encoding="utf-8")
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    for fields in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        call(Command(**fields), int(os.environ["RANK"]))
+    main(Path(sys.argv[1]), int(os.environ["RANK"]))

@@ -43,6 +43,7 @@ from distillation.run.flags import (
     need_checkpoint,
     parse,
 )
+from distillation.run.sharding import comes_later
 from distillation.run.start import start_run
 from distillation.run.steps import adamw, cosine_with_warmup, log_answer_scores, undo_averaging
 from distillation.run.training import train
@@ -59,7 +60,7 @@ class CalibratedDistillation(pl.LightningModule):
     def __init__(self, args, teacher, *, vocab_size):
         super().__init__()
         self.args, self.vocab_size = args, vocab_size
-        self.student = load_model(args.student_name)
+        self.student = load_model(args.student_name, shapes_alone=comes_later(args))
         set_trainable(self.student, vision=False, projector=True, language=True)
         self.teacher = teacher.constants(output_layer=True)
 

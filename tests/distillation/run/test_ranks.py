@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distillation.models import load_model
-from tests.helpers.ranks import Command, images_seen, on_ranks
+from tests.helpers.ranks import Command, images_seen, models_read, on_ranks
 from tests.helpers.updates import (
     SCRIPTS,
     argv_of,
@@ -103,6 +103,11 @@ def same_again(name, moving, strategy, batch_size, accumulate):
 def test_an_update_does_not_depend_on_the_number_of_ranks(name, strategy, ended):
     """Half of the images each; of the last 7 one process gets all and the other one none, and no image comes twice."""
     assert distance(gradients(ended.out, name, strategy), gradients(ended.out, name, "one")) < 1e-5
+
+
+def test_weights_that_are_shared_out_are_read_by_the_first_rank_alone(ended):
+    (first, second), both = (models_read(ended.folder / strategy) for strategy in ("fsdp2", "ddp"))
+    assert first > len(SCRIPTS) and second == 0 and both[0] == both[1] > len(SCRIPTS)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
