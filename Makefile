@@ -21,8 +21,9 @@ reproduce: $(READY)
 bench: $(READY)
 	$(PY) benchmarks/cost.py
 
+# Files side by side on up to four cores; each file's tests stay together, since they share what they train once.
 test: $(READY)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-faults: $(READY)
 	$(PY) -m pytest -q -m faults tests/faults

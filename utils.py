@@ -661,10 +661,10 @@ def core_shares(n: int) -> list[list[int]]:
     return [cores[i::n] or [cores[i % len(cores)]] for i in range(n)]
 
 
-def peak_memory(who: int = resource.RUSAGE_SELF) -> int:
-    """The most bytes that this process has ever held; RUSAGE_CHILDREN: the largest one that it has waited for."""
+def peak_memory(usage: resource.struct_rusage | None = None) -> int:
+    """The most bytes that a process has ever held: this one, or that whose usage `os.wait4` has given."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return unit * resource.getrusage(who).ru_maxrss
+    return unit * (usage or resource.getrusage(resource.RUSAGE_SELF)).ru_maxrss
 
 
 def git_commit() -> str:

@@ -29,8 +29,8 @@ from utils import (  # first: loads .env
 # isort: split
 import argparse
 import json
+import os
 import platform
-import resource
 import subprocess
 import tempfile
 import time
@@ -120,17 +120,18 @@ def _box(center_m: np.ndarray, radii_m: np.ndarray) -> dict:
 def measure(root: Path, workers: int) -> tuple[float, int]:
     """Seconds that the command takes on `root`, and the largest sum of its processes' memory in bytes.
 
-    Without /proc it is the memory of the largest process of this call and all before it.
+    Without /proc it is the memory of the largest of its processes.
     """
     command = [sys.executable, ROOT / "dataset" / "prepare_sunrgbd.py", "--root", root, "--workers", str(workers)]
     start, peak = time.monotonic(), 0
     with subprocess.Popen(command) as process:
-        while process.poll() is None:
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
             peak = max(peak, tree_memory(process.pid))
             time.sleep(EVERY_S)
+        process.returncode = os.waitstatus_to_exitcode(ended[1])
     if process.returncode:
         raise UserError(f"the command failed with exit code {process.returncode}; its message stands above")
-    return time.monotonic() - start, peak if PROC.is_dir() else peak_memory(resource.RUSAGE_CHILDREN)
+    return time.monotonic() - start, peak if PROC.is_dir() else peak_memory(ended[2])
 
 
 def tree_memory(pid: int) -> int:

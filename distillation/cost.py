@@ -228,7 +228,7 @@ def build(args: argparse.Namespace, script: Path, load: Callable[..., nn.Module]
     Args:
         args: of the script.
         script: its path.
-        load: in place of `load_model`.
+        load: in place of `load_model`, given the name, and dtype and bits where the script names them.
 
     Raises:
         UserError: nobody knows the shapes of a model.
@@ -244,7 +244,8 @@ def build(args: argparse.Namespace, script: Path, load: Callable[..., nn.Module]
         dtype = half_dtype(precision_of(args)) or torch.float32
         teacher = TeacherShapes(configuration(args.teacher_name)[0], vocabulary, n_images, dtype)
     code.start_run = lambda args, file, images, **options: made.update(images=images)
-    code.load_model, code.adamw = load, lambda bits: torch.optim.AdamW
+    code.load_model = lambda name, *, shapes_alone, **how: load(name, **how)  # of one process
+    code.adamw = lambda bits: torch.optim.AdamW
     code.load_processor = lambda name: SimpleNamespace(tokenizer=range(vocabulary))
     code.build_data = lambda *given, **options: None
     code.open_teacher = lambda *given: teacher
@@ -268,7 +269,7 @@ def cost_of(args: argparse.Namespace, script: Path) -> Cost:
         UserError: nobody knows the shapes of a model.
     """
 
-    def load(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16, shapes_alone: bool = False) -> nn.Module:
+    def load(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16) -> nn.Module:
         return model_of_shapes(configuration(name)[0], dtype)
 
     with shapes_only():

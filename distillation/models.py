@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, bits: int = 16,
         dtype: of the weights. The checkpoints store float16, in which AdamW would round most updates away; bfloat16
             halves the memory of weights that stay frozen.
         bits: 4 = the language model's linear layers are frozen in 4 bits (see `four_bits`); 16 = nothing is.
-        shapes_alone: no weights are read: all tensors are on the meta device, until another process gives theirs.
+        shapes_alone: no weights are read: all tensors are on the meta device, until another process gives theirs, which
+            finds what is wrong with the files. Not with 4 bits.
 
     Raises:
         UserError: nothing loadable there (see `model_folder`), weights are missing, its language model is another one,
@@ -73,6 +75,9 @@ def prepared(model: LlavaOnevisionForConditionalGeneration) -> LlavaOnevisionFor
 
 def new_model(config: LlavaOnevisionConfig, dtype: torch.dtype = torch.float32):
     """A model with random weights, as `load_model` returns one with trained ones."""
+    config = deepcopy(config)
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype  # a part would take what its configuration was saved with
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -4,7 +4,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import utils  # noqa: F401  first of ours: loads .env before transformers reads it
+import utils  # first of ours: loads .env before transformers reads it
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # read by torch, and by the commands that tests start
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(utils.available_cores()) // int(workers)))
 
 # isort: split
 from pathlib import Path

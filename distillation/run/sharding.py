@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from distillation.forward import base_model
-from utils import is_first_process
+from utils import UserError, is_first_process
 
 FSDP2 = "fsdp2"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -136,30 +136,52 @@ def shard(module: pl.LightningModule, *, from_first_rank: bool) -> None:
 
 
 def fetch_weights(module: nn.Module, device: torch.device) -> None:
-    """Give all ranks the first one's weights of a module, and its buffers, but for what is sharded by now.
+    """Give all ranks the first one's weights and buffers of a module, but for what is sharded by now.
+
+    Which weights are one tensor under several names, and of what type, is as on the first rank: its weights were read
+    from files, which may differ from their configuration.
 
     Args:
         module: has values on the first rank; on the others it may have shapes alone.
         device: that the ranks exchange tensors on; weights that had no values are there afterwards.
+
+    Raises:
+        UserError: the first rank has no values, since it took itself for another one.
     """
-    filled: dict[int, Tensor] = {}  # a tied output layer stays the embedding's tensor
-    for owner in module.modules():
-        for tensors in (owner._parameters, owner._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None or isinstance(tensor, DTensor):
-                    continue
-                if id(tensor) not in filled:
-                    filled[id(tensor)] = fetched(tensor, device)
-                tensors[name] = filled[id(tensor)]
+    own = {
+        name: tensor
+        for found in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+        for name, tensor in found
+        if not isinstance(tensor, DTensor)
+    }
+    is_first = distributed.get_rank() == 0
+    if is_first and any(tensor.is_meta for tensor in own.values()):
+        raise UserError(
+            f"--strategy {FSDP2}: the first process has no weights, since RANK, LOCAL_RANK or SLURM_PROCID in its "
+            "environment names it another one; unset what is left there of another start"
+        )
+    described = [described_tensors(own) if is_first else None]
+    distributed.broadcast_object_list(described, src=0, device=device)
+    for names, shape, dtype in described[0]:
+        tensor = own[names[0]]
+        values = torch.empty(shape, dtype=dtype, device=device) if tensor.is_meta else tensor.detach().to(device)
+        distributed.broadcast(values, src=0)
+        if not tensor.is_meta:
+            tensor.detach().copy_(values)
+            continue
+        if isinstance(tensor, nn.Parameter):
+            values = nn.Parameter(values, requires_grad=tensor.requires_grad)
+        for name in names:
+            place, _, last = name.rpartition(".")
+            setattr(module.get_submodule(place), last, values)
 
 
-def fetched(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor with the first rank's values; where it had values, it is the same one."""
-    values = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
-    distributed.broadcast(values, src=0)
-    if not tensor.is_meta:
-        return tensor
-    return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+def described_tensors(own: Mapping[str, Tensor]) -> list[tuple[list[str], torch.Size, torch.dtype]]:
+    """Of each tensor its names, of which a tied output layer has two, its shape and its type."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        names.setdefault(id(tensor), []).append(name)
+    return [(same, own[same[0]].shape, own[same[0]].dtype) for same in names.values()]
 
 
 @contextmanager

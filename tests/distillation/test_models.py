@@ -1,5 +1,9 @@
 """Models: trainable parts, true sizes, LoRA checkpoints."""
 
+import json
+import shutil
+import warnings
+
 import pytest
 import torch
 
@@ -58,6 +62,29 @@ def test_lora_state_is_small_and_restores(tiny_folder):
     del state[next(iter(state))]
     with pytest.raises(UserError, match="1 missing"):
         load_trained_state(other, state, origin="x.ckpt")
+
+
+@pytest.mark.parametrize("of_parts", [None, "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_alone_are_those_of_the_weights(dtype, of_parts, tiny_folder, tmp_path):
+    """Also where the parts' configurations name another type, as those of exports do; and misfits are found in them."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    for part in ("text_config", "vision_config"):
+        config[part]["dtype"] = of_parts
+    (folder / "config.json").write_text(json.dumps(config))
+    whole, shapes = (load_model(str(folder), dtype=dtype, shapes_alone=alone) for alone in (False, True))
+    for kind in ("named_parameters", "named_buffers"):
+        own, others = (dict(getattr(model, kind)(remove_duplicate=False)) for model in (shapes, whole))
+        assert own.keys() == others.keys() and all(tensor.is_meta for tensor in own.values())
+        for name, tensor in own.items():
+            other = others[name]
+            assert (tensor.shape, tensor.dtype, tensor.requires_grad) == (other.shape, other.dtype, other.requires_grad)
+    state = trained_state(whole)
+    with warnings.catch_warnings(action="error"):
+        load_trained_state(shapes, state, origin="x.ckpt")
+    with pytest.raises(UserError, match="x.ckpt: the weights are of another model .0 missing, 1 unknown"):
+        load_trained_state(shapes, state | {"strange": torch.ones(1)}, origin="x.ckpt")
 
 
 def test_missing_model_names_the_place(tmp_path):

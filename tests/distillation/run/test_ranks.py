@@ -1,11 +1,14 @@
 """Every script gives on two ranks, with DDP and with FSDP2, what it gives in one process; and runs change ranks."""
 
 import csv
+import json
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from distillation.models import load_model
 from tests.helpers.ranks import Command, images_seen, models_read, on_ranks
@@ -27,6 +30,7 @@ from utils import UserError
 STRATEGIES = ("ddp", "fsdp2")
 CLIPPED = ("--gradient_clip", "0.1")
 LORA = ("--lora_rank", "4", "--lora_alpha", "8")
+FEW = ("--label_fraction", "0.05")
 MOVING = ["--max_epochs", "3"]  # of five updates of 8 images each, or seven of 6
 
 
@@ -44,12 +48,19 @@ def ended(forty_rooms, tiny_folder, tiny_teacher, tmp_path_factory):
         for name in SCRIPTS:
             for given in calls(name, argv[name], 8, 4, "one"):
                 run(name, given)
+        odd = trained(argv_of("baseline_depth", odd_student(tiny_folder, folder / "odd"), tiny_teacher))
+        run("baseline_depth", [*odd, *FEW, *cut(8, 4, "one-before")])
+        odd = [*argv_of("baseline_depth", folder / "odd", tiny_teacher), *FEW, "--load_checkpoint", "one-before"]
+        run("baseline_depth", [*odd, *cut(8, 4, "one-odd")])
         for strategy in STRATEGIES:
             commands = [
                 Command(script_of(name), [*given, "--strategy", strategy])
                 for name in SCRIPTS
                 for given in calls(name, argv[name], 8, 2, strategy)
             ]
+            commands.append(
+                Command(script_of("baseline_depth"), [*odd, *cut(8, 2, f"{strategy}-odd"), "--strategy", strategy])
+            )
             commands += same_again("baseline_depth", moving, strategy, 2, 2)
             # Its map is no part of the student. The second rank's last micro-batch of an epoch is spare.
             workers = ["--num_workers", "1"]
@@ -68,6 +79,20 @@ def ended(forty_rooms, tiny_folder, tiny_teacher, tmp_path_factory):
         yield SimpleNamespace(out=folder / "out", whole=whole, folder=folder, start=load_model(str(tiny_folder)))
 
 
+def odd_student(tiny_folder, folder):
+    """One whose configuration says otherwise than its files: types of its parts, and that the output layer is tied."""
+    student = load_model(str(tiny_folder))
+    student.lm_head.weight = torch.nn.Parameter(student.lm_head.weight.detach().flip(0))
+    shutil.copytree(tiny_folder, folder)
+    weights = {name: value.contiguous() for name, value in student.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    for part in ("text_config", "vision_config"):
+        config[part]["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def trained(argv):
     """With rates above 0, at which weights move."""
     return [
@@ -78,8 +103,7 @@ def trained(argv):
 
 def calls(name, argv, batch_size, accumulate, run_name):
     """The command lines of a script: its gradients with few labels, its weights after four updates; and with LoRA."""
-    few = [] if name == "phase1" else ["--label_fraction", "0.05"]
-    yield [*argv, *few, *cut(batch_size, accumulate, run_name)]
+    yield [*argv, *([] if name == "phase1" else FEW), *cut(batch_size, accumulate, run_name)]
     yield [*drop(trained(argv), "--max_epochs"), "--max_epochs", "2", *cut(batch_size, accumulate, f"{run_name}-moved")]
     if name == "phase1":
         yield [*argv, *cut(2, 4 * accumulate, f"{run_name}-small")]
@@ -103,6 +127,15 @@ def same_again(name, moving, strategy, batch_size, accumulate):
 def test_an_update_does_not_depend_on_the_number_of_ranks(name, strategy, ended):
     """Half of the images each; of the last 7 one process gets all and the other one none, and no image comes twice."""
     assert distance(gradients(ended.out, name, strategy), gradients(ended.out, name, "one")) < 1e-5
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_weights_count_not_what_the_configuration_says_of_them(strategy, ended):
+    """And they come from another run's checkpoint."""
+    before = checkpoint_of(ended.out, "baseline_depth", "one-before")["state_dict"]
+    assert not torch.equal(before["student.lm_head.weight"], before["student.model.language_model.embed_tokens.weight"])
+    own, alone = (gradients(ended.out, "baseline_depth", f"{run}-odd") for run in (strategy, "one"))
+    assert len(alone) > len(gradients(ended.out, "baseline_depth", "one")) and distance(own, alone) < 1e-5
 
 
 def test_weights_that_are_shared_out_are_read_by_the_first_rank_alone(ended):
