@@ -106,7 +106,10 @@ def join(folder: Path) -> None:
         if owner and owner.token == token:
             return
         if time.monotonic() > deadline:
-            raise UserError(f"{folder}: the first process of this run has not claimed it in {WAIT_FOR_FIRST_S} s")
+            raise UserError(
+                f"{folder}: the first process of this run has not claimed it in {WAIT_FOR_FIRST_S} s; where this "
+                "process is the only one, RANK, LOCAL_RANK and SLURM_PROCID must not be set"
+            )
         time.sleep(0.1)
 
 

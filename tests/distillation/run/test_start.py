@@ -58,7 +58,7 @@ def test_the_first_process_of_a_second_machine_joins_the_run(places, tiny_folder
     assert start.start_run(args, DEPTH, ImageSettings("depth")).checkpoints == run.checkpoints
     monkeypatch.setenv("MASTER_PORT", "29501")
     monkeypatch.setattr(claim, "WAIT_FOR_FIRST_S", 0.3)
-    with pytest.raises(UserError, match="the first process of this run has not claimed it"):
+    with pytest.raises(UserError, match="the first process of this run has not claimed it in .*RANK, LOCAL_RANK"):
         start.start_run(args, DEPTH, ImageSettings("depth"))
 
 
