@@ -34,7 +34,7 @@ class Started:
             self.process = subprocess.Popen(
                 [program, str(ROOT / script), *argv],
                 cwd=folder,
-                env=os.environ | (env or {}),
+                env=os.environ | {"PYTHONFAULTHANDLER": "1"} | (env or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -68,7 +68,7 @@ class Started:
 
         while not holds():
             assert self.process.poll() is None, f"ended with {self.process.returncode} too early:\n{self.stderr}"
-            assert time.monotonic() < deadline, f"nothing happened within {within_s} s:\n{self.stderr}"
+            assert time.monotonic() < deadline, f"nothing happened within {within_s} s:\n{self._stacks()}"
             time.sleep(0.005)
 
     def send(self, number: int, *, group: bool = False) -> None:
@@ -80,7 +80,20 @@ class Started:
         try:
             return self.process.wait(within_s)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"hangs, no end within {within_s} s:\n{self.stderr}") from None
+            raise AssertionError(f"hangs, no end within {within_s} s:\n{self._stacks()}") from None
+
+    def _stacks(self) -> str:
+        """All that was said, and where all threads are, of it and of all below it: they are asked by killing them."""
+        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
+        parents = dict(map(int, line.split()) for line in listed.stdout.splitlines())
+        found = {self.process.pid}
+        while below := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= below
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)
+        time.sleep(1)
+        return f"{self.stdout}\n{self.stderr}"
 
     def leaves_nothing(self, *, within_s: float = 5) -> None:
         """After its end: what it has started ends too, within the time."""
